@@ -1,0 +1,93 @@
+"""The uniform quantization grids and their fake-quantize functions.
+
+Weights sit on a symmetric narrow-range grid (integers -(2^(b-1)-1) ... 2^(b-1)-1, zero_point 0), activations after a
+ReLU on an unsigned one (integers 0 ... 2^b-1, zero_point 0). Every function works on any shape and float dtype.
+"""
+
+import torch
+from torch import Tensor
+
+BITS = range(2, 9)
+
+
+def check_bits(bits: int) -> int:
+    """`bits`, if it is a whole number from 2 to 8; else ValueError."""
+    if isinstance(bits, bool) or bits not in BITS:
+        raise ValueError(f"bits must be a whole number from {BITS[0]} to {BITS[-1]}, got {bits!r}")
+    return int(bits)
+
+
+def weight_quant_max(bits: int) -> int:
+    """Largest integer of the narrow-range weight grid, 2^(bits-1) - 1; the smallest is its negative."""
+    return 2 ** (check_bits(bits) - 1) - 1
+
+
+def activation_quant_max(bits: int) -> int:
+    """Largest integer of the unsigned activation grid, 2^bits - 1; the smallest is 0."""
+    return 2 ** check_bits(bits) - 1
+
+
+def weight_scale(weight: Tensor, bits: int, per_channel: bool = False) -> Tensor:
+    """Step of the weight grid, s = max|w| / (2^(bits-1) - 1) (design of the published code).
+
+    Returns a 0-d tensor, or with `per_channel` one step for each index of dim 0, shaped to broadcast against
+    `weight`. A tensor (or channel) of zeros gets step 1: it lies on that grid exactly, and nothing divides by zero.
+    Raises ValueError for bits outside 2..8.
+    """
+    quant_max = weight_quant_max(bits)
+    if per_channel and weight.dim() > 1:
+        absmax = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
+    elif per_channel or weight.numel() == 0:
+        absmax = weight.abs()
+    else:
+        absmax = weight.abs().amax()
+    return nonzero_scale(absmax / quant_max)
+
+
+def nonzero_scale(scale: Tensor) -> Tensor:
+    """`scale` with zeros replaced by one."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Integers clamp(round(x / scale), quant_min, quant_max), in the dtype of `x`.
+
+    Ties round to even. The division is not replaced by a multiplication with 1/scale: at ties the two differ.
+    """
+    return (x / scale).round_().clamp_(quant_min, quant_max)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """scale * quantize(x) with the straight-through gradient: 1 inside the grid's range, 0 outside."""
+
+    @staticmethod
+    def forward(ctx, x, scale, quant_min, quant_max):
+        ctx.save_for_backward(x, scale)
+        ctx.limits = quant_min, quant_max
+        return quantize(x, scale, quant_min, quant_max) * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        quant_min, quant_max = ctx.limits
+        integers = (x / scale).round_()
+        inside = (integers >= quant_min) & (integers <= quant_max)
+        return grad * inside, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """`x` moved to the nearest of the grid points scale * {quant_min ... quant_max}; straight-through gradient.
+
+    No gradient flows to `scale`.
+    """
+    return _FakeQuantize.apply(x, scale, quant_min, quant_max)
+
+
+def fake_quantize_weight(weight: Tensor, bits: int, per_channel: bool = False) -> Tensor:
+    """Q(w): `weight` on its own grid of `bits` bits, per tensor (default) or per index of dim 0.
+
+    Raises ValueError for bits outside 2..8.
+    """
+    quant_max = weight_quant_max(bits)
+    scale = weight_scale(weight.detach(), bits, per_channel)
+    return fake_quantize(weight, scale, -quant_max, quant_max)

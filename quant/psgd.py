@@ -1,0 +1,182 @@
+"""PSGD: position-based scaled gradients (PSG) round any torch optimizer.
+
+The rule (paper, section 3; published code), for a weight tensor w with gradient g, before the base optimizer's
+momentum and weight decay:
+
+    g <- g * (lambda_s * |w - Q(w)| + eps)      Q: the nearest point of the weight's own low-bit grid
+    g <- g * (lambda_s * |w| + eps)             target "zero": sparse training
+
+A weight on its target stays there, the others move, and the float weights end up on the grid.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from quant.grid import check_bits, nonzero_scale, weight_quant_max, weight_scale
+from quant.layers import layer_bits
+
+TARGETS = ("grid", "zero")
+PSG_KEYS = ("bits", "target", "lambda_s", "eps", "per_channel")
+
+
+def psg_param_groups(
+    model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False
+) -> list[dict[str, Any]]:
+    """Parameter groups for a base optimizer: the quantized parameters by bit-width, then all others, unscaled.
+
+    Which parameters are quantized, and the meaning of `first_last`, is `layer_bits`'s rule. Parameters that do not
+    require a gradient are left out. Raises ValueError for bits outside 2..8 or a model with nothing to quantize.
+    """
+    widths = layer_bits(model, bits, first_last)
+    by_width: dict[int, list[nn.Parameter]] = defaultdict(list)
+    others = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (by_width[widths[name]] if name in widths else others).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": by_width[width], "bits": width, "per_channel": per_channel} for width in sorted(by_width)
+    ]
+    return groups + ([{"params": others}] if others else [])
+
+
+def is_scaled(group: dict[str, Any]) -> bool:
+    """Whether PSGD scales this parameter group: it has `bits`, or its `target` is "zero"."""
+    return "bits" in group or group.get("target") == "zero"
+
+
+def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """lambda_s * |w - target(w)| + eps for each tensor of a scaled group: new tensors of the weights' shapes.
+
+    `weights` share one device and dtype, so that the foreach calls take their fast path.
+    """
+    if group["target"] == "zero":
+        distances = list(torch._foreach_abs(weights))
+    else:
+        if group["per_channel"]:
+            scales = [weight_scale(weight, group["bits"], per_channel=True) for weight in weights]
+        else:
+            absmax = torch.stack(torch._foreach_norm(weights, math.inf))
+            scales = list(nonzero_scale(absmax / weight_quant_max(group["bits"])).unbind())
+        # |round(w / s) * s - w|; no clamp is needed, since max|w| / s is the grid's last integer.
+        distances = list(torch._foreach_div(weights, scales))
+        torch._foreach_round_(distances)
+        torch._foreach_mul_(distances, scales)
+        torch._foreach_sub_(distances, weights)
+        torch._foreach_abs_(distances)
+    torch._foreach_mul_(distances, group["lambda_s"])
+    if group["eps"]:
+        torch._foreach_add_(distances, group["eps"])
+    return distances
+
+
+class PSGD(Optimizer):
+    """Scales gradients by the distance of each weight to its grid point, then lets the base optimizer step.
+
+        optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, bits=4), lr=0.01, momentum=0.9), lambda_s=150)
+
+    Contract: it is a torch Optimizer whose `param_groups` and `state` are the base's own objects and whose state_dict
+    is the base's, key for key. `step` makes no host synchronisation and leaves the scaled gradients in `.grad`, so
+    clear them before the next backward pass. With a closure, gradients are scaled after each evaluation.
+
+    Args:
+        base: an optimizer instance. In its parameter groups `bits` (2..8) or `target="zero"` marks what is scaled;
+            the other groups pass through untouched.
+        lambda_s: strength, > 0, for the scaled groups that name none (default 150: the paper's for 4 bits).
+        eps: added to the multiplier of the scaled groups that name none, >= 0 (default 0, as published).
+
+    Raises TypeError if `base` is not an optimizer instance, ValueError for a setting out of range or if no group is
+    marked.
+    """
+
+    def __init__(self, base: Optimizer, lambda_s: float = 150.0, eps: float = 0.0) -> None:
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"base must be a torch optimizer instance, got {base!r}")
+        self.psg_defaults = {"target": "grid", "lambda_s": lambda_s, "eps": eps, "per_channel": False}
+        for group in base.param_groups:
+            self._complete(group)
+        if not any(map(is_scaled, base.param_groups)):
+            raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, bits)')
+        super().__init__(base.param_groups, base.defaults)
+        self.base = base
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups = self.base.param_groups
+        self.state = self.base.state
+        self.defaults = self.base.defaults
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Fills in a scaled group's missing settings and checks all of them; other groups stay as they are."""
+        if not is_scaled(group):
+            return
+        for key, value in self.psg_defaults.items():
+            group.setdefault(key, value)
+        if group["target"] not in TARGETS:
+            raise ValueError(f"target must be one of {TARGETS}, got {group['target']!r}")
+        if group["target"] == "grid":
+            check_bits(group["bits"])
+        for key, positive in (("lambda_s", True), ("eps", False)):
+            value = group[key]
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or positive and value == 0:
+                raise ValueError(f"{key} must be a finite number {'>' if positive else '>='} 0, got {value!r}")
+
+    @torch.no_grad()
+    def scale_gradients(self) -> None:
+        """Multiplies the `.grad` of every parameter in a scaled group by its PSG multiplier, in place."""
+        for group in self.param_groups:
+            if not is_scaled(group):
+                continue
+            alike: dict[Any, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[parameter.device, parameter.dtype].append(parameter)
+            for weights in alike.values():
+                torch._foreach_mul_([weight.grad for weight in weights], psg_multipliers(weights, group))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base optimizer on the scaled gradients; returns the closure's loss, if there is one."""
+        if closure is None:
+            self.scale_gradients()
+            return self.base.step()
+
+        def scaled_closure() -> Any:
+            loss = closure()
+            self.scale_gradients()
+            return loss
+
+        return self.base.step(scaled_closure)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the base optimizer; scaled if it has `bits` or target "zero"."""
+        if "base" not in self.__dict__:  # called by Optimizer.__init__ with the groups the base already has
+            super().add_param_group(param_group)
+            return
+        self._complete(param_group)
+        self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state_dict; the PSG settings are in its param_groups."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state_dict of PSGD or of the bare base; the latter keeps this instance's PSG settings."""
+        before = [{key: group[key] for key in PSG_KEYS if key in group} for group in self.param_groups]
+        self.base.load_state_dict(state_dict)
+        for group, settings in zip(self.base.param_groups, before, strict=True):
+            for key, value in settings.items():
+                group.setdefault(key, value)
+        self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base": self.base, "psg_defaults": self.psg_defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._share()
+        super().__setstate__(state)

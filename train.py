@@ -1,0 +1,205 @@
+"""Train a network with SGD or Adam, with PSG (--psg 1, the default) or without (--psg 0).
+
+The paper's 4-bit ResNet-32: PSGD from the vanilla network after its first learning-rate decay
+  python train.py --arch ResNet32 --load_pretrained models/ResNet82.pth --lr 0.01 --epoch 150 --decay_epoch 123 \\
+                  --adam 0 --w_bit 4 --lambda_s 150 --first_last_quant 1 --seed 1 --cu_num 0
+
+The vanilla network itself
+  python train.py --psg 0 --lr 0.1 --decay_epoch 82 123 --epoch 150 --save_epochs 82 150 --exp_name vanilla
+
+PSGD from scratch, on the embedded digits
+  python train.py --dataset digits --load_pretrained "" --lr 0.05 --epoch 10 --decay_epoch 8 --exp_name digits
+
+Go on with a run that was cut off; its settings come from its folder
+  python train.py --exp_name vanilla --resume
+
+Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth and the epochs of --save_epochs.
+"""
+
+import sys
+import time
+from argparse import Namespace
+
+from utils.cli import Parser, UserError, bits, count, index, non_negative, positive, run
+from utils.runs import RunFolder, git_commit
+
+PRETRAINED = "models/ResNet82.pth"
+# Settings that a resumed run may change: where it runs and how long, but not what it computes.
+FREE_ON_RESUME = {"resume", "device", "cu_num", "data_dir", "epoch", "save_epochs"}
+
+
+def parser() -> Parser:
+    p = Parser(__doc__)
+    p.add_argument("--arch", default="ResNet32", choices=["ResNet32", "vgg16_bn"], help="network")
+    p.add_argument("--dataset", default="cifar100", choices=["cifar100", "cifar10", "digits"], help="data set")
+    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
+    p.add_argument("--val_split", type=index, default=0, metavar="N",
+                   help="hold N training images out and evaluate on them instead of the test set")  # fmt: skip
+    p.add_argument("--seed", type=index, default=1, help="of initial weights, data order and augmentation")
+    p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
+    p.add_argument("--w_bit", type=bits, default=4, help="target bit-width of the weights, 2 to 8")
+    p.add_argument("--lambda_s", type=positive, default=150.0, help="strength of the gradient scaling")
+    p.add_argument("--eps", type=non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
+    p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
+                   help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")  # fmt: skip
+    p.add_argument("--a_bit", type=bits, default=4, help="target bit-width of activations; no effect in training")
+    p.add_argument("--load_pretrained", default=None, metavar="FILE",
+                   help=f'checkpoint to start from; "" for scratch (default: {PRETRAINED} with --psg 1, else "")')  # fmt: skip
+    p.add_argument("--resume_epoch", type=count, default=None, metavar="N",
+                   help="number of the first epoch (default: one after the checkpoint's)")  # fmt: skip
+    p.add_argument("--epoch", type=count, default=150, help="number of the last epoch")
+    p.add_argument("--lr", type=positive, default=0.01, help="initial learning rate; use 1e-4 with --adam 1")
+    p.add_argument("--decay_epoch", type=count, nargs="*", default=[123], metavar="N",
+                   help="epochs from which the learning rate is a tenth of what it was")  # fmt: skip
+    p.add_argument("--adam", type=int, choices=[0, 1], default=0,
+                   help="1: Adam; with PSG its learning rate is multiplied by 0.01 * lambda_s, as published")  # fmt: skip
+    p.add_argument("--w_decay", type=non_negative, default=None,
+                   help="weight decay (default: 1e-4, or 0 with --psg 1 --w_bit 2)")  # fmt: skip
+    p.add_argument("--batch_size", type=count, default=128, help="images a step")
+    p.add_argument("--exp_name", default="cifar100/4bits", help="run folder, under runs/")
+    p.add_argument("--resume", action="store_true", help="go on with the run in runs/<exp_name>")
+    p.add_argument("--save_epochs", type=count, nargs="*", default=[], metavar="N", help="epochs to keep a file of")
+    p.add_argument("--cu_num", type=index, default=0, help="GPU number")
+    p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="of the forward and backward pass; auto: bf16 where the device is fast at it")  # fmt: skip
+    p.add_argument("--deterministic", action="store_true", help="deterministic algorithms alone")
+    return p
+
+
+def parse() -> tuple[Namespace, RunFolder | None]:
+    """The settings, and the folder to go on in; a resumed run's settings are its own."""
+    args = parser().parse_args()
+    if not args.resume:
+        if args.load_pretrained is None:
+            args.load_pretrained = PRETRAINED if args.psg else ""
+        if args.w_decay is None:
+            args.w_decay = 0.0 if args.psg and args.w_bit == 2 else 1e-4
+        return args, None
+    folder = RunFolder.reopen(args.exp_name)
+    saved = folder.saved_args()["args"]
+    again = parser()
+    again.set_defaults(**saved)
+    args = again.parse_args()
+    changed = [key for key, value in saved.items() if key not in FREE_ON_RESUME and getattr(args, key) != value]
+    if changed:
+        told = ", ".join(f"--{key} {getattr(args, key)} (was {saved[key]})" for key in changed)
+        raise UserError(f"{folder.path} was begun with other settings: {told}; leave them out or start a new run")
+    return args, folder
+
+
+def main() -> None:
+    args, folder = parse()
+
+    import torch
+    from tqdm import tqdm
+
+    from models import build_model
+    from quant import PSGD, grid_share, psg_param_groups, quantize_weights, weight_mse
+    from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint, save_checkpoint
+    from utils.data import TrainBatches, load_dataset
+    from utils.device import resolve_precision, select_device, set_deterministic
+    from utils.engine import NonFiniteLossError, evaluate, fold_batch_norm, train_epoch
+
+    device, device_line = select_device(args.device, args.cu_num)
+    args.precision = resolve_precision(args.precision, device)
+    if args.deterministic:
+        set_deterministic()
+    torch.manual_seed(args.seed)
+
+    # Everything that can be wrong is looked at before the run folder is made.
+    dataset = load_dataset(args.dataset, args.data_dir, device)
+    train_split, eval_split, eval_name = dataset.train, dataset.test, "test"
+    if args.val_split:
+        train_split, eval_split = dataset.hold_out(args.val_split)
+        eval_name = "validation"
+    num_classes = len(dataset.classes)
+    first_epoch = args.resume_epoch or 1
+    if args.load_pretrained and not folder:
+        model, pretrained = model_from_checkpoint(args.load_pretrained, args.arch, num_classes)
+        first_epoch = args.resume_epoch or pretrained.get("epoch", 0) + 1
+    else:
+        model = build_model(args.arch, num_classes)
+    args.resume_epoch = first_epoch
+    if args.epoch < first_epoch:
+        raise UserError(f"--epoch {args.epoch} is before the first epoch, {first_epoch}: nothing to train")
+    model.to(device, memory_format=torch.channels_last)
+
+    groups = psg_param_groups(model, args.w_bit, bool(args.first_last_quant)) if args.psg else model.parameters()
+    fused = device.type in ("cpu", "cuda")
+    if args.adam:
+        lr = args.lr * (0.01 * args.lambda_s if args.psg else 1)
+        optimizer = torch.optim.Adam(groups, lr=lr, weight_decay=args.w_decay, fused=fused)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.w_decay, fused=fused)
+    if args.psg:
+        optimizer = PSGD(optimizer, lambda_s=args.lambda_s, eps=args.eps)
+    milestones = [epoch - first_epoch for epoch in args.decay_epoch]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+
+    done = first_epoch - 1
+    if folder:
+        checkpoint = load_checkpoint(folder.last_checkpoint)
+        load_weights(model, checkpoint, folder.last_checkpoint)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        done = checkpoint["epoch"]
+        if done >= args.epoch:
+            print(f"{folder.path} has all {done} epochs: nothing left to do (a larger --epoch goes on)")
+            return
+    else:
+        versions = {"commit": git_commit(), "torch": torch.__version__, "device": device_line.removeprefix("device: ")}
+        folder = RunFolder.create(args.exp_name, {"args": vars(args), **versions, "command": " ".join(sys.argv)})
+        args.exp_name = str(folder.path.relative_to("runs"))
+    folder.start_logging(after_epoch=done)
+
+    print(f"{device_line}, precision: {args.precision}, run folder: {folder.path}")
+    method = f"PSG for {args.w_bit} bits, lambda_s {args.lambda_s:g}" if args.psg else "no PSG"
+    print(f"{args.arch} on {args.dataset}, {method}, weight decay {args.w_decay:g}"
+          + (" (0 at 2 bits, as published; --w_decay overrides)" if args.psg and args.w_bit == 2 else ""))  # fmt: skip
+    print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images")
+
+    batches = TrainBatches(train_split, dataset.spec, args.batch_size, args.seed)
+    start_checkpoint = folder.last_checkpoint if folder.last_checkpoint.exists() else args.load_pretrained or "none"
+    for epoch in range(done + 1, args.epoch + 1):
+        started = time.perf_counter()
+        torch.manual_seed(args.seed * 2**20 + epoch)  # dropout of an epoch, like its batches, from (seed, epoch) alone
+        lr = optimizer.param_groups[0]["lr"]
+        progress = tqdm(batches.epoch(epoch), f"epoch {epoch}/{args.epoch}", len(batches), leave=False, disable=None)
+        try:
+            trained = train_epoch(model, optimizer, progress, args.precision)
+        except NonFiniteLossError as error:
+            raise UserError(
+                f"the loss became {error.loss} in epoch {epoch}, step {error.step}; "
+                f"last good checkpoint: {start_checkpoint}; try a smaller --lr or --lambda_s"
+            ) from None
+        scheduler.step()
+        trained_at = time.perf_counter()
+        first_last = bool(args.first_last_quant)
+        full = evaluate(fold_batch_norm(model), eval_split, dataset.spec, args.precision)
+        quantized = quantize_weights(model, args.w_bit, first_last)
+        low = evaluate(fold_batch_norm(quantized), eval_split, dataset.spec, args.precision)
+        row = {
+            "epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1,
+            "fp_loss": full.loss, "fp_top1": full.top1,
+            f"w{args.w_bit}_loss": low.loss, f"w{args.w_bit}_top1": low.top1,
+            f"w{args.w_bit}_mse": weight_mse(model, args.w_bit, first_last),
+            "grid_share": grid_share(model, args.w_bit, first_last),
+            "train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at,
+        }  # fmt: skip
+        folder.log(row)
+        checkpoint = {
+            "epoch": epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(), "arch": args.arch, "num_classes": num_classes,
+            "args": vars(args), "metrics": row,
+        }  # fmt: skip
+        for path in [folder.path / f"epoch_{epoch}.pth"] * (epoch in args.save_epochs) + [folder.last_checkpoint]:
+            save_checkpoint(path, checkpoint)
+        start_checkpoint = folder.last_checkpoint
+        print(f"epoch {epoch:3d}  lr {lr:.4g}  loss {trained.loss:.4f}  train {trained.top1:.2f}  FP {full.top1:.2f}  "
+              f"W{args.w_bit} {low.top1:.2f}  on grid {100 * row['grid_share']:.1f} %  "
+              f"{row['train_seconds']:.1f} + {row['eval_seconds']:.1f} s", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

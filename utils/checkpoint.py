@@ -1,0 +1,114 @@
+"""Checkpoints: one dict, read with weights_only=True and written so that a crash never leaves half a file.
+
+    python -m utils.checkpoint runs/vanilla/epoch_82.pth models/ResNet82.pth    # a copy without optimizer state
+
+Keys: epoch, state_dict, optimizer, scheduler, arch, num_classes, args (a plain dict), metrics. The published .pth files
+(epoch, state_dict, ...) and bare state_dicts load too.
+"""
+
+import contextlib
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import ARCHITECTURES, build_model
+from utils.cli import UserError, run
+
+# Quantizer constants that the published code kept in its state_dicts; ours are derived from the weights.
+PUBLISHED_EXTRAS = (".scale_value", ".wscale_value", ".bscale_value")
+RUN_STATE = ("optimizer", "scheduler")
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Writes to a temporary name beside `path`, flushes to disk, then renames: `path` is the old file or the new one.
+
+    Raises UserError if the file cannot be written; the old file then stays as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is intact") from None
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The checkpoint at `path` on the CPU, at least with the key state_dict.
+
+    Raises UserError for a missing, truncated or foreign file. Nothing in the file is executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a readable checkpoint ({reason[:120]})") from None
+    if isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
+        checkpoint = {"state_dict": checkpoint}
+    state = checkpoint["state_dict"] if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state_dict of tensors: it is not a checkpoint of this project")
+    return checkpoint
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Copies the checkpoint's weights into `model`; raises UserError listing what is missing, left over or misshapen."""
+    state = {k: v for k, v in checkpoint["state_dict"].items() if not k.endswith(PUBLISHED_EXTRAS)}
+    wanted = model.state_dict()
+    problems = [f"missing {key}" for key in wanted if key not in state]
+    problems += [f"unknown {key}" for key in state if key not in wanted]
+    problems += [
+        f"{key} is {list(state[key].shape)} instead of {list(value.shape)}"
+        for key, value in wanted.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise UserError(f"{path} does not fit {type(model).__name__}: {shown}")
+    model.load_state_dict(state)
+
+
+def model_from_checkpoint(path: str | Path, arch: str | None, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network of a checkpoint, and the checkpoint.
+
+    `arch` None takes the architecture that the file names, ResNet32 for published files, which name none. Raises
+    UserError if the file is of another architecture or class count.
+    """
+    checkpoint = load_checkpoint(path)
+    saved_arch = checkpoint.get("arch") or arch or "ResNet32"
+    if saved_arch not in ARCHITECTURES:
+        raise UserError(f"{path} is a {saved_arch}, which is none of {', '.join(ARCHITECTURES)}")
+    if arch not in (None, saved_arch):
+        raise UserError(f"{path} is a {saved_arch}, --arch says {arch}")
+    head = list(build_model(saved_arch, num_classes).state_dict())[-1]
+    saved_classes = len(checkpoint["state_dict"].get(head, range(num_classes)))
+    if saved_classes != num_classes:
+        raise UserError(f"{path} has {saved_classes} classes, the data set has {num_classes}")
+    model = build_model(saved_arch, num_classes)
+    load_weights(model, checkpoint, path)
+    return model, checkpoint
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        raise UserError("usage: python -m utils.checkpoint SOURCE.pth DESTINATION.pth")
+    source, destination = sys.argv[1:]
+    checkpoint = load_checkpoint(source)
+    save_checkpoint(destination, {key: value for key, value in checkpoint.items() if key not in RUN_STATE})
+
+
+if __name__ == "__main__":
+    run(main)

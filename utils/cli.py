@@ -1,0 +1,98 @@
+"""Command-line helpers: one-line errors with exit code 2, and argument types. Imports no torch, so --help is quick."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line: what is wrong, the value, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that shows defaults in --help, keeps the description's lines, and reports errors in one line."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's main; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def positive(text: str) -> float:
+    """Argument type: a finite number > 0."""
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
+
+
+def non_negative(text: str) -> float:
+    """Argument type: a finite number >= 0."""
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or greater")
+    return value
+
+
+def _whole(text: str, least: int, most: float = math.inf) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(
+            f"{text} must be {least} or greater" if most == math.inf else f"{text} must be from {least} to {most}"
+        )
+    return value
+
+
+def count(text: str) -> int:
+    """Argument type: a whole number >= 1."""
+    return _whole(text, 1)
+
+
+def index(text: str) -> int:
+    """Argument type: a whole number >= 0."""
+    return _whole(text, 0)
+
+
+def bits(text: str) -> int:
+    """Argument type: a bit-width, 2 to 8."""
+    return _whole(text, 2, 8)
+
+
+def bits_or_float(text: str) -> int:
+    """Argument type: a bit-width, 2 to 8, or 32 for full precision."""
+    try:
+        return 32 if text == "32" else bits(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or 32 for full precision") from None

@@ -1,0 +1,58 @@
+"""Devices, precision and seeds."""
+
+import contextlib
+import os
+
+import torch
+
+from utils.cli import UserError
+
+
+def select_device(name: str | None, cu_num: int) -> tuple[torch.device, str]:
+    """The device to run on, and a line that says so.
+
+    `name` (cpu, cuda, cuda:1, mps, ...) wins; without it the device is cuda:<cu_num>, or the CPU if there is no GPU.
+    Raises UserError for a device that this machine does not have.
+    """
+    if name is None:
+        if not torch.cuda.is_available():
+            return torch.device("cpu"), "device: cpu (no CUDA GPU found)"
+        name = f"cuda:{cu_num}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return device, f"device: {device} ({kind})"
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device has bfloat16 arithmetic of its own."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """"fp32" or "bf16"; "auto" is bf16 where the device is fast at it."""
+    if precision == "auto":
+        return "bf16" if bf16_is_fast(device) else "fp32"
+    return precision
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Context of the forward pass: bfloat16 autocast for "bf16" (parameters stay float32), nothing for "fp32"."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def set_deterministic() -> None:
+    """Makes torch use deterministic algorithms alone; ops without one raise RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,81 @@
+"""The training and evaluation loops. Nothing is read back from the device inside an epoch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+from torch.nn.functional import cross_entropy
+
+from utils.data import DataSpec, Split, eval_batches
+from utils.device import autocast
+
+# Images at a time in evaluation: on a CPU small batches stay in its caches, a GPU wants large ones.
+EVAL_BATCH_SIZE = {"cpu": 100, "cuda": 1000}
+
+
+@dataclass
+class Result:
+    """Mean cross-entropy and top-1 accuracy in percent."""
+
+    loss: float
+    top1: float
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The training loss became NaN or infinite at `step` (from 1) of an epoch."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"loss {loss} at step {step}")
+        self.step, self.loss = step, loss
+
+
+def train_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]], precision: str
+) -> Result:
+    """One pass over `batches`; returns loss and accuracy over the images as they were trained on.
+
+    Raises NonFiniteLossError at the end of the epoch in which the loss stopped being finite.
+    """
+    model.train()
+    losses, hits, images_seen = [], [], 0
+    for images, labels in batches:
+        with autocast(images.device, precision):
+            logits = model(images)
+            loss = cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach() * len(labels))
+        hits.append((logits.detach().argmax(1) == labels).sum())
+        images_seen += len(labels)
+    per_step = torch.stack(losses).double()
+    bad = (~per_step.isfinite()).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        raise NonFiniteLossError(step + 1, per_step[step].item())
+    return Result(per_step.sum().item() / images_seen, 100 * torch.stack(hits).sum().item() / images_seen)
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy of `model`, in eval mode, with every batch norm that follows a convolution folded into it.
+
+    Computes the same function up to rounding, faster. Needs a model that torch.fx can trace.
+    """
+    return fuse(model.eval()).to(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, split: Split, spec: DataSpec, precision: str = "fp32") -> Result:
+    """Loss and top-1 of `model` in eval mode on every image of `split`."""
+    model.eval()
+    loss_sum, hits = [], []
+    for images, labels in eval_batches(split, spec, EVAL_BATCH_SIZE.get(split.images.device.type, 500)):
+        with autocast(images.device, precision):
+            logits = model(images).float()
+        loss_sum.append(cross_entropy(logits, labels, reduction="sum"))
+        hits.append((logits.argmax(1) == labels).sum())
+    return Result(
+        torch.stack(loss_sum).double().sum().item() / len(split), 100 * torch.stack(hits).sum().item() / len(split)
+    )
