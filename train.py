@@ -77,7 +77,7 @@ def parse() -> tuple[Namespace, RunFolder | None]:
             args.w_decay = 0.0 if args.psg and args.w_bit == 2 else 1e-4
         return args, None
     folder = RunFolder.reopen(args.exp_name)
-    saved = folder.saved_args()["args"]
+    saved = folder.settings()["args"]
     again = parser()
     again.set_defaults(**saved)
     args = again.parse_args()
@@ -98,13 +98,15 @@ def main() -> None:
     from quant import PSGD, grid_share, psg_param_groups, quantize_weights, weight_mse
     from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint, save_checkpoint
     from utils.data import TrainBatches, load_dataset
-    from utils.device import resolve_precision, select_device, set_deterministic
+    from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
     from utils.engine import NonFiniteLossError, evaluate, fold_batch_norm, train_epoch
 
     device, device_line = select_device(args.device, args.cu_num)
     args.precision = resolve_precision(args.precision, device)
     if args.deterministic:
         set_deterministic()
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(args.seed)
 
     # Everything that can be wrong is looked at before the run folder is made.
@@ -147,9 +149,10 @@ def main() -> None:
         if done >= args.epoch:
             print(f"{folder.path} has all {done} epochs: nothing left to do (a larger --epoch goes on)")
             return
+        folder.note_resume(done, torch=torch.__version__, device=str(device))
     else:
-        versions = {"commit": git_commit(), "torch": torch.__version__, "device": device_line.removeprefix("device: ")}
-        folder = RunFolder.create(args.exp_name, {"args": vars(args), **versions, "command": " ".join(sys.argv)})
+        facts = {"command": " ".join(sys.argv), "commit": git_commit(), "torch": torch.__version__, "device": str(device)}
+        folder = RunFolder.create(args.exp_name, {"args": vars(args), **facts})
         args.exp_name = str(folder.path.relative_to("runs"))
     folder.start_logging(after_epoch=done)
 

@@ -1,7 +1,9 @@
 """Devices, precision and seeds."""
 
 import contextlib
+import ctypes
 import os
+import sys
 
 import torch
 
@@ -56,3 +58,18 @@ def set_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc's allocator keep large freed blocks for the next step instead of giving them back to the kernel.
+
+    A training step on the CPU otherwise faults thousands of pages in again (about a tenth of its time for ResNet-32).
+    Does nothing on systems without glibc.
+    """
+    if sys.platform != "linux":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # parameter numbers of mallopt(3)
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 2**31 - 1)

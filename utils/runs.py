@@ -47,8 +47,9 @@ class RunFolder:
                 attempt += 1
             except OSError as error:
                 raise UserError(f"run folder {path} cannot be made ({error.strerror}): choose another --exp_name") from None
-        (path / "args.json").write_text(json.dumps(args, indent=2) + "\n")
-        return cls(path)
+        folder = cls(path)
+        folder._write_settings(args)
+        return folder
 
     @classmethod
     def reopen(cls, exp_name: str) -> "RunFolder":
@@ -58,11 +59,23 @@ class RunFolder:
             raise UserError(f"nothing to resume: {folder.last_checkpoint} is not there; start without --resume")
         return folder
 
-    def saved_args(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """What args.json holds: args, command, commit, versions, and where the run was resumed."""
         try:
             return json.loads((self.path / "args.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / 'args.json'} cannot be read ({error})") from None
+
+    def note_resume(self, after_epoch: int, **facts: Any) -> None:
+        """Adds a resume, with the commit it runs at, to args.json."""
+        settings = self.settings()
+        settings.setdefault("resumed", []).append({"after_epoch": after_epoch, "commit": git_commit(), **facts})
+        self._write_settings(settings)
+
+    def _write_settings(self, settings: dict[str, Any]) -> None:
+        temporary = self.path / "args.json.tmp"
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        temporary.replace(self.path / "args.json")
 
     def start_logging(self, after_epoch: int) -> None:
         """Opens the logs, dropping what was written past `after_epoch`, the epoch of the checkpoint gone on from."""
