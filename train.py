@@ -16,16 +16,16 @@ Go on with a run that was cut off; its settings come from its folder
 Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth and the epochs of --save_epochs.
 """
 
-import sys
 import time
 from argparse import Namespace
 
 from utils.cli import Parser, UserError, bits, count, index, non_negative, positive, run
-from utils.runs import RunFolder, git_commit
+from utils.files import command_line, git_commit
+from utils.runs import RunFolder
 
 PRETRAINED = "models/ResNet82.pth"
 # Settings that a resumed run may change: where it runs and how long, but not what it computes.
-FREE_ON_RESUME = {"resume", "device", "cu_num", "data_dir", "epoch", "save_epochs"}
+FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "epoch", "save_epochs"}
 
 
 def parser() -> Parser:
@@ -118,7 +118,8 @@ def main() -> None:
     num_classes = len(dataset.classes)
     first_epoch = args.resume_epoch or 1
     if args.load_pretrained and not folder:
-        model, pretrained = model_from_checkpoint(args.load_pretrained, args.arch, num_classes)
+        pretrained = load_checkpoint(args.load_pretrained)
+        model = model_from_checkpoint(pretrained, args.load_pretrained, args.arch, num_classes)
         first_epoch = args.resume_epoch or pretrained.get("epoch", 0) + 1
     else:
         model = build_model(args.arch, num_classes)
@@ -151,9 +152,9 @@ def main() -> None:
             return
         folder.note_resume(done, torch=torch.__version__, device=str(device))
     else:
-        facts = {"command": " ".join(sys.argv), "commit": git_commit(), "torch": torch.__version__, "device": str(device)}
+        facts = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__, "device": str(device)}
         folder = RunFolder.create(args.exp_name, {"args": vars(args), **facts})
-        args.exp_name = str(folder.path.relative_to("runs"))
+        args.exp_name = folder.exp_name
     folder.start_logging(after_epoch=done)
 
     print(f"{device_line}, precision: {args.precision}, run folder: {folder.path}")

@@ -22,7 +22,8 @@ from quant.grid import check_bits, nonzero_scale, weight_quant_max, weight_scale
 from quant.layers import layer_bits
 
 TARGETS = ("grid", "zero")
-PSG_KEYS = ("bits", "target", "lambda_s", "eps", "per_channel")
+# Settings of a scaled group. It is psg_eps because Adam and others have an eps of their own in the same dict.
+PSG_KEYS = ("bits", "target", "lambda_s", "psg_eps", "per_channel")
 
 
 def psg_param_groups(
@@ -51,7 +52,7 @@ def is_scaled(group: dict[str, Any]) -> bool:
 
 
 def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """lambda_s * |w - target(w)| + eps for each tensor of a scaled group: new tensors of the weights' shapes.
+    """lambda_s * |w - target(w)| + psg_eps for each tensor of a scaled group: new tensors of the weights' shapes.
 
     `weights` share one device and dtype, so that the foreach calls take their fast path.
     """
@@ -70,8 +71,8 @@ def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor
         torch._foreach_sub_(distances, weights)
         torch._foreach_abs_(distances)
     torch._foreach_mul_(distances, group["lambda_s"])
-    if group["eps"]:
-        torch._foreach_add_(distances, group["eps"])
+    if group["psg_eps"]:
+        torch._foreach_add_(distances, group["psg_eps"])
     return distances
 
 
@@ -88,7 +89,7 @@ class PSGD(Optimizer):
         base: an optimizer instance. In its parameter groups `bits` (2..8) or `target="zero"` marks what is scaled;
             the other groups pass through untouched.
         lambda_s: strength, > 0, for the scaled groups that name none (default 150: the paper's for 4 bits).
-        eps: added to the multiplier of the scaled groups that name none, >= 0 (default 0, as published).
+        eps: added to the multiplier, >= 0, for the scaled groups without a `psg_eps` (default 0, as published).
 
     Raises TypeError if `base` is not an optimizer instance, ValueError for a setting out of range or if no group is
     marked.
@@ -97,7 +98,7 @@ class PSGD(Optimizer):
     def __init__(self, base: Optimizer, lambda_s: float = 150.0, eps: float = 0.0) -> None:
         if not isinstance(base, Optimizer):
             raise TypeError(f"base must be a torch optimizer instance, got {base!r}")
-        self.psg_defaults = {"target": "grid", "lambda_s": lambda_s, "eps": eps, "per_channel": False}
+        self.psg_defaults = {"target": "grid", "lambda_s": lambda_s, "psg_eps": eps, "per_channel": False}
         for group in base.param_groups:
             self._complete(group)
         if not any(map(is_scaled, base.param_groups)):
@@ -121,7 +122,7 @@ class PSGD(Optimizer):
             raise ValueError(f"target must be one of {TARGETS}, got {group['target']!r}")
         if group["target"] == "grid":
             check_bits(group["bits"])
-        for key, positive in (("lambda_s", True), ("eps", False)):
+        for key, positive in (("lambda_s", True), ("psg_eps", False)):
             value = group[key]
             if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or positive and value == 0:
                 raise ValueError(f"{key} must be a finite number {'>' if positive else '>='} 0, got {value!r}")

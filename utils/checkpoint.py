@@ -6,8 +6,6 @@ Keys: epoch, state_dict, optimizer, scheduler, arch, num_classes, args (a plain 
 (epoch, state_dict, ...) and bare state_dicts load too.
 """
 
-import contextlib
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import nn
 
 from models import ARCHITECTURES, build_model
 from utils.cli import UserError, run
+from utils.files import atomic_write
 
 # Quantizer constants that the published code kept in its state_dicts; ours are derived from the weights.
 PUBLISHED_EXTRAS = (".scale_value", ".wscale_value", ".bscale_value")
@@ -25,22 +24,9 @@ RUN_STATE = ("optimizer", "scheduler")
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Writes to a temporary name beside `path`, flushes to disk, then renames: `path` is the old file or the new one.
-
-    Raises UserError if the file cannot be written; the old file then stays as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path} could not be written ({str(error).splitlines()[0]}); what was there before is intact") from None
+    """Writes `checkpoint` so that `path` is always a whole file, the old one or the new; UserError if it cannot be."""
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -81,13 +67,14 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
     model.load_state_dict(state)
 
 
-def model_from_checkpoint(path: str | Path, arch: str | None, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network of a checkpoint, and the checkpoint.
+def model_from_checkpoint(
+    checkpoint: dict[str, Any], path: str | Path, arch: str | None, num_classes: int
+) -> nn.Module:
+    """The trained network of a checkpoint that was read from `path`.
 
     `arch` None takes the architecture that the file names, ResNet32 for published files, which name none. Raises
     UserError if the file is of another architecture or class count.
     """
-    checkpoint = load_checkpoint(path)
     saved_arch = checkpoint.get("arch") or arch or "ResNet32"
     if saved_arch not in ARCHITECTURES:
         raise UserError(f"{path} is a {saved_arch}, which is none of {', '.join(ARCHITECTURES)}")
@@ -99,7 +86,7 @@ def model_from_checkpoint(path: str | Path, arch: str | None, num_classes: int) 
         raise UserError(f"{path} has {saved_classes} classes, the data set has {num_classes}")
     model = build_model(saved_arch, num_classes)
     load_weights(model, checkpoint, path)
-    return model, checkpoint
+    return model
 
 
 def main() -> None:

@@ -2,27 +2,13 @@
 
 import csv
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError
+from utils.files import git_commit, write_csv, write_json
 
 ROOT = Path("runs")
-
-
-def git_commit() -> str:
-    """Commit of the code, with "+changes" if the working tree differs from it; "unknown" outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 class RunFolder:
@@ -34,9 +20,15 @@ class RunFolder:
         self.last_checkpoint = path / "last.pth"
         self._writer = None
 
+    @property
+    def exp_name(self) -> str:
+        return str(self.path.relative_to(ROOT))
+
     @classmethod
     def create(cls, exp_name: str, args: dict[str, Any]) -> "RunFolder":
         """A new folder runs/<exp_name>, or <exp_name>-2, -3 ... if that exists. Raises UserError if it cannot be made."""
+        if Path(exp_name).is_absolute() or ".." in Path(exp_name).parts or not Path(exp_name).parts:
+            raise UserError(f"--exp_name {exp_name!r} must name a folder below {ROOT}/")
         attempt = 1
         while True:
             path = ROOT / (exp_name if attempt == 1 else f"{exp_name}-{attempt}")
@@ -48,7 +40,7 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"run folder {path} cannot be made ({error.strerror}): choose another --exp_name") from None
         folder = cls(path)
-        folder._write_settings(args)
+        write_json(path / "args.json", args)
         return folder
 
     @classmethod
@@ -70,12 +62,7 @@ class RunFolder:
         """Adds a resume, with the commit it runs at, to args.json."""
         settings = self.settings()
         settings.setdefault("resumed", []).append({"after_epoch": after_epoch, "commit": git_commit(), **facts})
-        self._write_settings(settings)
-
-    def _write_settings(self, settings: dict[str, Any]) -> None:
-        temporary = self.path / "args.json.tmp"
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
-        temporary.replace(self.path / "args.json")
+        write_json(self.path / "args.json", settings)
 
     def start_logging(self, after_epoch: int) -> None:
         """Opens the logs, dropping what was written past `after_epoch`, the epoch of the checkpoint gone on from."""
@@ -83,19 +70,19 @@ class RunFolder:
 
         if self.metrics_path.exists():
             with open(self.metrics_path, newline="") as file:
-                header, *rows = csv.reader(file)
-            kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= after_epoch]
-            temporary = self.metrics_path.with_suffix(".tmp")
-            with open(temporary, "w", newline="") as file:
-                csv.writer(file).writerows([header, *kept])
-            temporary.replace(self.metrics_path)
+                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            kept = [row for row in rows if int(row["epoch"]) <= after_epoch]
+            if kept:
+                write_csv(self.metrics_path, kept)
+            else:
+                self.metrics_path.unlink()
         self._writer = SummaryWriter(self.path, purge_step=after_epoch + 1)
 
     def log(self, row: dict[str, float]) -> None:
         """Appends an epoch's row, whose first key is "epoch", to metrics.csv and TensorBoard."""
         new = not self.metrics_path.exists()
         with open(self.metrics_path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
+            writer = csv.DictWriter(file, row, lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerow(row)

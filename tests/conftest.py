@@ -1,0 +1,101 @@
+"""Shared fixtures. Scripts run in the test's own process, in an empty folder, exactly as `python <script> ...` would."""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+CIFAR100 = ROOT / "data" / "cifar100.npz"
+needs_cifar100 = pytest.mark.skipif(
+    not CIFAR100.exists(), reason=f"needs the real CIFAR-100 at {CIFAR100.relative_to(ROOT)}"
+)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capfd):
+    """cli("train.py", "--flag", ...) -> Outcome; the working directory is tmp_path."""
+    from utils.cli import run
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(script: str, *words: object) -> Outcome:
+        module = importlib.import_module(script.removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        capfd.readouterr()
+        code = 0
+        try:
+            run(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            torch.use_deterministic_algorithms(False)
+        return Outcome(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def rejected(cli, tmp_path):
+    """rejected("train.py", flags...) -> the one line on stderr of a command that must fail and leave nothing behind."""
+
+    def call(script: str, *words: object) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        outcome = cli(script, *words)
+        assert outcome.code == 2, outcome
+        assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+        assert "Traceback" not in outcome.err
+        assert sorted(tmp_path.rglob("*")) == before
+        return outcome.err
+
+    return call
+
+
+class SmallNet(nn.Module):
+    """Three convolutions, batch norm, a residual sum and a linear layer: every kind of parameter, quick to run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=True)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.relu2 = nn.ReLU()
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)) + x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return SmallNet()
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """Path of a checkpoint of a real three-epoch vanilla run on the digits, trained once for all tests."""
+    import subprocess
+
+    folder = tmp_path_factory.mktemp("digits")
+    command = "--psg 0 --dataset digits --lr 0.1 --epoch 3 --decay_epoch 3 --batch_size 64 --exp_name v --precision fp32"
+    subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
+    return folder / "runs" / "v" / "last.pth"
