@@ -1,0 +1,232 @@
+"""The three sources of data, bad files, and batches against a plain loop."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from tests.conftest import CIFAR100, needs_cifar100
+from utils.cli import UserError
+from utils.data import (
+    DATASETS,
+    DataSpec,
+    Split,
+    TrainBatches,
+    calibration_batches,
+    eval_batches,
+    load_dataset,
+    normalize,
+)
+
+CPU = torch.device("cpu")
+
+
+def arrays(train=20, test=8, classes=100, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "x_train": rng.integers(0, 256, (train, 32, 32, 3), dtype=np.uint8),
+        "y_train": rng.integers(0, classes, train),
+        "x_test": rng.integers(0, 256, (test, 32, 32, 3), dtype=np.uint8),
+        "y_test": rng.integers(0, classes, test).astype(np.uint8),
+        "classes": np.array([f"class {n}" for n in range(classes)]),
+    }
+
+
+def test_npz(tmp_path):
+    content = arrays()
+    np.savez(tmp_path / "cifar100.npz", **content)
+    dataset = load_dataset("cifar100", tmp_path, CPU)
+    assert torch.equal(dataset.train.images, torch.from_numpy(content["x_train"]))
+    assert dataset.test.labels.dtype == torch.int64
+    assert dataset.test.labels.tolist() == content["y_test"].tolist()
+    assert dataset.classes[3] == "class 3"
+
+
+def test_digits():
+    dataset = load_dataset("digits", "nowhere", CPU)
+    assert dataset.train.images.shape == (1437, 32, 32, 3) and len(dataset.test) == 360
+    assert dataset.train.images.dtype == torch.uint8 and dataset.train.images.max() == 255
+    assert set(dataset.test.labels.tolist()) == set(range(10)) == set(map(int, dataset.classes))
+    mean = dataset.train.images.float().mean().item()
+    assert mean == pytest.approx(DATASETS["digits"].mean[0], abs=0.1)
+
+
+def test_torchvision_archive(tmp_path, monkeypatch):
+    """A real archive folder of torchvision's CIFAR-10 format, with the checksums of these files."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    content = arrays(train=10, test=4, classes=10)
+
+    def write(name, value):
+        (folder / name).write_bytes(pickle.dumps(value))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def batch(part):
+        flat = content[f"x_{part}"].transpose(0, 3, 1, 2).reshape(-1, 3072)
+        return {"data": flat, "labels": content[f"y_{part}"].tolist()}
+
+    cls = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cls, "train_list", [write("data_batch_1", batch("train"))])
+    monkeypatch.setattr(cls, "test_list", [write("test_batch", batch("test"))])
+    name, digest = write("batches.meta", {"label_names": [f"class {n}" for n in range(10)]})
+    monkeypatch.setattr(cls, "meta", {"filename": name, "key": "label_names", "md5": digest})
+    dataset = load_dataset("cifar10", tmp_path, CPU)
+    assert torch.equal(dataset.train.images, torch.from_numpy(content["x_train"]))
+    assert dataset.classes[9] == "class 9"
+
+
+def test_npz_wins_over_the_archive(tmp_path):
+    (tmp_path / "cifar-100-python").mkdir()
+    np.savez(tmp_path / "cifar100.npz", **arrays())
+    assert len(load_dataset("cifar100", tmp_path, CPU).train) == 20
+
+
+def test_no_data_and_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(UserError) as error:
+        load_dataset("cifar10", tmp_path, CPU)
+    assert str(tmp_path / "cifar10.npz") in str(error.value) and "--dataset digits" in str(error.value)
+
+
+BAD = {
+    "missing key": (lambda a: a.pop("y_test"), "lacks y_test"),
+    "float images": (lambda a: a.update(x_train=a["x_train"] / 255.0), "x_train must be uint8"),
+    "another size": (lambda a: a.update(x_test=a["x_test"][:, :28, :28]), r"x_test must be uint8 .* \[8, 28, 28, 3\]"),
+    "channels first": (lambda a: a.update(x_test=a["x_test"].transpose(0, 3, 1, 2)), "x_test must be uint8"),
+    "unequal lengths": (lambda a: a.update(y_train=a["y_train"][:-1]), "does not match 20 images"),
+    "label too large": (lambda a: a["y_train"].__setitem__(3, 100), "outside 0..99"),
+    "negative label": (lambda a: a["y_train"].__setitem__(3, -1), "outside 0..99"),
+    "float labels": (lambda a: a.update(y_train=a["y_train"] * 1.0), "whole numbers"),
+    "empty": (lambda a: a.update(x_test=a["x_test"][:0], y_test=a["y_test"][:0]), "y_test"),
+    "one class": (lambda a: a.update(classes=a["classes"][:1]), "at least two"),
+    "objects": (lambda a: a.update(classes=np.array([{}, []], dtype=object)), "not a readable .npz"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_npz(tmp_path, name):
+    spoil, message = BAD[name]
+    content = arrays()
+    spoil(content)
+    np.savez(tmp_path / "cifar100.npz", **content)
+    with pytest.raises(UserError, match=message):
+        load_dataset("cifar100", tmp_path, CPU)
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"not a zip", lambda b: b""])
+def test_damaged_npz(tmp_path, spoil):
+    path = tmp_path / "cifar100.npz"
+    np.savez(path, **arrays())
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError, match="cifar100.npz is not a readable .npz"):
+        load_dataset("cifar100", tmp_path, CPU)
+
+
+def split(count=50, seed=0):
+    content = arrays(train=count, seed=seed)
+    return Split(torch.from_numpy(content["x_train"]), torch.arange(count))
+
+
+def test_crop_equals_pad_and_slice():
+    data = split()
+    batches = TrainBatches(data, DATASETS["cifar100"], 16, seed=1)
+    chosen = torch.tensor([0, 7, 3, 49, 7])
+    shifts = torch.tensor([[0, 8, 4, 3, 7], [1, 2, 4, 8, 0]])
+    mirrored = torch.tensor([False, True, False, True, False])
+    crops = batches.crop(chosen, shifts, mirrored)
+    for number, index in enumerate(chosen):
+        image = data.images[index].permute(2, 0, 1).float()[None]
+        padded = torch.nn.functional.pad(image, (4, 4, 4, 4), mode="reflect")[0]
+        row, column = shifts[:, number]
+        expected = padded[:, row : row + 32, column : column + 32]
+        if mirrored[number]:
+            expected = expected.flip(2)
+        assert torch.equal(crops[number].permute(2, 0, 1).float(), expected)
+
+
+def test_epoch_is_a_permutation_with_a_short_last_batch():
+    batches = TrainBatches(split(50), DATASETS["cifar100"], 16, seed=1)
+    epoch = list(batches.epoch(3))
+    assert len(batches) == len(epoch) == 4 and [len(labels) for _, labels in epoch] == [16, 16, 16, 2]
+    assert sorted(torch.cat([labels for _, labels in epoch]).tolist()) == list(range(50))
+    images, _ = epoch[0]
+    assert images.dtype == torch.float32 and images.shape == (16, 3, 32, 32)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_epochs_depend_on_seed_and_epoch_alone():
+    def first(seed, epoch):
+        images, labels = next(TrainBatches(split(), DATASETS["cifar100"], 16, seed).epoch(epoch))
+        return images, labels.tolist()
+
+    torch.manual_seed(0)
+    one = first(1, 5)
+    torch.manual_seed(99)
+    again = first(1, 5)
+    assert torch.equal(one[0], again[0]) and one[1] == again[1]
+    assert first(1, 6)[1] != one[1] != first(2, 5)[1]
+
+
+def test_augmentation_statistics():
+    """Every shift occurs about equally often, and half of the images are mirrored, where that is valid."""
+    ramp = torch.arange(32, dtype=torch.uint8).repeat(5000, 32, 1)[..., None].repeat(1, 1, 1, 3)
+    data = Split(ramp, torch.zeros(5000, dtype=torch.int64))
+    for flip in (True, False):
+        batches = TrainBatches(data, DataSpec((0, 0, 0), (1, 1, 1), flip), 5000, seed=1)
+        images, _ = next(batches.epoch(1))
+        middle = images[:, 0, 16, 12:20]
+        mirrored = (middle[:, 0] > middle[:, -1]).float().mean().item()
+        assert mirrored == pytest.approx(0.5 if flip else 0, abs=0.03)
+        if not flip:
+            shifts = images[:, 0, 16, 16].long() - 12
+            assert shifts.bincount(minlength=9).float().div(5000).sub(1 / 9).abs().max() < 0.02
+
+
+def test_normalize():
+    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    spec = DATASETS["cifar100"]
+    expected = torchvision.transforms.functional.normalize(
+        images.permute(0, 3, 1, 2).float(), list(spec.mean), list(spec.std)
+    )
+    assert torch.allclose(normalize(images, spec), expected)
+
+
+def test_eval_batches_keep_order():
+    data = split(23)
+    labels = torch.cat([labels for _, labels in eval_batches(data, DATASETS["cifar100"], 10)])
+    assert labels.tolist() == list(range(23))
+
+
+def test_calibration_batches_are_seeded():
+    data, spec = split(50), DATASETS["cifar100"]
+
+    def draw(seed):
+        return torch.cat(list(calibration_batches(data, spec, 30, seed, batch_size=16)))
+
+    assert draw(1).shape == (30, 3, 32, 32)
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+
+def test_hold_out():
+    dataset = load_dataset("digits", "nowhere", CPU)
+    kept, held = dataset.hold_out(400)
+    assert (len(kept), len(held)) == (1037, 400)
+    rows = torch.cat([kept.images, held.images]).flatten(1)
+    everything = dataset.train.images.flatten(1)
+    assert torch.equal(rows.sum(1).sort().values, everything.sum(1).sort().values)
+    assert torch.equal(dataset.hold_out(400)[1].labels, held.labels)
+    with pytest.raises(UserError, match="--val_split 1437 leaves nothing"):
+        dataset.hold_out(1437)
+
+
+@needs_cifar100
+def test_real_cifar100():
+    dataset = load_dataset("cifar100", CIFAR100.parent, CPU)
+    assert len(dataset.train) == 50_000 and len(dataset.test) == 10_000 and len(dataset.classes) == 100
+    assert dataset.train.labels.bincount().tolist() == [500] * 100
+    spec = DATASETS["cifar100"]
+    mean = dataset.train.images.float().mean((0, 1, 2))
+    assert torch.allclose(mean, torch.tensor(spec.mean), atol=0.1)
