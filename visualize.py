@@ -8,7 +8,7 @@ Some layers of other checkpoints, at 3 bits
                       --layers conv1.weight fc.weight --out figures
 
 Needs no display. A column of each picture is a network, the upper row its float weights, the lower row the same
-weights quantized; thin lines mark the points of the grid.
+weights quantized; thin lines mark the points of the grid, up to 5 bits.
 """
 
 from argparse import Namespace
@@ -95,6 +95,7 @@ def layer_histograms(name: str, weights: dict, width: int):
     from matplotlib import pyplot
 
     from quant import fake_quantize_weight, weight_scale
+    from quant.grid import weight_quant_max
 
     limit = 1.04 * max(weight.abs().max().item() for weight in weights.values())
     edges = numpy.linspace(-limit, limit, BINS + 1)
@@ -105,12 +106,11 @@ def layer_histograms(name: str, weights: dict, width: int):
     for column, (label, weight) in enumerate(weights.items()):
         color = COLORS.get(label, OTHER_COLORS[column % len(OTHER_COLORS)])
         quantized = fake_quantize_weight(weight, width)
-        points = quantized.unique() if width > 5 else weight_scale(weight, width) * numpy.arange(
-            1 - 2 ** (width - 1), 2 ** (width - 1)
-        )  # fmt: skip
+        largest = weight_quant_max(width)
+        points = weight_scale(weight, width).item() * numpy.arange(-largest, largest + 1) if width <= 5 else []
         for axis, values, kind in ((axes[0][column], weight, "float"), (axes[1][column], quantized, f"{width} bits")):
             for point in points:
-                axis.axvline(float(point), color="0.75", linewidth=0.6, zorder=0)
+                axis.axvline(point, color="0.75", linewidth=0.6, zorder=0)
             seaborn.histplot(
                 values.flatten().numpy(), bins=edges, ax=axis, color=color, edgecolor=None, linewidth=0, alpha=1
             )

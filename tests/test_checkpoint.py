@@ -1,0 +1,150 @@
+"""Checkpoints: whole or not there, read without running anything, and checked against the network."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from models import ResNet32
+from tests.conftest import ROOT
+from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint, save_checkpoint
+from utils.cli import UserError
+
+WRITER = """
+import sys, torch
+from utils.checkpoint import save_checkpoint
+state = {"state_dict": {"w": torch.full((30_000_000,), 2.0)}}
+print("ready", flush=True)
+while True:
+    save_checkpoint(sys.argv[1], state)
+"""
+
+
+def test_round_trip(tmp_path):
+    model = ResNet32(10)
+    save_checkpoint(tmp_path / "a.pth", {"epoch": 3, "state_dict": model.state_dict(), "arch": "ResNet32", "args": {}})
+    checkpoint = load_checkpoint(tmp_path / "a.pth")
+    again = model_from_checkpoint(checkpoint, "a.pth", "ResNet32", 10)
+    assert checkpoint["epoch"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.03, 0.08])
+def test_kill_in_mid_write_leaves_a_whole_file(tmp_path, delay):
+    path = tmp_path / "last.pth"
+    save_checkpoint(path, {"state_dict": {"w": torch.ones(10)}})
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, path], cwd=ROOT, stdout=subprocess.PIPE)
+    writer.stdout.readline()
+    while not (tmp_path / "last.pth.tmp").exists():  # a write of 120 MB is under way
+        time.sleep(0.001)
+    time.sleep(delay)
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    value = load_checkpoint(path)["state_dict"]["w"]
+    assert torch.equal(value, torch.ones(10)) or torch.equal(value, torch.full((30_000_000,), 2.0))
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
+    path = tmp_path / "last.pth"
+    save_checkpoint(path, {"state_dict": {"w": torch.ones(1)}})
+    (tmp_path / "last.pth.tmp").mkdir()  # the temporary name cannot be opened
+    with pytest.raises(UserError, match="could not be written .*; what was there before is intact"):
+        save_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}})
+    assert load_checkpoint(path)["state_dict"]["w"] == 1
+
+
+def test_no_space_left():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with pytest.raises(UserError, match="could not be written"):
+        save_checkpoint("/dev/full/x.pth", {"state_dict": {}})
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "good.pth"
+    save_checkpoint(path, {"state_dict": ResNet32(10).state_dict()})
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda b: b[: len(b) // 2], lambda b: b[:-30], lambda b: b"", lambda b: b"hello", lambda b: b[500:]]
+)
+def test_damaged_files(tmp_path, good, spoil):
+    path = tmp_path / "bad.pth"
+    path.write_bytes(spoil(good))
+    with pytest.raises(UserError, match="bad.pth is not a readable checkpoint") as error:
+        load_checkpoint(path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Payload()}, "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload()))
+    for name in ("zip.pth", "plain.pth"):
+        with pytest.raises(UserError, match="not a readable checkpoint"):
+            load_checkpoint(name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}, {"state_dict": {"w": 3}}, {"epoch": 3}, torch.ones(2)])
+def test_files_without_a_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match="holds no state_dict"):
+        load_checkpoint(tmp_path / "odd.pth")
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match="no checkpoint at nowhere.pth"):
+        load_checkpoint("nowhere.pth")
+
+
+def test_published_files_load(tmp_path):
+    """Their layout: no arch, and the quantizers' constants beside the weights; or a bare state_dict."""
+    state = ResNet32(100).state_dict()
+    extras = {"conv1.wscale_value": torch.ones(1), "layer1.0.relu1.scale_value": torch.ones(1)}
+    extras |= {"fc.wscale_value": torch.ones(1), "fc.bscale_value": torch.ones(1)}
+    torch.save({"epoch": 150, "state_dict": {**state, **extras}, "best_FP_acc": 0.7, "optimizer": {}}, tmp_path / "a")
+    torch.save(dict(state), tmp_path / "b")
+    for name in ("a", "b"):
+        model = model_from_checkpoint(load_checkpoint(tmp_path / name), name, None, 100)
+        assert torch.equal(model.fc.weight, state["fc.weight"])
+
+
+def test_everything_that_does_not_fit_is_listed():
+    state = ResNet32(10).state_dict()
+    del state["bn1.weight"]
+    state["conv9.weight"] = torch.ones(1)
+    state["conv1.weight"] = torch.ones(16, 3, 5, 5)
+    with pytest.raises(UserError) as error:
+        load_weights(ResNet32(10), {"state_dict": state}, "x.pth")
+    for word in ("missing bn1.weight", "unknown conv9.weight", "conv1.weight is [16, 3, 5, 5] instead of [16, 3, 3, 3]"):
+        assert word in str(error.value)
+
+
+def test_other_architecture_or_class_count():
+    checkpoint = {"state_dict": ResNet32(10).state_dict(), "arch": "ResNet32"}
+    with pytest.raises(UserError, match="x.pth is a ResNet32, --arch says vgg16_bn"):
+        model_from_checkpoint(checkpoint, "x.pth", "vgg16_bn", 10)
+    with pytest.raises(UserError, match="x.pth has 10 classes, the data set has 100"):
+        model_from_checkpoint(checkpoint, "x.pth", None, 100)
+    with pytest.raises(UserError, match="x.pth is a 'ResNet50'|x.pth is a ResNet50"):
+        model_from_checkpoint({**checkpoint, "arch": "ResNet50"}, "x.pth", None, 10)
+
+
+def test_copy_without_optimizer_state(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", {"epoch": 2, "state_dict": {"w": torch.ones(1)}, "optimizer": {}, "scheduler": {}})
+    subprocess.run([sys.executable, "-m", "utils.checkpoint", tmp_path / "a.pth", tmp_path / "b.pth"], cwd=ROOT, check=True)
+    assert load_checkpoint(tmp_path / "b.pth").keys() == {"epoch", "state_dict"}

@@ -1,0 +1,72 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models import ResNet32
+from utils.data import DATASETS, Split, eval_batches
+from utils.engine import NonFiniteLossError, evaluate, fold_batch_norm, train_epoch
+
+SPEC = DATASETS["cifar100"]
+
+
+def split(count=130, classes=10):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return Split(images, torch.randint(0, classes, (count,), generator=generator))
+
+
+def trained_resnet():
+    """ResNet32 with batch-norm statistics that are not those of initialisation."""
+    torch.manual_seed(0)
+    model = ResNet32(10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    model.train()
+    for images, _ in eval_batches(split(), SPEC, 65):
+        model(images)
+    return model.eval()
+
+
+def test_evaluate_equals_one_plain_forward_pass():
+    model, data = trained_resnet(), split()
+    result = evaluate(model, data, SPEC)
+    with torch.no_grad():
+        ((images, labels),) = eval_batches(data, SPEC, len(data))
+        logits = model(images)
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert result.top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=0.8)
+
+
+def test_folding_batch_norm_keeps_the_function():
+    model = trained_resnet()
+    before = copy.deepcopy(model.state_dict())
+    folded = fold_batch_norm(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    images = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(folded(images), model(images), rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_train_epoch_reports_the_mean_over_images():
+    """A network that does not change: the loss over batches of 3 and 1 images weighs every image equally."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    batches = [(torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,))) for n in (3, 1)]
+    result = train_epoch(model, torch.optim.SGD(model.parameters(), lr=0.0), batches, "fp32")
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
+    logits = model(images)
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result.top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+
+
+def test_loss_that_is_not_finite_is_named_by_its_step():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    good = (torch.zeros(2, 3, 2, 2), torch.tensor([0, 1]))
+    bad = (torch.full((2, 3, 2, 2), float("nan")), torch.tensor([0, 1]))
+    with pytest.raises(NonFiniteLossError) as error:
+        train_epoch(model, torch.optim.SGD(model.parameters(), lr=0.0), [good, good, bad, good], "fp32")
+    assert error.value.step == 3

@@ -1,0 +1,139 @@
+"""eval.py: sweeps, the files they leave, activation quantization, and what is answered to bad input."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from models import ResNet32
+from quant import bn_ranges, quantize_activations, quantize_weights, weight_mse
+from tests.conftest import CIFAR100, ROOT, needs_cifar100
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.data import DATASETS, load_dataset
+from utils.engine import evaluate
+
+COLUMNS = "model,arch,dataset,w_bit,a_bit,act_range,top1,loss,weight_mse,bytes".split(",")
+
+
+@pytest.fixture(scope="module")
+def network(digits_run):
+    model = ResNet32(10)
+    load_weights(model, load_checkpoint(digits_run), digits_run)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits", "", torch.device("cpu"))
+
+
+def rows(folder):
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_sweep(cli, tmp_path, digits_run, network, digits):
+    flags = ["--model_path", digits_run, digits_run, "--w_bit", "8", "3", "32", "3", "--out", "out/deep"]
+    outcome = cli("eval.py", *flags)
+    assert outcome.code == 0, outcome.err
+    written = rows(tmp_path / "out/deep")
+    assert list(written[0]) == COLUMNS
+    assert [(row["w_bit"], row["a_bit"]) for row in written] == [("32", "32"), ("8", "32"), ("3", "32")] * 2
+    for row in written[:3]:
+        quantized = quantize_weights(network, int(row["w_bit"]))
+        expected = evaluate(quantized, digits.test, DATASETS["digits"])
+        assert float(row["top1"]) == pytest.approx(expected.top1, abs=1e-3)
+        assert float(row["loss"]) == pytest.approx(expected.loss, rel=1e-3)
+        assert float(row["weight_mse"]) == pytest.approx(weight_mse(network, int(row["w_bit"])), rel=1e-9)
+        assert row["arch"] == "ResNet32" and row["dataset"] == "digits" and row["act_range"] == "none"
+    content = json.loads((tmp_path / "out/deep/results.json").read_text())
+    assert [{k: str(v) for k, v in row.items()} for row in content["rows"]] == written
+    assert content["command"].startswith("python eval.py --model_path") and content["commit"]
+    assert content["epochs"] == {str(digits_run): 3}
+    table = outcome.out.splitlines()
+    assert len({len(line) for line in table[1:8] if not line.startswith("written")}) == 1
+
+
+def test_published_clipping_flags_equal_bn_published(cli, tmp_path, digits_run, network, digits):
+    common = ["--model_path", digits_run, "--w_bit", "4", "--a_bit", "4"]
+    cli("eval.py", *common, "--act_quant", "1", "--act_clipping", "1", "--clipping_range", "6", "--out", "a")
+    cli("eval.py", *common, "--act_range", "bn_published", "--out", "b")
+    old, new = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert old == new and old[1]["act_range"] == "bn_published" and old[1]["a_bit"] == "4"
+    ranges = bn_ranges(network, 6, shortcut=False)
+    expected = evaluate(quantize_activations(quantize_weights(network, 4), 4, ranges), digits.test, DATASETS["digits"])
+    assert float(old[1]["top1"]) == pytest.approx(expected.top1, abs=1e-3)
+
+
+def test_minmax_ranges_are_seeded_and_differ_from_bn(cli, tmp_path, digits_run):
+    common = ["--model_path", digits_run, "--w_bit", "32", "--a_bit", "32", "3"]
+    for name, flags in {"a": [], "b": [], "c": ["--act_range", "bn"]}.items():
+        flags = [*common, "--calib_images", "64", *flags, "--out", name]
+        assert cli("eval.py", *flags).code == 0
+    a, b, c = (rows(tmp_path / name) for name in "abc")
+    assert a == b and a[1]["act_range"] == "minmax" and a[1]["loss"] != c[1]["loss"]
+    assert a[0]["act_range"] == "none" and a[1]["w_bit"] == "32"
+
+
+def test_act_quant_0_ignores_a_bit(cli, digits_run):
+    outcome = cli("eval.py", "--model_path", digits_run, "--a_bit", "4", "--act_quant", "0")
+    assert outcome.code == 0 and "minmax" not in outcome.out
+
+
+def test_published_name_of_out(cli, tmp_path, digits_run):
+    assert cli("eval.py", "--model_path", digits_run, "--exp_name", "mine").code == 0
+    assert len(rows(tmp_path / "results/mine")) == 2
+
+
+BAD = [
+    (["--w_bit", "1"], "--w_bit: 1 must be from 2 to 8, or 32 for full precision"),
+    (["--w_bit", "4", "16"], "--w_bit: 16 must be from 2 to 8, or 32"),
+    (["--a_bit", "x"], "'x' is not a whole number, or 32"),
+    (["--model_path", "no.pth"], "no checkpoint at no.pth"),
+    (["--clipping_range", "0"], "--clipping_range: 0 must be greater than 0"),
+    (["--calib_images", "0"], "--calib_images: 0 must be 1 or greater"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input(rejected, flags, message):
+    assert message in rejected("eval.py", *flags)
+
+
+def test_bad_input_with_a_good_checkpoint(rejected, digits_run, tmp_path):
+    model = ["--model_path", digits_run]
+    assert "is a ResNet32, --arch says vgg16_bn" in rejected("eval.py", *model, "--arch", "vgg16_bn")
+    too_many = [*model, "--a_bit", "4", "--calib_images", "1438"]
+    assert "--calib_images 1438 is more than the 1437 training images" in rejected("eval.py", *too_many)
+    (tmp_path / "file").write_text("")
+    assert "--out file/x cannot be made" in rejected("eval.py", *model, "--out", "file/x")
+
+
+def test_bn_range_without_batch_norm_names_the_relu(cli, tmp_path):
+    from models import vgg16_bn
+    from utils.checkpoint import save_checkpoint
+
+    state = vgg16_bn(10).state_dict()
+    save_checkpoint(tmp_path / "vgg.pth", {"state_dict": state, "arch": "vgg16_bn", "args": {"dataset": "digits"}})
+    outcome = cli("eval.py", "--model_path", "vgg.pth", "--a_bit", "8", "--act_range", "bn")
+    assert outcome.code == 2 and "no batch norm feeds classifier.1" in outcome.err
+
+
+@needs_cifar100
+def test_shipped_checkpoints_give_their_published_figures(cli, monkeypatch):
+    """The rows of results/ that name a shipped checkpoint, at full precision and 4 bits, on the real test set."""
+    shipped = sorted(path for path in (ROOT / "models").glob("*.pth"))
+    if not shipped:
+        pytest.skip("no checkpoint is shipped")
+    published = {}
+    for path in sorted((ROOT / "results").rglob("results.csv")):
+        for row in rows(path.parent):
+            published[row["model"], row["w_bit"], row["a_bit"]] = row["top1"]
+    for path in shipped:
+        name = f"models/{path.name}"
+        outcome = cli("eval.py", "--model_path", path, "--data_dir", CIFAR100.parent, "--w_bit", "4", "--out", path.stem)
+        assert outcome.code == 0, outcome.err
+        for row in csv.DictReader(open(f"{path.stem}/results.csv", newline="")):
+            # Two of 10,000 images: the last bits of a float32 convolution differ between processors.
+            assert float(row["top1"]) == pytest.approx(float(published[name, row["w_bit"], "32"]), abs=0.02), name

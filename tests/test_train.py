@@ -1,0 +1,173 @@
+"""train.py as a user runs it: real short runs on the digits, resume, and what is answered to bad input."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.checkpoint import load_checkpoint
+
+QUICK = ["--dataset", "digits", "--batch_size", "256", "--lr", "0.05", "--deterministic", "--device", "cpu"]
+
+
+def metrics(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: float(v) for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--load_pretrained", "", "--w_bit", "3"],
+        ["--load_pretrained", "", "--adam", "1", "--lambda_s", "100", "--lr", "1e-3"],
+        ["--psg", "0", "--arch", "vgg16_bn", "--precision", "bf16"],  # dropout: the RNG is resumed too
+    ],
+    ids=["PSGD", "PSG with Adam", "vanilla vgg16_bn in bf16"],
+)
+def test_resumed_run_equals_the_uninterrupted_one(cli, tmp_path, flags):
+    epochs, cut = (3, 1) if "vgg16_bn" not in flags else (2, 1)
+    common = [*QUICK, *flags, "--decay_epoch", "2"]
+    assert cli("train.py", *common, "--epoch", epochs, "--exp_name", "whole").code == 0
+    assert cli("train.py", *common, "--epoch", cut, "--exp_name", "cut").code == 0
+    # What a kill after the row was written and before the checkpoint was leaves behind.
+    with open(tmp_path / "runs/cut/metrics.csv", "a") as file:
+        file.write(f"{cut + 1},9,9,9")
+    assert cli("train.py", "--exp_name", "cut", "--resume", "--epoch", epochs).code == 0
+    whole, resumed = (load_checkpoint(tmp_path / "runs" / name / "last.pth") for name in ("whole", "cut"))
+    assert whole["epoch"] == resumed["epoch"] == epochs
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][key]), key
+    assert whole["scheduler"] == resumed["scheduler"]
+    for a, b in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
+    assert metrics(tmp_path / "runs/whole") == metrics(tmp_path / "runs/cut")
+    settings = json.loads((tmp_path / "runs/cut/args.json").read_text())
+    assert settings["resumed"][0]["after_epoch"] == cut
+
+
+def test_run_folder(cli, tmp_path):
+    flags = [*QUICK, "--psg", "0", "--exp_name", "a/b", "--epoch", "2", "--save_epochs", "1"]
+    first = cli("train.py", *flags)
+    assert first.code == 0 and "360 test images" in first.out
+    folder = tmp_path / "runs/a/b"
+    settings = json.loads((folder / "args.json").read_text())
+    assert settings["args"]["lr"] == 0.05 and settings["args"]["precision"] in ("fp32", "bf16")
+    assert {"command", "commit", "torch", "device"} <= settings.keys()
+    rows = metrics(folder)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert {"lr", "train_loss", "train_top1", "fp_top1", "w4_top1", "grid_share"} <= rows[0].keys()
+    saved = load_checkpoint(folder / "epoch_1.pth")
+    assert saved["epoch"] == 1 and saved["arch"] == "ResNet32" and saved["num_classes"] == 10
+    assert isinstance(saved["args"], dict) and saved["metrics"]["fp_top1"] == rows[0]["fp_top1"]
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("fp_top1")] == [1, 2]
+    before = (folder / "metrics.csv").read_bytes()
+    assert cli("train.py", *flags, "--epoch", "1").code == 0
+    assert (folder / "metrics.csv").read_bytes() == before
+    assert len(metrics(tmp_path / "runs/a/b-2")) == 1
+
+
+def test_psg_starts_from_a_checkpoint(cli, tmp_path, digits_run):
+    """Epochs go on from the checkpoint's, momentum starts at zero, and the learning rate decays at its epoch."""
+    outcome = cli("train.py", *QUICK, "--load_pretrained", digits_run, "--epoch", "5", "--decay_epoch", "5")
+    assert outcome.code == 0
+    rows = metrics(tmp_path / "runs/cifar100/4bits")
+    assert [(row["epoch"], row["lr"]) for row in rows] == [(4, 0.05), (5, pytest.approx(0.005))]
+    groups = load_checkpoint(tmp_path / "runs/cifar100/4bits/last.pth")["optimizer"]["param_groups"]
+    assert [group.get("bits") for group in groups] == [4, None]
+    assert groups[0]["lambda_s"] == 150 and groups[0]["weight_decay"] == 1e-4
+
+
+def test_two_bits_set_weight_decay_to_zero_and_say_so(cli, tmp_path):
+    flags = [*QUICK, "--load_pretrained", "", "--w_bit", "2", "--epoch", "1"]
+    outcome = cli("train.py", *flags, "--exp_name", "a")
+    assert "weight decay 0 (0 at 2 bits, as published; --w_decay overrides)" in outcome.out
+    assert json.loads((tmp_path / "runs/a/args.json").read_text())["args"]["w_decay"] == 0
+    cli("train.py", *flags, "--w_decay", "0.001", "--exp_name", "b")
+    groups = load_checkpoint(tmp_path / "runs/b/last.pth")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.001}
+
+
+def test_adam_learning_rate_is_the_published_one(cli, tmp_path):
+    flags = [*QUICK, "--load_pretrained", "", "--adam", "1", "--lr", "1e-4", "--epoch", "1", "--exp_name", "a"]
+    assert cli("train.py", *flags).code == 0
+    assert metrics(tmp_path / "runs/a")[0]["lr"] == pytest.approx(1e-4 * 0.01 * 150)
+
+
+def test_validation_split_keeps_the_test_set_out(cli):
+    outcome = cli("train.py", *QUICK, "--psg", "0", "--val_split", "200", "--epoch", "1")
+    assert "200 validation images" in outcome.out
+
+
+def test_cu_num_without_a_gpu_says_so(cli):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    flags = [flag for flag in QUICK if flag not in ("--device", "cpu")]
+    outcome = cli("train.py", *flags, "--psg", "0", "--epoch", "1", "--cu_num", "0")
+    assert "device: cpu (no CUDA GPU found)" in outcome.out
+
+
+def test_loss_that_explodes_stops_the_run(cli, tmp_path):
+    outcome = cli("train.py", *QUICK, "--psg", "0", "--lr", "1e20", "--epoch", "2", "--exp_name", "a")
+    assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1
+    assert "epoch 1, step" in outcome.err and "last good checkpoint: none" in outcome.err
+
+
+SCRATCH = ["--dataset", "digits", "--load_pretrained", ""]
+BAD = [
+    (["--w_bit", "1"], "--w_bit: 1 must be from 2 to 8"),
+    (["--w_bit", "9"], "--w_bit: 9 must be from 2 to 8"),
+    (["--w_bit", "4.5"], "'4.5' is not a whole number"),
+    (["--lambda_s", "0"], "--lambda_s: 0 must be greater than 0"),
+    (["--lambda_s", "-150"], "--lambda_s: -150 must be greater than 0"),
+    (["--lambda_s", "much"], "--lambda_s: 'much' is not a number"),
+    (["--lr", "nan"], "--lr: 'nan' is not a finite number"),
+    (["--w_decay", "-1"], "--w_decay: -1 must be 0 or greater"),
+    (["--epoch", "0"], "--epoch: 0 must be 1 or greater"),
+    (["--arch", "ResNet50"], "--arch: invalid choice: 'ResNet50'"),
+    (["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
+    (["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
+    (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    (["--device", "gpu"], "device 'gpu' cannot be used here"),
+    ([*SCRATCH, "--resume_epoch", "9", "--epoch", "3"], "--epoch 3 is before the first epoch, 9"),
+    ([*SCRATCH, "--val_split", "1437"], "--val_split 1437 leaves nothing of the 1437 training images"),
+    ([*SCRATCH, "--exp_name", "../out"], "--exp_name '../out' must name a folder below runs/"),
+    ([*SCRATCH, "--exp_name", "/out"], "--exp_name '/out' must name a folder below runs/"),
+    (["--dataset", "digits"], "no checkpoint at models/ResNet82.pth"),
+    (["--dataset", "digits", "--load_pretrained", "no.pth"], "no checkpoint at no.pth"),
+    (["--resume", "--exp_name", "none"], "nothing to resume: runs/none/last.pth is not there"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input(rejected, flags, message):
+    assert message in rejected("train.py", *flags)
+
+
+def test_checkpoint_of_another_network(rejected, digits_run):
+    flags = ["--dataset", "digits", "--load_pretrained", digits_run, "--arch", "vgg16_bn"]
+    assert "is a ResNet32, --arch says vgg16_bn" in rejected("train.py", *flags)
+
+
+def test_checkpoint_of_another_class_count(rejected, digits_run, tmp_path):
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    labels = np.arange(4)
+    np.savez(tmp_path / "cifar100.npz", x_train=images, y_train=labels, x_test=images, y_test=labels,
+             classes=np.array([f"c{n}" for n in range(100)]))  # fmt: skip
+    flags = ["--data_dir", tmp_path, "--load_pretrained", digits_run]
+    assert "has 10 classes, the data set has 100" in rejected("train.py", *flags)
+
+
+def test_resume_with_other_settings(cli, tmp_path):
+    assert cli("train.py", *QUICK, "--psg", "0", "--epoch", "1", "--exp_name", "a").code == 0
+    outcome = cli("train.py", "--exp_name", "a", "--resume", "--lr", "0.2", "--epoch", "2")
+    assert outcome.code == 2 and "begun with other settings: --lr 0.2 (was 0.05)" in outcome.err
+    assert load_checkpoint(tmp_path / "runs/a/last.pth")["epoch"] == 1
+
+
+def test_unwritable_run_folder(rejected, tmp_path):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert "run folder runs/a cannot be made" in rejected("train.py", *SCRATCH, "--exp_name", "a", "--epoch", "1")
