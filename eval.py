@@ -29,23 +29,24 @@ COLUMNS = {  # name: (width on screen, format)
 
 def parse() -> Namespace:
     p = Parser(__doc__)
+    # fmt: off
     p.add_argument("--arch", default=None, choices=["ResNet32", "vgg16_bn"],
-                   help="network (default: the one the file names, ResNet32 if it names none)")  # fmt: skip
+                   help="network (default: the one the file names, ResNet32 if it names none)")
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
     p.add_argument("--dataset", default=None, choices=["cifar100", "cifar10", "digits"],
-                   help="data set (default: the one the file was trained on, cifar100 if it names none)")  # fmt: skip
+                   help="data set (default: the one the file was trained on, cifar100 if it names none)")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
     p.add_argument("--w_bit", type=bits_or_float, nargs="+", default=[4], metavar="B", help="weight bit-widths")
     p.add_argument("--a_bit", type=bits_or_float, nargs="+", default=None, metavar="B",
-                   help="activation bit-widths (default: 8 with --act_quant 1, else 32)")  # fmt: skip
+                   help="activation bit-widths (default: 8 with --act_quant 1, else 32)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
-                   help="1: first and last layer too, at 8 bits if the others have fewer than 4; 0: keep them float")  # fmt: skip
+                   help="1: first and last layer too, at 8 bits if the others have fewer than 4; 0: keep them float")
     p.add_argument("--act_quant", type=int, choices=[0, 1], default=None,
-                   help="1: quantize activations; 0: ignore --a_bit (default: 1 if --a_bit is given)")  # fmt: skip
+                   help="1: quantize activations; 0: ignore --a_bit (default: 1 if --a_bit is given)")
     p.add_argument("--act_range", choices=["bn", "bn_published", "minmax"], default=None,
                    help="range of activations: bn: mean + n standard deviations by batch norm, shortcuts included; "
                    "bn_published: the same without shortcuts; minmax: largest value on training images "
-                   "(default: bn_published with --act_clipping 1, else minmax)")  # fmt: skip
+                   "(default: bn_published with --act_clipping 1, else minmax)")
     p.add_argument("--act_clipping", type=int, choices=[0, 1], default=0, help="1: the published name of bn_published")
     p.add_argument("--clipping_range", type=positive, default=6.0, help="n of the bn ranges")
     p.add_argument("--calib_images", type=count, default=1024, metavar="N", help="training images for minmax")
@@ -56,6 +57,7 @@ def parse() -> Namespace:
     p.add_argument("--cu_num", type=index, default=0, help="GPU number")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="of the forward pass")
+    # fmt: on
     args = p.parse_args()
     if args.act_quant is None:
         args.act_quant = int(args.a_bit is not None)
@@ -109,7 +111,7 @@ def main() -> None:
     print(f"{device_line}, precision: {args.precision}")
     print("  ".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
     rows: list[dict[str, Any]] = []
-    for path, model, checkpoint, dataset in networks:
+    for path, model, _, dataset in networks:
         model.to(device, memory_format=torch.channels_last).eval()
         ranges = {}
         if args.act_quant:

@@ -30,31 +30,32 @@ FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "epoch",
 
 def parser() -> Parser:
     p = Parser(__doc__)
+    # fmt: off
     p.add_argument("--arch", default="ResNet32", choices=["ResNet32", "vgg16_bn"], help="network")
     p.add_argument("--dataset", default="cifar100", choices=["cifar100", "cifar10", "digits"], help="data set")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
     p.add_argument("--val_split", type=index, default=0, metavar="N",
-                   help="hold N training images out and evaluate on them instead of the test set")  # fmt: skip
+                   help="hold N training images out and evaluate on them instead of the test set")
     p.add_argument("--seed", type=index, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
     p.add_argument("--w_bit", type=bits, default=4, help="target bit-width of the weights, 2 to 8")
     p.add_argument("--lambda_s", type=positive, default=150.0, help="strength of the gradient scaling")
     p.add_argument("--eps", type=non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
-                   help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")  # fmt: skip
+                   help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")
     p.add_argument("--a_bit", type=bits, default=4, help="target bit-width of activations; no effect in training")
     p.add_argument("--load_pretrained", default=None, metavar="FILE",
-                   help=f'checkpoint to start from; "" for scratch (default: {PRETRAINED} with --psg 1, else "")')  # fmt: skip
+                   help=f'checkpoint to start from; "" for scratch (default: {PRETRAINED} with --psg 1, else "")')
     p.add_argument("--resume_epoch", type=count, default=None, metavar="N",
-                   help="number of the first epoch (default: one after the checkpoint's)")  # fmt: skip
+                   help="number of the first epoch (default: one after the checkpoint's)")
     p.add_argument("--epoch", type=count, default=150, help="number of the last epoch")
     p.add_argument("--lr", type=positive, default=0.01, help="initial learning rate; use 1e-4 with --adam 1")
     p.add_argument("--decay_epoch", type=count, nargs="*", default=[123], metavar="N",
-                   help="epochs from which the learning rate is a tenth of what it was")  # fmt: skip
+                   help="epochs from which the learning rate is a tenth of what it was")
     p.add_argument("--adam", type=int, choices=[0, 1], default=0,
-                   help="1: Adam; with PSG its learning rate is multiplied by 0.01 * lambda_s, as published")  # fmt: skip
+                   help="1: Adam; with PSG its learning rate is multiplied by 0.01 * lambda_s, as published")
     p.add_argument("--w_decay", type=non_negative, default=None,
-                   help="weight decay (default: 1e-4, or 0 with --psg 1 --w_bit 2)")  # fmt: skip
+                   help="weight decay (default: 1e-4, or 0 with --psg 1 --w_bit 2)")
     p.add_argument("--batch_size", type=count, default=128, help="images a step")
     p.add_argument("--exp_name", default="cifar100/4bits", help="run folder, under runs/")
     p.add_argument("--resume", action="store_true", help="go on with the run in runs/<exp_name>")
@@ -62,8 +63,9 @@ def parser() -> Parser:
     p.add_argument("--cu_num", type=index, default=0, help="GPU number")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="of the forward and backward pass; auto: bf16 where the device is fast at it")  # fmt: skip
+                   help="of the forward and backward pass; auto: bf16 where the device is fast at it")
     p.add_argument("--deterministic", action="store_true", help="deterministic algorithms alone")
+    # fmt: on
     return p
 
 

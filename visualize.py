@@ -23,16 +23,18 @@ BINS = 201
 
 def parse() -> Namespace:
     p = Parser(__doc__)
+    # fmt: off
     p.add_argument("--model_path", nargs="+", metavar="FILE",
-                   default=["models/ResNet150.pth", "models/W4_ResNet.pth"], help="checkpoints")  # fmt: skip
+                   default=["models/ResNet150.pth", "models/W4_ResNet.pth"], help="checkpoints")
     p.add_argument("--labels", nargs="+", default=None, metavar="NAME",
                    help="names of the checkpoints in the pictures (default: SGD PSGD for the default checkpoints, "
-                   "else the file names)")  # fmt: skip
+                   "else the file names)")
     p.add_argument("--w_bit", type=bits, default=4, help="bit-width of the quantized histograms and the grid lines")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
-                   help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")  # fmt: skip
+                   help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")
     p.add_argument("--layers", nargs="+", default=None, metavar="NAME", help="state_dict names (default: all weights)")
     p.add_argument("--out", default="visualizations", metavar="DIR", help="folder for <layer>.png")
+    # fmt: on
     args = p.parse_args()
     if args.labels is None:
         default = args.model_path == p.get_default("model_path")

@@ -17,9 +17,7 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU(inplace=True)
         self.downsample = nn.Sequential()
         if stride != 1 or in_planes != planes:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu1(self.bn1(self.conv1(x)))
@@ -49,9 +47,7 @@ class ResNet32(nn.Module):
 
     @staticmethod
     def _stage(in_planes: int, planes: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(
-            BasicBlock(in_planes, planes, stride), *(BasicBlock(planes, planes, 1) for _ in range(4))
-        )
+        return nn.Sequential(BasicBlock(in_planes, planes, stride), *(BasicBlock(planes, planes, 1) for _ in range(4)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))

@@ -1,23 +1,9 @@
 """The method: quantization grids, the PSGD optimizer and quantized copies of networks. Needs torch alone."""
 
-from quant.grid import (
-    fake_quantize,
-    fake_quantize_weight,
-    quantize,
-    weight_scale,
-)
+from quant.activations import ActivationQuantizer, bn_ranges, minmax_ranges, quantize_activations
+from quant.grid import FLOAT_BITS, fake_quantize, fake_quantize_weight, quantize, weight_scale
 from quant.layers import layer_bits
-from quant.network import (
-    FLOAT_BITS,
-    ActivationQuantizer,
-    bn_ranges,
-    grid_share,
-    minmax_ranges,
-    packed_bytes,
-    quantize_activations,
-    quantize_weights,
-    weight_mse,
-)
+from quant.network import grid_share, packed_bytes, quantize_weights, weight_mse
 from quant.psgd import PSGD, psg_multipliers, psg_param_groups
 
 __all__ = [

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 BITS = range(2, 9)
+FLOAT_BITS = 32  # stands for "not quantized" wherever a bit-width is given
 
 
 def check_bits(bits: int) -> int:

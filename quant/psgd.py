@@ -124,7 +124,12 @@ class PSGD(Optimizer):
             check_bits(group["bits"])
         for key, positive in (("lambda_s", True), ("psg_eps", False)):
             value = group[key]
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or positive and value == 0:
+            if (
+                not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or value < 0
+                or (positive and value == 0)
+            ):
                 raise ValueError(f"{key} must be a finite number {'>' if positive else '>='} 0, got {value!r}")
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Shared fixtures. Scripts run in the test's own process, in an empty folder, exactly as `python <script> ...` would."""
+"""Shared fixtures. Scripts run in the test's own process, in an empty folder, as `python <script> ...` would."""
 
 import importlib
 import sys
@@ -96,6 +96,8 @@ def digits_run(tmp_path_factory):
     import subprocess
 
     folder = tmp_path_factory.mktemp("digits")
-    command = "--psg 0 --dataset digits --lr 0.1 --epoch 3 --decay_epoch 3 --batch_size 64 --exp_name v --precision fp32"
+    command = (
+        "--psg 0 --dataset digits --lr 0.1 --epoch 3 --decay_epoch 3 --batch_size 64 --exp_name v --precision fp32"
+    )
     subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
     return folder / "runs" / "v" / "last.pth"

@@ -130,7 +130,11 @@ def test_everything_that_does_not_fit_is_listed():
     state["conv1.weight"] = torch.ones(16, 3, 5, 5)
     with pytest.raises(UserError) as error:
         load_weights(ResNet32(10), {"state_dict": state}, "x.pth")
-    for word in ("missing bn1.weight", "unknown conv9.weight", "conv1.weight is [16, 3, 5, 5] instead of [16, 3, 3, 3]"):
+    for word in (
+        "missing bn1.weight",
+        "unknown conv9.weight",
+        "conv1.weight is [16, 3, 5, 5] instead of [16, 3, 3, 3]",
+    ):
         assert word in str(error.value)
 
 
@@ -145,6 +149,10 @@ def test_other_architecture_or_class_count():
 
 
 def test_copy_without_optimizer_state(tmp_path):
-    save_checkpoint(tmp_path / "a.pth", {"epoch": 2, "state_dict": {"w": torch.ones(1)}, "optimizer": {}, "scheduler": {}})
-    subprocess.run([sys.executable, "-m", "utils.checkpoint", tmp_path / "a.pth", tmp_path / "b.pth"], cwd=ROOT, check=True)
+    save_checkpoint(
+        tmp_path / "a.pth", {"epoch": 2, "state_dict": {"w": torch.ones(1)}, "optimizer": {}, "scheduler": {}}
+    )
+    subprocess.run(
+        [sys.executable, "-m", "utils.checkpoint", tmp_path / "a.pth", tmp_path / "b.pth"], cwd=ROOT, check=True
+    )
     assert load_checkpoint(tmp_path / "b.pth").keys() == {"epoch", "state_dict"}

@@ -13,7 +13,7 @@ from utils.checkpoint import load_checkpoint, load_weights
 from utils.data import DATASETS, load_dataset
 from utils.engine import evaluate
 
-COLUMNS = "model,arch,dataset,w_bit,a_bit,act_range,top1,loss,weight_mse,bytes".split(",")
+COLUMNS = ["model", "arch", "dataset", "w_bit", "a_bit", "act_range", "top1", "loss", "weight_mse", "bytes"]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_bn_range_without_batch_norm_names_the_relu(cli, tmp_path):
 
 
 @needs_cifar100
-def test_shipped_checkpoints_give_their_published_figures(cli, monkeypatch):
+def test_shipped_checkpoints_give_their_published_figures(cli, tmp_path):
     """The rows of results/ that name a shipped checkpoint, at full precision and 4 bits, on the real test set."""
     shipped = sorted(path for path in (ROOT / "models").glob("*.pth"))
     if not shipped:
@@ -132,8 +132,10 @@ def test_shipped_checkpoints_give_their_published_figures(cli, monkeypatch):
             published[row["model"], row["w_bit"], row["a_bit"]] = row["top1"]
     for path in shipped:
         name = f"models/{path.name}"
-        outcome = cli("eval.py", "--model_path", path, "--data_dir", CIFAR100.parent, "--w_bit", "4", "--out", path.stem)
+        outcome = cli(
+            "eval.py", "--model_path", path, "--data_dir", CIFAR100.parent, "--w_bit", "4", "--out", path.stem
+        )
         assert outcome.code == 0, outcome.err
-        for row in csv.DictReader(open(f"{path.stem}/results.csv", newline="")):
+        for row in rows(tmp_path / path.stem):
             # Two of 10,000 images: the last bits of a float32 convolution differ between processors.
             assert float(row["top1"]) == pytest.approx(float(published[name, row["w_bit"], "32"]), abs=0.02), name

@@ -26,9 +26,7 @@ def test_per_channel_agrees_with_torch_up_to_ties(bits):
     quant_max = weight_quant_max(bits)
     scale = weight_scale(weight, bits, per_channel=True)
     assert scale.shape == (16, 1, 1, 1)
-    theirs = torch.fake_quantize_per_channel_affine(
-        weight, scale.flatten(), torch.zeros(16), 0, -quant_max, quant_max
-    )
+    theirs = torch.fake_quantize_per_channel_affine(weight, scale.flatten(), torch.zeros(16), 0, -quant_max, quant_max)
     steps = weight / scale
     near_tie = (steps - steps.floor() - 0.5).abs() < 1e-4
     ours = fake_quantize_weight(weight, bits, per_channel=True)

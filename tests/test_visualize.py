@@ -13,7 +13,9 @@ def test_a_picture_for_each_layer(cli, tmp_path, digits_run, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     layers = ["conv1.weight", "layer2.0.downsample.0.weight", "fc.weight"]
     paths = [digits_run, digits_run]
-    outcome = cli("visualize.py", "--model_path", *paths, "--labels", "SGD", "PSGD", "--layers", *layers, "--out", "p/q")
+    outcome = cli(
+        "visualize.py", "--model_path", *paths, "--labels", "SGD", "PSGD", "--layers", *layers, "--out", "p/q"
+    )
     assert outcome.code == 0, outcome.err
     pictures = sorted(path.name for path in (tmp_path / "p/q").iterdir())
     assert pictures == sorted(f"{layer}.png" for layer in layers)

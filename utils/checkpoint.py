@@ -51,7 +51,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Copies the checkpoint's weights into `model`; raises UserError listing what is missing, left over or misshapen."""
+    """Copies the checkpoint's weights into `model`; UserError lists what is missing, left over or misshapen."""
     state = {k: v for k, v in checkpoint["state_dict"].items() if not k.endswith(PUBLISHED_EXTRAS)}
     wanted = model.state_dict()
     problems = [f"missing {key}" for key in wanted if key not in state]

@@ -106,7 +106,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             return {key: archive[key] for key in keys}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a readable .npz of plain arrays ({reason}): make it again or delete it") from None
+        raise UserError(
+            f"{path} is not a readable .npz of plain arrays ({reason}): make it again or delete it"
+        ) from None
 
 
 def _torchvision(name: str, data_dir: Path, npz: Path) -> dict[str, np.ndarray]:
@@ -179,9 +181,7 @@ def eval_batches(split: Split, spec: DataSpec, batch_size: int) -> Iterator[tupl
         yield normalize(part.images, spec), part.labels
 
 
-def calibration_batches(
-    split: Split, spec: DataSpec, count: int, seed: int, batch_size: int = 256
-) -> Iterator[Tensor]:
+def calibration_batches(split: Split, spec: DataSpec, count: int, seed: int, batch_size: int = 256) -> Iterator[Tensor]:
     """Normalised images, no augmentation, of `count` examples of `split` drawn with `seed`."""
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
     for where in chosen.to(split.images.device).split(batch_size):

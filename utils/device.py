@@ -40,7 +40,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """"fp32" or "bf16"; "auto" is bf16 where the device is fast at it."""
+    """The precision to use, fp32 or bf16: "auto" becomes bf16 where the device is fast at it."""
     if precision == "auto":
         return "bf16" if bf16_is_fast(device) else "fp32"
     return precision

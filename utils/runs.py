@@ -26,7 +26,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, exp_name: str, args: dict[str, Any]) -> "RunFolder":
-        """A new folder runs/<exp_name>, or <exp_name>-2, -3 ... if that exists. Raises UserError if it cannot be made."""
+        """A new folder runs/<exp_name>, or <exp_name>-2, -3 ... if that exists. UserError if it cannot be made."""
         if Path(exp_name).is_absolute() or ".." in Path(exp_name).parts or not Path(exp_name).parts:
             raise UserError(f"--exp_name {exp_name!r} must name a folder below {ROOT}/")
         attempt = 1
@@ -38,7 +38,9 @@ class RunFolder:
             except FileExistsError:
                 attempt += 1
             except OSError as error:
-                raise UserError(f"run folder {path} cannot be made ({error.strerror}): choose another --exp_name") from None
+                raise UserError(
+                    f"run folder {path} cannot be made ({error.strerror}): choose another --exp_name"
+                ) from None
         folder = cls(path)
         write_json(path / "args.json", args)
         return folder

@@ -1,0 +1,152 @@
+"""Activation quantizers in place of a network's ReLUs, and the ranges they need, by batch norm or by calibration."""
+
+import copy
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from quant.grid import FLOAT_BITS, activation_quant_max, fake_quantize, nonzero_scale
+
+
+class ActivationQuantizer(nn.Module):
+    """ReLU and quantizer in one: clamps to [0, x_max] and rounds to the 2^bits levels of that range.
+
+    An x_max of 0, a ReLU that was never seen to fire, gives a step of 1. Raises ValueError for bits outside 2..8 or an
+    x_max that is negative or not finite.
+    """
+
+    def __init__(self, bits: int, x_max: float) -> None:
+        super().__init__()
+        if not 0 <= x_max < float("inf"):
+            raise ValueError(f"the activation range must be a finite number >= 0, got {x_max!r}")
+        self.bits = bits
+        self.quant_max = activation_quant_max(bits)
+        self.register_buffer("scale", nonzero_scale(torch.tensor(x_max / self.quant_max)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale.to(x.dtype), 0, self.quant_max)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, x_max={self.scale.item() * self.quant_max:.6g}"
+
+
+def relu_names(model: nn.Module) -> list[str]:
+    """Names of the ReLU modules of `model`. Raises ValueError if it has none."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no nn.ReLU module to put an activation quantizer at")
+    return names
+
+
+def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float]) -> nn.Module:
+    """A copy of `model` with an `ActivationQuantizer` of `bits` bits in place of every ReLU.
+
+    `ranges` gives the largest value x_max of each ReLU by module name, as `bn_ranges` and `minmax_ranges` do.
+    bits=32 gives a plain copy. Raises ValueError for a ReLU without a range.
+    """
+    quantized = copy.deepcopy(model)
+    if bits == FLOAT_BITS:
+        return quantized
+    for name in relu_names(model):
+        if name not in ranges:
+            raise ValueError(f"no activation range is given for {name}")
+        quantized.set_submodule(name, ActivationQuantizer(bits, ranges[name]))
+    return quantized
+
+
+@torch.no_grad()
+def minmax_ranges(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Largest output of every ReLU over `batches` of images: take training images, never test images.
+
+    Raises ValueError if `batches` is empty.
+    """
+    largest: dict[str, Tensor] = {}
+    was_training = model.training
+
+    def observer(name: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            peak = output.amax()
+            largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(observer(name)) for name in relu_names(model)]
+    try:
+        model.eval()
+        for images in batches:
+            model(images)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    if not largest:
+        raise ValueError("calibration needs at least one batch of images")
+    return {name: peak.item() for name, peak in largest.items()}
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and variance of an activation, one value a channel (float tensors [C])."""
+
+    mean: Tensor
+    var: Tensor
+
+
+@torch.no_grad()
+def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[str, float]:
+    """Data-free range of every ReLU: the maximum over channels of mean + n * standard deviation of what feeds it.
+
+    Batch norm says these statistics: its output has mean beta and standard deviation |gamma|. For a ReLU after a
+    residual sum, shortcut=True (ours) adds the mean and variance of the shortcut, taken as independent, an earlier
+    ReLU's output being a rectified normal variable; shortcut=False is the published rule, which looks at the batch
+    norm of the main branch (the first operand of the sum) alone.
+
+    Raises ValueError naming the ReLU that no batch norm feeds, or whose input cannot be followed to one.
+    """
+    traced = fx.symbolic_trace(model)
+    known: dict[fx.Node, ChannelStatistics] = {}
+
+    def statistics(node: fx.Node) -> ChannelStatistics:
+        if node not in known:
+            known[node] = follow(node)
+        return known[node]
+
+    def follow(node: fx.Node) -> ChannelStatistics:
+        module = traced.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.affine:
+            return ChannelStatistics(module.bias, module.weight.square())
+        if isinstance(module, nn.ReLU):
+            return rectified(statistics(node.args[0]))
+        if isinstance(module, (nn.Identity, nn.Dropout)):
+            return statistics(node.args[0])
+        if getattr(node.target, "__name__", "") in ("add", "iadd", "add_"):
+            main = statistics(node.args[0])
+            if not shortcut:
+                return main
+            other = statistics(node.args[1])
+            return ChannelStatistics(main.mean + other.mean, main.var + other.var)
+        raise LookupError(str(node.target))
+
+    ranges = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.ReLU):
+            try:
+                mean, var = statistics(node.args[0])
+            except LookupError as error:
+                raise ValueError(
+                    f"no batch norm feeds {node.target} (found {error}): its range must be calibrated on images"
+                ) from None
+            ranges[node.target] = max(0.0, (mean + n * var.sqrt()).max().item())
+    return ranges
+
+
+def rectified(x: ChannelStatistics) -> ChannelStatistics:
+    """Statistics of max(0, x) for normal x, in closed form."""
+    std = x.var.sqrt().clamp_min(torch.finfo(x.var.dtype).tiny)
+    ratio = x.mean / std
+    density = torch.exp(-0.5 * ratio.square()) / (2 * torch.pi) ** 0.5
+    share = torch.special.ndtr(ratio)
+    mean = x.mean * share + std * density
+    second_moment = (x.mean.square() + x.var) * share + x.mean * std * density
+    return ChannelStatistics(mean, (second_moment - mean.square()).clamp_min(0))
