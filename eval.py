@@ -5,7 +5,7 @@ The paper's 4-bit network
                  --first_last_quant 1 --act_quant 0 --act_clipping 0 --cu_num 0
 
 Several networks at several bit-widths, written to results/sweep/results.csv and results.json
-  python eval.py --model_path models/ResNet150.pth models/W4_ResNet.pth --w_bit 8 6 5 4 3 2 --out results/sweep
+  python eval.py --model_path models/ResNet82.pth models/W4_ResNet.pth --w_bit 8 6 5 4 3 2 --out results/sweep
 
 Weights and activations, with data-free ranges and with ranges calibrated on training images
   python eval.py --w_bit 8 4 --a_bit 32 8 4 --act_range bn

@@ -25,7 +25,7 @@ def parse() -> Namespace:
     p = Parser(__doc__)
     # fmt: off
     p.add_argument("--model_path", nargs="+", metavar="FILE",
-                   default=["models/ResNet150.pth", "models/W4_ResNet.pth"], help="checkpoints")
+                   default=["models/ResNet82.pth", "models/W4_ResNet.pth"], help="checkpoints")
     p.add_argument("--labels", nargs="+", default=None, metavar="NAME",
                    help="names of the checkpoints in the pictures (default: SGD PSGD for the default checkpoints, "
                    "else the file names)")

@@ -1,0 +1,133 @@
+"""The README and the scripts' docstrings: every command there is run, or at least understood, as it stands."""
+
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT, SmallNet
+from utils.cli import Parser
+
+README = (ROOT / "README.md").read_text()
+SCRIPTS = ["train.py", "eval.py", "visualize.py"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("python ", "make ", "pip "))]
+
+
+README_COMMANDS = [words for block in blocks("bash") for words in commands(block)]
+PYTHON_COMMANDS = [words for words in README_COMMANDS if words[0] == "python"]
+
+
+def test_readme_begins_with_the_two_make_commands():
+    assert README_COMMANDS[:2] == [["make", "quickstart"], ["make", "test"]]
+    for target in ("quickstart", "test", "lint"):
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert (ROOT / "requirements.txt").exists() and (ROOT / "environment.yml").exists()
+
+
+@pytest.fixture
+def workshop(tmp_path):
+    """An empty folder with the shipped models and a CIFAR-100 of 256 images of noise."""
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    (tmp_path / "data").mkdir()
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (256, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, 256)
+    names = np.array([f"class {n}" for n in range(100)])
+    np.savez(tmp_path / "data/cifar100.npz", x_train=images, y_train=labels, x_test=images[:64], y_test=labels[:64],
+             classes=names)  # fmt: skip
+    return tmp_path
+
+
+def test_every_python_command_of_the_readme_runs(cli, workshop):
+    """In their order, as they stand, but for the number of epochs of train.py and of rounds of the benchmark."""
+    assert len(PYTHON_COMMANDS) >= 9
+    for words in PYTHON_COMMANDS:
+        script, flags = words[1], words[2:]
+        if script == "-m":
+            script, flags = flags[0], [*flags[1:], "--rounds", "1"]
+        if "--epoch" in flags:
+            flags[flags.index("--epoch") + 1] = "83" if "--load_pretrained" in flags else "1"
+        outcome = cli(script, *flags)
+        assert outcome.code == 0, (words, outcome.err)
+    assert (workshop / "runs/cifar100/4bits/last.pth").exists() and (workshop / "runs/vanilla/last.pth").exists()
+    assert (workshop / "results/sweep/results.csv").exists()
+    assert len(list((workshop / "visualizations").glob("*.png"))) == 34
+
+
+def test_the_five_lines_run():
+    (block,) = blocks("python")
+    scope = {"model": SmallNet()}
+    exec(block, scope)
+    optimizer, model = scope["optimizer"], scope["model"]
+    model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    before = model.conv2.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.conv2.weight, before)
+    assert len(scope["four_bit_model"].conv2.weight.unique()) <= 15
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_docstring_commands_parse(script, monkeypatch):
+    module = importlib.import_module(script.removesuffix(".py"))
+    found = commands(module.__doc__)
+    assert len(found) >= 2
+
+    class Parsed(Exception):  # noqa: N818
+        pass
+
+    original = Parser.parse_args
+
+    def stop(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(Parser, "parse_args", stop)
+    for words in found:
+        assert words[1] == script
+        monkeypatch.setattr(sys, "argv", words[1:])
+        with pytest.raises(Parsed):
+            module.main()
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "utils.benchmark"])
+def test_help_names_every_flag_with_its_default(cli, script):
+    outcome = cli(script, "--help")
+    assert outcome.code == 0 and outcome.err == ""
+    assert "python" in outcome.out and "--help" in outcome.out and "(default: " in outcome.out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_torch(script):
+    code = f"import sys, runpy; sys.argv = ['{script}', '--help']\n" + (
+        f"try: runpy.run_path('{script}', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_readme_tables_name_every_flag(cli, script):
+    """And no flag that does not exist."""
+    flags = set(re.findall(r"^  (--\w+)", cli(script, "--help").out, flags=re.MULTILINE)) - {"--help"}
+    table = README.split(f"| {script} | default | |\n")[1].split("\n\n")[0]
+    named = {flag for row in table.splitlines() for flag in re.findall(r"--\w+", row.split("|")[1])}
+    assert flags == named
+
+
+def test_links_and_pictures_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
