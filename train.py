@@ -90,6 +90,36 @@ def parse() -> tuple[Namespace, RunFolder | None]:
     return args, folder
 
 
+def build_optimizer(args: Namespace, model, device):
+    """SGD with momentum or Adam, inside PSGD with --psg 1."""
+    import torch
+
+    from quant import PSGD, psg_param_groups
+
+    groups = psg_param_groups(model, args.w_bit, bool(args.first_last_quant)) if args.psg else model.parameters()
+    common = {"weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
+    if args.adam:
+        optimizer = torch.optim.Adam(groups, lr=args.lr * (0.01 * args.lambda_s if args.psg else 1), **common)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, **common)
+    return PSGD(optimizer, lambda_s=args.lambda_s, eps=args.eps) if args.psg else optimizer
+
+
+def low_bit_metrics(args: Namespace, model, split, spec) -> dict[str, float]:
+    """Loss and top-1 at full precision and at --w_bit, and how far the weights are from the grid of --w_bit."""
+    from quant import grid_share, quantize_weights, weight_mse
+    from utils.engine import evaluate, fold_batch_norm
+
+    target = (args.w_bit, bool(args.first_last_quant))
+    full = evaluate(fold_batch_norm(model), split, spec, args.precision)
+    low = evaluate(fold_batch_norm(quantize_weights(model, *target)), split, spec, args.precision)
+    name = f"w{args.w_bit}"
+    return {
+        "fp_loss": full.loss, "fp_top1": full.top1, f"{name}_loss": low.loss, f"{name}_top1": low.top1,
+        f"{name}_mse": weight_mse(model, *target), "grid_share": grid_share(model, *target),
+    }  # fmt: skip
+
+
 def main() -> None:
     args, folder = parse()
 
@@ -97,11 +127,10 @@ def main() -> None:
     from tqdm import tqdm
 
     from models import build_model
-    from quant import PSGD, grid_share, psg_param_groups, quantize_weights, weight_mse
-    from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint, save_checkpoint
+    from utils.checkpoint import load_checkpoint, load_run, model_from_checkpoint, save_checkpoint
     from utils.data import TrainBatches, load_dataset
     from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
-    from utils.engine import NonFiniteLossError, evaluate, fold_batch_norm, train_epoch
+    from utils.engine import NonFiniteError, train_epoch
 
     device, device_line = select_device(args.device, args.cu_num)
     args.precision = resolve_precision(args.precision, device)
@@ -129,44 +158,32 @@ def main() -> None:
     if args.epoch < first_epoch:
         raise UserError(f"--epoch {args.epoch} is before the first epoch, {first_epoch}: nothing to train")
     model.to(device, memory_format=torch.channels_last)
-
-    groups = psg_param_groups(model, args.w_bit, bool(args.first_last_quant)) if args.psg else model.parameters()
-    fused = device.type in ("cpu", "cuda")
-    if args.adam:
-        lr = args.lr * (0.01 * args.lambda_s if args.psg else 1)
-        optimizer = torch.optim.Adam(groups, lr=lr, weight_decay=args.w_decay, fused=fused)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.w_decay, fused=fused)
-    if args.psg:
-        optimizer = PSGD(optimizer, lambda_s=args.lambda_s, eps=args.eps)
+    optimizer = build_optimizer(args, model, device)
     milestones = [epoch - first_epoch for epoch in args.decay_epoch]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
     done = first_epoch - 1
     if folder:
-        checkpoint = load_checkpoint(folder.last_checkpoint)
-        load_weights(model, checkpoint, folder.last_checkpoint)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        done = checkpoint["epoch"]
+        done = load_run(folder.last_checkpoint, model, optimizer, scheduler)
         if done >= args.epoch:
             print(f"{folder.path} has all {done} epochs: nothing left to do (a larger --epoch goes on)")
             return
         folder.note_resume(done, torch=torch.__version__, device=str(device))
+        last_good = folder.last_checkpoint
     else:
         facts = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__, "device": str(device)}
         folder = RunFolder.create(args.exp_name, {"args": vars(args), **facts})
         args.exp_name = folder.exp_name
+        last_good = args.load_pretrained or "none"
     folder.start_logging(after_epoch=done)
 
     print(f"{device_line}, precision: {args.precision}, run folder: {folder.path}")
     method = f"PSG for {args.w_bit} bits, lambda_s {args.lambda_s:g}" if args.psg else "no PSG"
-    print(f"{args.arch} on {args.dataset}, {method}, weight decay {args.w_decay:g}"
-          + (" (0 at 2 bits, as published; --w_decay overrides)" if args.psg and args.w_bit == 2 else ""))  # fmt: skip
-    print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images")
+    why = " (0 at 2 bits, as published; --w_decay overrides)" if args.psg and args.w_bit == 2 else ""
+    print(f"{args.arch} on {args.dataset}, {method}, weight decay {args.w_decay:g}{why}")
+    print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images", flush=True)
 
     batches = TrainBatches(train_split, dataset.spec, args.batch_size, args.seed)
-    start_checkpoint = folder.last_checkpoint if folder.last_checkpoint.exists() else args.load_pretrained or "none"
     for epoch in range(done + 1, args.epoch + 1):
         started = time.perf_counter()
         torch.manual_seed(args.seed * 2**20 + epoch)  # dropout of an epoch, like its batches, from (seed, epoch) alone
@@ -174,37 +191,31 @@ def main() -> None:
         progress = tqdm(batches.epoch(epoch), f"epoch {epoch}/{args.epoch}", len(batches), leave=False, disable=None)
         try:
             trained = train_epoch(model, optimizer, progress, args.precision)
-        except NonFiniteLossError as error:
+        except NonFiniteError as error:
             raise UserError(
-                f"the loss became {error.loss} in epoch {epoch}, step {error.step}; "
-                f"last good checkpoint: {start_checkpoint}; try a smaller --lr or --lambda_s"
+                f"{error} of epoch {epoch}; last good checkpoint: {last_good}; try a smaller --lr or --lambda_s"
             ) from None
         scheduler.step()
         trained_at = time.perf_counter()
-        first_last = bool(args.first_last_quant)
-        full = evaluate(fold_batch_norm(model), eval_split, dataset.spec, args.precision)
-        quantized = quantize_weights(model, args.w_bit, first_last)
-        low = evaluate(fold_batch_norm(quantized), eval_split, dataset.spec, args.precision)
-        row = {
-            "epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1,
-            "fp_loss": full.loss, "fp_top1": full.top1,
-            f"w{args.w_bit}_loss": low.loss, f"w{args.w_bit}_top1": low.top1,
-            f"w{args.w_bit}_mse": weight_mse(model, args.w_bit, first_last),
-            "grid_share": grid_share(model, args.w_bit, first_last),
-            "train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at,
-        }  # fmt: skip
+        row = {"epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1}
+        row |= low_bit_metrics(args, model, eval_split, dataset.spec)
+        row |= {"train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at}
         folder.log(row)
         checkpoint = {
             "epoch": epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(), "arch": args.arch, "num_classes": num_classes,
             "args": vars(args), "metrics": row,
         }  # fmt: skip
-        for path in [folder.path / f"epoch_{epoch}.pth"] * (epoch in args.save_epochs) + [folder.last_checkpoint]:
-            save_checkpoint(path, checkpoint)
-        start_checkpoint = folder.last_checkpoint
-        print(f"epoch {epoch:3d}  lr {lr:.4g}  loss {trained.loss:.4f}  train {trained.top1:.2f}  FP {full.top1:.2f}  "
-              f"W{args.w_bit} {low.top1:.2f}  on grid {100 * row['grid_share']:.1f} %  "
-              f"{row['train_seconds']:.1f} + {row['eval_seconds']:.1f} s", flush=True)  # fmt: skip
+        if epoch in args.save_epochs:
+            save_checkpoint(folder.path / f"epoch_{epoch}.pth", checkpoint)
+        save_checkpoint(folder.last_checkpoint, checkpoint)
+        last_good = folder.last_checkpoint
+        print(
+            f"epoch {epoch:3d}  lr {lr:.4g}  loss {trained.loss:.4f}  train {trained.top1:.2f}  "
+            f"FP {row['fp_top1']:.2f}  W{args.w_bit} {row[f'w{args.w_bit}_top1']:.2f}  "
+            f"on grid {100 * row['grid_share']:.1f} %  {row['train_seconds']:.1f} + {row['eval_seconds']:.1f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

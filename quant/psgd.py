@@ -140,7 +140,7 @@ class PSGD(Optimizer):
                 continue
             alike: dict[Any, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if parameter.grad is not None and parameter.numel():
                     alike[parameter.device, parameter.dtype].append(parameter)
             for weights in alike.values():
                 torch._foreach_mul_([weight.grad for weight in weights], psg_multipliers(weights, group))

@@ -6,7 +6,7 @@ from torch import nn
 
 from models import ResNet32
 from utils.data import DATASETS, Split, eval_batches
-from utils.engine import NonFiniteLossError, evaluate, fold_batch_norm, train_epoch
+from utils.engine import NonFiniteError, evaluate, fold_batch_norm, train_epoch
 
 SPEC = DATASETS["cifar100"]
 
@@ -67,6 +67,12 @@ def test_loss_that_is_not_finite_is_named_by_its_step():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     good = (torch.zeros(2, 3, 2, 2), torch.tensor([0, 1]))
     bad = (torch.full((2, 3, 2, 2), float("nan")), torch.tensor([0, 1]))
-    with pytest.raises(NonFiniteLossError) as error:
+    with pytest.raises(NonFiniteError, match="the loss became nan at step 3"):
         train_epoch(model, torch.optim.SGD(model.parameters(), lr=0.0), [good, good, bad, good], "fp32")
-    assert error.value.step == 3
+
+
+def test_weight_that_is_not_finite_after_the_last_step_is_named():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    good = (torch.full((2, 3, 2, 2), 1e5), torch.tensor([0, 1]))
+    with pytest.raises(NonFiniteError, match="1.weight was no longer finite after step 1"):
+        train_epoch(model, torch.optim.SGD(model.parameters(), lr=1e38), [good], "fp32")

@@ -129,6 +129,12 @@ def test_all_zero_tensor_stays_finite():
     assert torch.equal(weight.detach(), torch.zeros(3, 3))
 
 
+def test_empty_tensor_is_no_error():
+    weight = nn.Parameter(torch.zeros(0, 3))
+    weight.grad = torch.ones(0, 3)
+    PSGD(torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.1)).step()
+
+
 @pytest.mark.parametrize("eps", [0.0, 0.05])
 def test_is_gradient_descent_in_the_warped_space(eps):
     """With f(x) = 2/lam * sign(x-t) * (sqrt(lam*|x-t| + eps) - sqrt(eps)), a gradient step on y = f(x) moves x as PSGD

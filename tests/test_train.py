@@ -113,7 +113,7 @@ def test_cu_num_without_a_gpu_says_so(cli):
 def test_loss_that_explodes_stops_the_run(cli, tmp_path):
     outcome = cli("train.py", *QUICK, "--psg", "0", "--lr", "1e20", "--epoch", "2", "--exp_name", "a")
     assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1
-    assert "epoch 1, step" in outcome.err and "last good checkpoint: none" in outcome.err
+    assert " of epoch 1;" in outcome.err and "last good checkpoint: none" in outcome.err
 
 
 SCRATCH = ["--dataset", "digits", "--load_pretrained", ""]
@@ -166,6 +166,16 @@ def test_resume_with_other_settings(cli, tmp_path):
     outcome = cli("train.py", "--exp_name", "a", "--resume", "--lr", "0.2", "--epoch", "2")
     assert outcome.code == 2 and "begun with other settings: --lr 0.2 (was 0.05)" in outcome.err
     assert load_checkpoint(tmp_path / "runs/a/last.pth")["epoch"] == 1
+
+
+def test_resume_from_a_file_without_run_state(cli, tmp_path):
+    assert cli("train.py", *QUICK, "--psg", "0", "--epoch", "1", "--exp_name", "a").code == 0
+    path = tmp_path / "runs/a/last.pth"
+    checkpoint = load_checkpoint(path)
+    del checkpoint["optimizer"]
+    torch.save(checkpoint, path)
+    outcome = cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2")
+    assert outcome.code == 2 and "lacks optimizer: a run cannot be resumed from it" in outcome.err
 
 
 def test_unwritable_run_folder(rejected, tmp_path):

@@ -89,6 +89,24 @@ def model_from_checkpoint(
     return model
 
 
+def load_run(path: str | Path, model: nn.Module, optimizer: Any, scheduler: Any) -> int:
+    """Restores model, optimizer and scheduler of the run that wrote `path`; returns the number of its last epoch.
+
+    Raises UserError if the file does not hold a run's state.
+    """
+    checkpoint = load_checkpoint(path)
+    missing = [key for key in ("epoch", *RUN_STATE) if key not in checkpoint]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: a run cannot be resumed from it, only started from it")
+    load_weights(model, checkpoint, path)
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the optimizer state in {path} does not fit this run ({error})") from None
+    return checkpoint["epoch"]
+
+
 def main() -> None:
     if len(sys.argv) != 3:
         raise UserError("usage: python -m utils.checkpoint SOURCE.pth DESTINATION.pth")

@@ -23,12 +23,8 @@ class Result:
     top1: float
 
 
-class NonFiniteLossError(ArithmeticError):
-    """The training loss became NaN or infinite at `step` (from 1) of an epoch."""
-
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"loss {loss} at step {step}")
-        self.step, self.loss = step, loss
+class NonFiniteError(ArithmeticError):
+    """The loss or a weight became NaN or infinite; the message says which, and at which step (from 1) of an epoch."""
 
 
 def train_epoch(
@@ -36,7 +32,7 @@ def train_epoch(
 ) -> Result:
     """One pass over `batches`; returns loss and accuracy over the images as they were trained on.
 
-    Raises NonFiniteLossError at the end of the epoch in which the loss stopped being finite.
+    Raises NonFiniteError at the end of the epoch in which the loss, or a weight, stopped being finite.
     """
     model.train()
     losses, hits, images_seen = [], [], 0
@@ -54,7 +50,10 @@ def train_epoch(
     bad = (~per_step.isfinite()).nonzero()
     if len(bad):
         step = int(bad[0])
-        raise NonFiniteLossError(step + 1, per_step[step].item())
+        raise NonFiniteError(f"the loss became {per_step[step].item()} at step {step + 1}")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise NonFiniteError(f"{name} was no longer finite after step {len(losses)}")
     return Result(per_step.sum().item() / images_seen, 100 * torch.stack(hits).sum().item() / images_seen)
 
 
