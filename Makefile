@@ -30,9 +30,9 @@ quickstart: $(READY)
 	$(BIN)/python visualize.py --model_path $(RUN)/sgd/last.pth $(RUN)/psgd/last.pth --labels SGD PSGD --w_bit 3 \
 		--layers layer1.0.conv1.weight layer2.0.conv2.weight layer3.4.conv1.weight --out $(RUN)/histograms
 	@echo
-	@echo "What to look at: PSGD's weight_mse at 3 bits, its target, is below SGD's, and $(RUN)/histograms/*.png"
-	@echo "show its float weights gathering at the points of the 3-bit grid. Digits are too easy for an accuracy gap:"
-	@echo "both hold at 3 bits and neither at 2. The gap opens on CIFAR-100: see the results table in README.md."
+	@echo "Compare weight_mse of the two networks at 3 bits, PSGD's target, and look at $(RUN)/histograms/*.png:"
+	@echo "PSGD's float weights gather at the points of the 3-bit grid. Digits are too easy to show what that is worth;"
+	@echo "on CIFAR-100 the gap in accuracy opens: the results table in README.md."
 
 test: $(READY)
 	$(BIN)/python -m pytest -q tests

@@ -15,14 +15,15 @@ Ranges, scales and bit-widths are never fitted to test images. A bit-width of 32
 the first row of every model.
 """
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from utils.cli import Parser, UserError, bits_or_float, count, index, positive, run
+from utils.cli import Parser, UserError, bits_or_float, count, index, positive, run, seed
 
-COLUMNS = {  # name: (width on screen, format)
-    "model": (28, "s"), "arch": (9, "s"), "dataset": (9, "s"), "w_bit": (6, "d"), "a_bit": (6, "d"),
+COLUMNS = {  # name: (least width on screen, format)
+    "model": (5, "s"), "arch": (9, "s"), "dataset": (9, "s"), "w_bit": (6, "d"), "a_bit": (6, "d"),
     "act_range": (13, "s"), "top1": (7, ".2f"), "loss": (8, ".4f"), "weight_mse": (11, ".3e"), "bytes": (10, "d"),
 }  # fmt: skip
 
@@ -50,7 +51,7 @@ def parse() -> Namespace:
     p.add_argument("--act_clipping", type=int, choices=[0, 1], default=0, help="1: the published name of bn_published")
     p.add_argument("--clipping_range", type=positive, default=6.0, help="n of the bn ranges")
     p.add_argument("--calib_images", type=count, default=1024, metavar="N", help="training images for minmax")
-    p.add_argument("--seed", type=index, default=1, help="of the choice of calibration images")
+    p.add_argument("--seed", type=seed, default=1, help="of the choice of calibration images")
     p.add_argument("--lambda_s", type=positive, default=150.0, help="for the record in results.json; no effect")
     p.add_argument("--out", default=None, metavar="DIR", help="folder for results.csv and results.json")
     p.add_argument("--exp_name", default=None, help="the published name of --out results/<exp_name>")
@@ -77,9 +78,9 @@ def main() -> None:
 
     import torch
 
-    from quant import bn_ranges, minmax_ranges, packed_bytes, quantize_activations, quantize_weights, weight_mse
+    from quant import packed_bytes, quantize_activations, quantize_weights, weight_mse
     from utils.checkpoint import load_checkpoint, model_from_checkpoint
-    from utils.data import calibration_batches, load_dataset
+    from utils.data import load_dataset
     from utils.device import keep_freed_memory, resolve_precision, select_device
     from utils.engine import evaluate
     from utils.files import write_results
@@ -88,7 +89,6 @@ def main() -> None:
     args.precision = resolve_precision(args.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-    needs_calibration = args.act_range == "minmax" and any(a != 32 for a in args.a_bit)
 
     # Everything that can be wrong is looked at before the first evaluation.
     datasets, networks = {}, []
@@ -98,31 +98,19 @@ def main() -> None:
         if name not in datasets:
             datasets[name] = load_dataset(name, args.data_dir, device)
         dataset = datasets[name]
-        if needs_calibration and args.calib_images > len(dataset.train):
-            raise UserError(f"--calib_images {args.calib_images} is more than the {len(dataset.train)} training images")
         model = model_from_checkpoint(checkpoint, path, args.arch, len(dataset.classes))
-        networks.append((path, model, checkpoint, dataset))
+        model.to(device, memory_format=torch.channels_last).eval()
+        networks.append((path, model, dataset, activation_ranges(args, path, model, dataset)))
     if args.out:
-        try:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out} cannot be made ({error.strerror})") from None
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        if not os.access(args.out, os.W_OK):
+            raise UserError(f"--out {args.out} cannot be written to")
 
     print(f"{device_line}, precision: {args.precision}")
-    print("  ".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items()))
+    columns = COLUMNS | {"model": (max(map(len, ["model", *args.model_path])), "s")}
+    print("  ".join(f"{name:>{width}}" for name, (width, _) in columns.items()))
     rows: list[dict[str, Any]] = []
-    for path, model, _, dataset in networks:
-        model.to(device, memory_format=torch.channels_last).eval()
-        ranges = {}
-        if args.act_quant:
-            try:
-                if args.act_range == "minmax":
-                    images = calibration_batches(dataset.train, dataset.spec, args.calib_images, args.seed)
-                    ranges = minmax_ranges(model, images)
-                else:
-                    ranges = bn_ranges(model, args.clipping_range, shortcut=args.act_range == "bn")
-            except ValueError as error:
-                raise UserError(f"{path}: {error}; use --act_range minmax") from None
+    for path, model, dataset, ranges in networks:
         for w_bit, a_bit in settings(args):
             weights = (w_bit, bool(args.first_last_quant))
             network = quantize_activations(quantize_weights(model, *weights), a_bit, ranges)
@@ -134,12 +122,28 @@ def main() -> None:
                 "bytes": packed_bytes(model, *weights),
             }  # fmt: skip
             rows.append(row)
-            print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in COLUMNS.items()), flush=True)
+            print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
+        if args.out:  # after each model, so that a sweep that is cut off leaves what it has
+            write_results(args.out, rows, torch=torch.__version__, device=str(device), settings=vars(args))
     if args.out:
-        facts = {"torch": torch.__version__, "device": str(device), "settings": vars(args)}
-        epochs = {path: checkpoint.get("epoch") for path, _, checkpoint, _ in networks}
-        write_results(args.out, rows, epochs=epochs, **facts)
         print(f"written: {args.out}/results.csv and results.json")
+
+
+def activation_ranges(args: Namespace, path: str, model, dataset) -> dict[str, float]:
+    """x_max of every ReLU by --act_range; none if activations stay float."""
+    from quant import bn_ranges, minmax_ranges
+    from utils.data import calibration_batches
+
+    if all(a_bit == 32 for a_bit in args.a_bit):
+        return {}
+    if args.act_range == "minmax":
+        if args.calib_images > len(dataset.train):
+            raise UserError(f"--calib_images {args.calib_images} is more than the {len(dataset.train)} training images")
+        return minmax_ranges(model, calibration_batches(dataset.train, dataset.spec, args.calib_images, args.seed))
+    try:
+        return bn_ranges(model, args.clipping_range, shortcut=args.act_range == "bn")
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; use --act_range minmax") from None
 
 
 if __name__ == "__main__":

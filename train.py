@@ -8,7 +8,7 @@ The vanilla network itself
   python train.py --psg 0 --lr 0.1 --decay_epoch 82 123 --epoch 150 --save_epochs 82 150 --exp_name vanilla
 
 PSGD from scratch, on the embedded digits
-  python train.py --dataset digits --load_pretrained "" --lr 0.05 --epoch 10 --decay_epoch 8 --exp_name digits
+  python train.py --dataset digits --lr 0.05 --epoch 10 --decay_epoch 8 --exp_name digits
 
 Go on with a run that was cut off; its settings come from its folder
   python train.py --exp_name vanilla --resume
@@ -19,7 +19,7 @@ Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth an
 import time
 from argparse import Namespace
 
-from utils.cli import Parser, UserError, bits, count, index, non_negative, positive, run
+from utils.cli import Parser, UserError, bits, count, index, non_negative, positive, run, seed
 from utils.files import command_line, git_commit
 from utils.runs import RunFolder
 
@@ -36,7 +36,7 @@ def parser() -> Parser:
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
     p.add_argument("--val_split", type=index, default=0, metavar="N",
                    help="hold N training images out and evaluate on them instead of the test set")
-    p.add_argument("--seed", type=index, default=1, help="of initial weights, data order and augmentation")
+    p.add_argument("--seed", type=seed, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
     p.add_argument("--w_bit", type=bits, default=4, help="target bit-width of the weights, 2 to 8")
     p.add_argument("--lambda_s", type=positive, default=150.0, help="strength of the gradient scaling")
@@ -45,13 +45,14 @@ def parser() -> Parser:
                    help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")
     p.add_argument("--a_bit", type=bits, default=4, help="target bit-width of activations; no effect in training")
     p.add_argument("--load_pretrained", default=None, metavar="FILE",
-                   help=f'checkpoint to start from; "" for scratch (default: {PRETRAINED} with --psg 1, else "")')
+                   help='checkpoint to start from, or "" for scratch '
+                   f"(default: {PRETRAINED} for PSG on ResNet32 and cifar100, else scratch)")
     p.add_argument("--resume_epoch", type=count, default=None, metavar="N",
                    help="number of the first epoch (default: one after the checkpoint's)")
     p.add_argument("--epoch", type=count, default=150, help="number of the last epoch")
     p.add_argument("--lr", type=positive, default=0.01, help="initial learning rate; use 1e-4 with --adam 1")
     p.add_argument("--decay_epoch", type=count, nargs="*", default=[123], metavar="N",
-                   help="epochs from which the learning rate is a tenth of what it was")
+                   help="epochs, after the first of the run, from which the learning rate is a tenth of before")
     p.add_argument("--adam", type=int, choices=[0, 1], default=0,
                    help="1: Adam; with PSG its learning rate is multiplied by 0.01 * lambda_s, as published")
     p.add_argument("--w_decay", type=non_negative, default=None,
@@ -74,7 +75,8 @@ def parse() -> tuple[Namespace, RunFolder | None]:
     args = parser().parse_args()
     if not args.resume:
         if args.load_pretrained is None:
-            args.load_pretrained = PRETRAINED if args.psg else ""
+            as_published = args.psg and args.arch == "ResNet32" and args.dataset == "cifar100"
+            args.load_pretrained = PRETRAINED if as_published else ""
         if args.w_decay is None:
             args.w_decay = 0.0 if args.psg and args.w_bit == 2 else 1e-4
         return args, None
@@ -83,6 +85,8 @@ def parse() -> tuple[Namespace, RunFolder | None]:
     again = parser()
     again.set_defaults(**saved)
     args = again.parse_args()
+    if args.precision == "auto":  # what it was resolved to when the run began
+        args.precision = saved["precision"]
     changed = [key for key, value in saved.items() if key not in FREE_ON_RESUME and getattr(args, key) != value]
     if changed:
         told = ", ".join(f"--{key} {getattr(args, key)} (was {saved[key]})" for key in changed)
@@ -172,15 +176,17 @@ def main() -> None:
         last_good = folder.last_checkpoint
     else:
         facts = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__, "device": str(device)}
-        folder = RunFolder.create(args.exp_name, {"args": vars(args), **facts})
+        folder = RunFolder.create(args.exp_name)
         args.exp_name = folder.exp_name
+        folder.write_settings({"args": vars(args), **facts})
         last_good = args.load_pretrained or "none"
     folder.start_logging(after_epoch=done)
 
     print(f"{device_line}, precision: {args.precision}, run folder: {folder.path}")
     method = f"PSG for {args.w_bit} bits, lambda_s {args.lambda_s:g}" if args.psg else "no PSG"
-    why = " (0 at 2 bits, as published; --w_decay overrides)" if args.psg and args.w_bit == 2 else ""
-    print(f"{args.arch} on {args.dataset}, {method}, weight decay {args.w_decay:g}{why}")
+    origin = f"from {args.load_pretrained}" if args.load_pretrained else "from scratch"
+    why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
+    print(f"{args.arch} on {args.dataset} {origin}, {method}, weight decay {args.w_decay:g}{why}")
     print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images", flush=True)
 
     batches = TrainBatches(train_split, dataset.spec, args.batch_size, args.seed)

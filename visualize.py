@@ -41,6 +41,8 @@ def parse() -> Namespace:
         args.labels = ["SGD", "PSGD"] if default else [str(Path(path).with_suffix("")) for path in args.model_path]
     if len(args.labels) != len(args.model_path):
         raise UserError(f"{len(args.labels)} --labels for {len(args.model_path)} checkpoints: give one for each")
+    if len(set(args.labels)) < len(args.labels):
+        raise UserError(f"the labels {', '.join(args.labels)} are not all different: name them with --labels")
     return args
 
 
@@ -58,18 +60,14 @@ def main() -> None:
 
     networks = {}
     for label, path in zip(args.labels, args.model_path, strict=True):
-        checkpoint = load_checkpoint(path)
-        networks[label] = model_from_checkpoint(checkpoint, path, None, checkpoint_classes(checkpoint))
+        networks[label] = model_from_checkpoint(load_checkpoint(path), path)
     widths = [layer_bits(network, args.w_bit, bool(args.first_last_quant)) for network in networks.values()]
     shared = [name for name in widths[0] if name.endswith("weight") and all(name in names for names in widths)]
     unknown = [name for name in args.layers or [] if name not in shared]
     if unknown:
         raise UserError(f"no quantized layer {unknown[0]!r}; the layers are {', '.join(shared)}")
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror})") from None
+    out.mkdir(parents=True, exist_ok=True)
 
     seaborn.set_theme(style="ticks", context="notebook")
     layers = args.layers or shared
@@ -77,17 +75,9 @@ def main() -> None:
         weights = {label: network.get_parameter(name).detach() for label, network in networks.items()}
         figure = layer_histograms(name, weights, widths[0][name])
         path = out / f"{name}.png"
-        try:
-            figure.savefig(path, dpi=130)
-        except OSError as error:
-            raise UserError(f"{path} could not be written ({error.strerror})") from None
+        figure.savefig(path, dpi=130)
         pyplot.close(figure)
         print(f"{number}/{len(layers)}  {path}", flush=True)
-
-
-def checkpoint_classes(checkpoint: dict) -> int:
-    """Number of classes by the last layer, which published files do not name."""
-    return checkpoint.get("num_classes") or len(list(checkpoint["state_dict"].values())[-1])
 
 
 def layer_histograms(name: str, weights: dict, width: int):

@@ -43,7 +43,8 @@ def relu_names(model: nn.Module) -> list[str]:
 def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float]) -> nn.Module:
     """A copy of `model` with an `ActivationQuantizer` of `bits` bits in place of every ReLU.
 
-    `ranges` gives the largest value x_max of each ReLU by module name, as `bn_ranges` and `minmax_ranges` do.
+    `ranges` gives the largest value x_max of each ReLU by module name, as `bn_ranges` and `minmax_ranges` do. A ReLU
+    module that a network uses at several places has one quantizer, with the largest range of them.
     bits=32 gives a plain copy. Raises ValueError for a ReLU without a range.
     """
     quantized = copy.deepcopy(model)
@@ -120,7 +121,8 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
             return rectified(statistics(node.args[0]))
         if isinstance(module, (nn.Identity, nn.Dropout)):
             return statistics(node.args[0])
-        if getattr(node.target, "__name__", "") in ("add", "iadd", "add_"):
+        operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if operation in ("add", "iadd", "add_") and all(isinstance(operand, fx.Node) for operand in node.args):
             main = statistics(node.args[0])
             if not shortcut:
                 return main
@@ -128,7 +130,7 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
             return ChannelStatistics(main.mean + other.mean, main.var + other.var)
         raise LookupError(str(node.target))
 
-    ranges = {}
+    ranges: dict[str, float] = {}
     for node in traced.graph.nodes:
         if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.ReLU):
             try:
@@ -137,7 +139,7 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
                 raise ValueError(
                     f"no batch norm feeds {node.target} (found {error}): its range must be calibrated on images"
                 ) from None
-            ranges[node.target] = max(0.0, (mean + n * var.sqrt()).max().item())
+            ranges[node.target] = max(ranges.get(node.target, 0.0), (mean + n * var.sqrt()).max().item())
     return ranges
 
 

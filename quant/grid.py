@@ -32,14 +32,15 @@ def weight_scale(weight: Tensor, bits: int, per_channel: bool = False) -> Tensor
     """Step of the weight grid, s = max|w| / (2^(bits-1) - 1) (design of the published code).
 
     Returns a 0-d tensor, or with `per_channel` one step for each index of dim 0, shaped to broadcast against
-    `weight`. A tensor (or channel) of zeros gets step 1: it lies on that grid exactly, and nothing divides by zero.
+    `weight`; a 1-D tensor (a bias) has one step either way. A tensor (or channel) of zeros gets step 1: it lies on that
+    grid exactly, and nothing divides by zero.
     Raises ValueError for bits outside 2..8.
     """
     quant_max = weight_quant_max(bits)
-    if per_channel and weight.dim() > 1:
+    if weight.numel() == 0:
+        absmax = weight.new_zeros(())
+    elif per_channel and weight.dim() > 1:
         absmax = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
-    elif per_channel or weight.numel() == 0:
-        absmax = weight.abs()
     else:
         absmax = weight.abs().amax()
     return nonzero_scale(absmax / quant_max)
@@ -85,7 +86,7 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> T
 
 
 def fake_quantize_weight(weight: Tensor, bits: int, per_channel: bool = False) -> Tensor:
-    """Q(w): `weight` on its own grid of `bits` bits, per tensor (default) or per index of dim 0.
+    """Q(w): `weight` on its own grid of `bits` bits, per tensor (default) or per output channel.
 
     Raises ValueError for bits outside 2..8.
     """

@@ -34,7 +34,7 @@ def weight_mse(model: nn.Module, bits: int, first_last: bool = True, per_channel
     total, count = 0.0, 0
     for name, width in layer_bits(model, bits, first_last).items():
         weight = model.get_parameter(name)
-        total += (weight - fake_quantize_weight(weight, width, per_channel)).double().square().sum().item()
+        total += (weight - fake_quantize_weight(weight, width, per_channel)).cpu().double().square().sum().item()
         count += weight.numel()
     return total / count
 
@@ -62,12 +62,16 @@ def packed_bytes(model: nn.Module, bits: int, first_last: bool = True, per_chann
     """
     widths = {} if bits == FLOAT_BITS else layer_bits(model, bits, first_last)
     total = 0
+    seen: set[int] = set()  # a parameter that layers share is stored once
     for name, module in model.named_modules():
         if not isinstance(module, WEIGHT_LAYERS):
             continue
         for key, parameter in module.named_parameters(name, recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
             if key in widths:
-                scales = parameter.shape[0] if per_channel else 1
+                scales = parameter.shape[0] if per_channel and parameter.dim() > 1 else 1
                 total += (parameter.numel() * widths[key] + 7) // 8 + 4 * scales
             else:
                 total += 4 * parameter.numel()

@@ -34,12 +34,13 @@ def psg_param_groups(
     Which parameters are quantized, and the meaning of `first_last`, is `layer_bits`'s rule. Parameters that do not
     require a gradient are left out. Raises ValueError for bits outside 2..8 or a model with nothing to quantize.
     """
-    widths = layer_bits(model, bits, first_last)
+    # By identity, not by name: a parameter shared with, say, an embedding goes by the embedding's name there.
+    widths = {id(model.get_parameter(name)): width for name, width in layer_bits(model, bits, first_last).items()}
     by_width: dict[int, list[nn.Parameter]] = defaultdict(list)
     others = []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            (by_width[widths[name]] if name in widths else others).append(parameter)
+            (by_width[widths[id(parameter)]] if id(parameter) in widths else others).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": by_width[width], "bits": width, "per_channel": per_channel} for width in sorted(by_width)
     ]
@@ -88,11 +89,14 @@ class PSGD(Optimizer):
     Args:
         base: an optimizer instance. In its parameter groups `bits` (2..8) or `target="zero"` marks what is scaled;
             the other groups pass through untouched.
-        lambda_s: strength, > 0, for the scaled groups that name none (default 150: the paper's for 4 bits).
+        lambda_s: strength, > 0, for the scaled groups that name none (default 150: the paper's for 4 bits). What a
+            group says wins, also over the lambda_s of an earlier PSGD round the same base.
         eps: added to the multiplier, >= 0, for the scaled groups without a `psg_eps` (default 0, as published).
 
-    Raises TypeError if `base` is not an optimizer instance, ValueError for a setting out of range or if no group is
-    marked.
+    A tensor of zeros lies on its grid and so stays zero unless eps > 0.
+
+    Raises TypeError if `base` is not an optimizer instance; ValueError for a setting out of range, for PSG settings in
+    a group that is not marked, and if no group is marked.
     """
 
     def __init__(self, base: Optimizer, lambda_s: float = 150.0, eps: float = 0.0) -> None:
@@ -113,24 +117,25 @@ class PSGD(Optimizer):
         self.defaults = self.base.defaults
 
     def _complete(self, group: dict[str, Any]) -> None:
-        """Fills in a scaled group's missing settings and checks all of them; other groups stay as they are."""
+        """Checks a scaled group's settings, then fills in the missing ones; other groups stay as they are."""
         if not is_scaled(group):
+            stray = [key for key in PSG_KEYS if key in group]
+            if stray:
+                raise ValueError(
+                    f'a group with {stray[0]}={group[stray[0]]!r} needs "bits", or target "zero", to be scaled'
+                )
             return
-        for key, value in self.psg_defaults.items():
-            group.setdefault(key, value)
-        if group["target"] not in TARGETS:
-            raise ValueError(f"target must be one of {TARGETS}, got {group['target']!r}")
-        if group["target"] == "grid":
+        settings = {key: group.get(key, default) for key, default in self.psg_defaults.items()}
+        if settings["target"] not in TARGETS:
+            raise ValueError(f"target must be one of {TARGETS}, got {settings['target']!r}")
+        if settings["target"] == "grid":
             check_bits(group["bits"])
-        for key, positive in (("lambda_s", True), ("psg_eps", False)):
-            value = group[key]
-            if (
-                not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or value < 0
-                or (positive and value == 0)
-            ):
-                raise ValueError(f"{key} must be a finite number {'>' if positive else '>='} 0, got {value!r}")
+        for key, least in (("lambda_s", "> 0"), ("psg_eps", ">= 0")):
+            value = settings[key]
+            number = isinstance(value, (int, float)) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and key == "lambda_s"):
+                raise ValueError(f"{key} must be a finite number {least}, got {value!r}")
+        group.update(settings)
 
     @torch.no_grad()
     def scale_gradients(self) -> None:

@@ -31,8 +31,9 @@ def test_activation_quantizer_bad_range(x_max):
         ActivationQuantizer(4, x_max)
 
 
-@pytest.mark.parametrize("model", [ResNet32(10), vgg16_bn(10)])
-def test_one_quantizer_for_each_relu(model):
+@pytest.mark.parametrize("arch", [ResNet32, vgg16_bn])
+def test_one_quantizer_for_each_relu(arch):
+    model = arch(10)
     relus = [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
     ranges = {name: 1.0 + index for index, name in enumerate(relus)}
     quantized = quantize_activations(model, 4, ranges)
@@ -87,6 +88,13 @@ def test_bn_ranges_add_the_shortcut(net):
     total = main + other.clamp_min(0)
     assert ranges["relu2"] == pytest.approx((total.mean(0) + 3 * total.std(0)).max().item(), rel=5e-3)
     assert ranges["relu1"] == pytest.approx(bn_ranges(net, n=3, shortcut=False)["relu1"])
+
+
+def test_a_relu_used_twice_gets_the_larger_range(net):
+    with_statistics(net)
+    apart = bn_ranges(net, n=3)
+    net.relu2 = net.relu1
+    assert bn_ranges(net, n=3) == {"relu1": pytest.approx(max(apart.values()))}
 
 
 def test_bn_ranges_of_resnet32_name_every_relu():

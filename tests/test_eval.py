@@ -50,7 +50,7 @@ def test_sweep(cli, tmp_path, digits_run, network, digits):
     content = json.loads((tmp_path / "out/deep/results.json").read_text())
     assert [{k: str(v) for k, v in row.items()} for row in content["rows"]] == written
     assert content["command"].startswith("python eval.py --model_path") and content["commit"]
-    assert content["epochs"] == {str(digits_run): 3}
+    assert content["settings"]["w_bit"] == [8, 3, 32, 3]
     table = outcome.out.splitlines()
     assert len({len(line) for line in table[1:8] if not line.startswith("written")}) == 1
 
@@ -107,7 +107,7 @@ def test_bad_input_with_a_good_checkpoint(rejected, digits_run, tmp_path):
     too_many = [*model, "--a_bit", "4", "--calib_images", "1438"]
     assert "--calib_images 1438 is more than the 1437 training images" in rejected("eval.py", *too_many)
     (tmp_path / "file").write_text("")
-    assert "--out file/x cannot be made" in rejected("eval.py", *model, "--out", "file/x")
+    assert "file/x" in rejected("eval.py", *model, "--out", "file/x")
 
 
 def test_bn_range_without_batch_norm_names_the_relu(cli, tmp_path):

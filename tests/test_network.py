@@ -73,6 +73,6 @@ def test_packed_bytes():
     assert packed_bytes(net, 32) == 4 * (conv + conv_bias + linear + linear_bias)
     # 4 bits: 135 weights in 68 bytes, 21 in 11, 3 in 2, a 4-byte scale each; the convolution's bias stays float.
     assert packed_bytes(net, 4) == (68 + 4) + 4 * 5 + (11 + 4) + (2 + 4)
-    assert packed_bytes(net, 4, per_channel=True) == (68 + 4 * 5) + 4 * 5 + (11 + 4 * 3) + (2 + 4 * 3)
+    assert packed_bytes(net, 4, per_channel=True) == (68 + 4 * 5) + 4 * 5 + (11 + 4 * 3) + (2 + 4)
     assert packed_bytes(net, 2) == (135 + 4) + 4 * 5 + (21 + 4) + (3 + 4)  # both layers are ends: 8 bits
     assert packed_bytes(net, 4, first_last=False) == packed_bytes(net, 32)

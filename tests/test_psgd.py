@@ -47,7 +47,7 @@ def same(a, b):
 
 def run(net, optimizer, steps=3, first=0):
     for step in range(first, first + steps):
-        backward(net, step)
+        fill_gradients(net, step)
         optimizer.step()
 
 
@@ -78,9 +78,9 @@ def test_whole_training_equals_a_plain_loop(net):
     widths = layer_bits(net, 4)
     optimizer = PSGD(sgd(net), lambda_s=150)
     for step in range(5):
-        backward(net, step)
+        fill_gradients(net, step)
         optimizer.step()
-        backward(reference, step)
+        fill_gradients(reference, step)
         for name, parameter in reference.named_parameters():
             if name in widths:
                 parameter.grad *= twin_multiplier(parameter.detach(), widths[name], 150)
@@ -91,10 +91,12 @@ def test_whole_training_equals_a_plain_loop(net):
 def test_per_channel_grid(net):
     base = torch.optim.SGD(psg_param_groups(net, 4, per_channel=True), lr=0.1)
     backward(net)
-    gradient = net.conv2.weight.grad.clone()
+    gradient, bias_gradient = net.conv2.weight.grad.clone(), net.fc.bias.grad.clone()
     PSGD(base, lambda_s=2.0).scale_gradients()
     expected = torch.stack([g * twin_multiplier(w, 4, 2.0) for g, w in zip(gradient, net.conv2.weight.detach())])
     assert torch.equal(net.conv2.weight.grad, expected)
+    # A bias has one grid for all of it: with a grid an element it would never move.
+    assert torch.equal(net.fc.bias.grad, bias_gradient * twin_multiplier(net.fc.bias.detach(), 4, 2.0))
 
 
 def test_target_zero(net):
@@ -181,6 +183,13 @@ def test_param_groups_cover_every_parameter_once(net):
     assert id(net.bn1.weight) in scaled[None] and id(net.conv2.bias) in scaled[None]
 
 
+def test_parameter_shared_with_an_embedding_is_scaled():
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "inner": nn.Linear(4, 4), "head": nn.Linear(4, 6)})
+    model["head"].weight = model["embedding"].weight
+    scaled = [id(p) for group in psg_param_groups(model, 4) if "bits" in group for p in group["params"]]
+    assert id(model["embedding"].weight) in scaled and len(scaled) == 4
+
+
 def test_frozen_parameters_are_left_out(net):
     net.conv2.weight.requires_grad_(False)
     assert not any(p is net.conv2.weight for group in psg_param_groups(net, 4) for p in group["params"])
@@ -191,8 +200,8 @@ def test_groups_without_bits_pass_through(net):
     base = torch.optim.SGD([{"params": [net.conv1.weight], "bits": 4}, {"params": [net.fc.weight]}], lr=0.1)
     optimizer = PSGD(base)
     plain = torch.optim.SGD([reference.fc.weight], lr=0.1)
-    backward(net)
-    backward(reference)
+    fill_gradients(net, 0)
+    fill_gradients(reference, 0)
     optimizer.step()
     plain.step()
     assert torch.equal(net.fc.weight, reference.fc.weight)
@@ -213,6 +222,12 @@ def test_bad_settings(net):
         PSGD(torch.optim.SGD([{"params": net.parameters(), "bits": 4, "target": "one"}], lr=0.1))
     with pytest.raises(ValueError, match="psg_param_groups"):
         PSGD(torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="lambda_s=5 needs"):
+        PSGD(torch.optim.SGD([{"params": [net.fc.weight], "lambda_s": 5}, {"params": [net.conv1.weight], "bits": 4}]))
+    base = sgd(net)
+    with pytest.raises(ValueError, match="lambda_s"):
+        PSGD(base, lambda_s=0)
+    assert PSGD(base, lambda_s=7).param_groups[0]["lambda_s"] == 7  # the failed one left nothing behind
     with pytest.raises(TypeError, match="instance"):
         PSGD(torch.optim.SGD)
 
@@ -354,11 +369,11 @@ def test_closure_is_evaluated_first_and_its_loss_returned(net):
 
     def closure():
         assert torch.is_grad_enabled() and same(weights(net), seen)
-        backward(net)
+        fill_gradients(net, 0)
         return torch.tensor(3.25)
 
     assert optimizer.step(closure) == 3.25
-    backward(reference)
+    fill_gradients(reference, 0)
     assert other.step() is None
     assert same(weights(net), weights(reference))
 
@@ -398,22 +413,16 @@ def test_grad_scaler(net):
 
 
 def test_gradient_accumulation(net):
-    """Scaling happens once, in step, on the accumulated gradient."""
-    reference = copy.deepcopy(net)
-    optimizer, other = PSGD(sgd(net)), PSGD(sgd(reference))
-    gradients = {}
+    """Scaling happens once, in step, on the sum of the gradients of three backward passes."""
+    optimizer = PSGD(torch.optim.SGD(psg_param_groups(net, 4), lr=0.01), lambda_s=20)
     for seed in range(3):
-        backward(reference, seed)
-        for name, parameter in reference.named_parameters():
-            gradients[name] = gradients.get(name, 0) + parameter.grad
-    for name, parameter in reference.named_parameters():
-        parameter.grad = gradients[name]
-    net.zero_grad()
-    for name, parameter in net.named_parameters():
-        parameter.grad = gradients[name].clone()
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        net(images).square().sum().backward()
+    before, accumulated = weights(net), {name: p.grad.clone() for name, p in net.named_parameters()}
     optimizer.step()
-    other.step()
-    assert same(weights(net), weights(reference))
+    for name, width in layer_bits(net, 4).items():
+        expected = before[name] - 0.01 * accumulated[name] * twin_multiplier(before[name], width, 20)
+        assert torch.allclose(net.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
 
 
 def test_parameters_without_gradient_are_skipped(net):
@@ -465,7 +474,7 @@ def test_compiled_step(net):
     optimizer, other = PSGD(sgd(net)), PSGD(sgd(reference))
     compiled = torch.compile(optimizer.step, backend="aot_eager")
     for step in range(2):
-        backward(net, step)
+        fill_gradients(net, step)
         compiled()
         run(reference, other, 1, step)
     for a, b in zip(net.parameters(), reference.parameters()):
@@ -483,8 +492,12 @@ def test_distributed_data_parallel(net, tmp_path):
             optimizer.step()
     finally:
         torch.distributed.destroy_process_group()
-    run(reference, PSGD(sgd(reference)), 2)
-    assert same(weights(net), weights(reference))
+    other = PSGD(sgd(reference))
+    for step in range(2):
+        backward(reference, step)
+        other.step()
+    for a, b in zip(net.parameters(), reference.parameters()):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 @needs_cuda

@@ -84,7 +84,7 @@ def test_psg_starts_from_a_checkpoint(cli, tmp_path, digits_run):
 def test_two_bits_set_weight_decay_to_zero_and_say_so(cli, tmp_path):
     flags = [*QUICK, "--load_pretrained", "", "--w_bit", "2", "--epoch", "1"]
     outcome = cli("train.py", *flags, "--exp_name", "a")
-    assert "weight decay 0 (0 at 2 bits, as published; --w_decay overrides)" in outcome.out
+    assert "weight decay 0 (as published at 2 bits; --w_decay overrides)" in outcome.out
     assert json.loads((tmp_path / "runs/a/args.json").read_text())["args"]["w_decay"] == 0
     cli("train.py", *flags, "--w_decay", "0.001", "--exp_name", "b")
     groups = load_checkpoint(tmp_path / "runs/b/last.pth")["optimizer"]["param_groups"]
@@ -124,6 +124,7 @@ BAD = [
     (["--lambda_s", "0"], "--lambda_s: 0 must be greater than 0"),
     (["--lambda_s", "-150"], "--lambda_s: -150 must be greater than 0"),
     (["--lambda_s", "much"], "--lambda_s: 'much' is not a number"),
+    (["--seed", "2147483648"], "--seed: 2147483648 must be from 0 to 2147483647"),
     (["--lr", "nan"], "--lr: 'nan' is not a finite number"),
     (["--w_decay", "-1"], "--w_decay: -1 must be 0 or greater"),
     (["--epoch", "0"], "--epoch: 0 must be 1 or greater"),
@@ -136,7 +137,7 @@ BAD = [
     ([*SCRATCH, "--val_split", "1437"], "--val_split 1437 leaves nothing of the 1437 training images"),
     ([*SCRATCH, "--exp_name", "../out"], "--exp_name '../out' must name a folder below runs/"),
     ([*SCRATCH, "--exp_name", "/out"], "--exp_name '/out' must name a folder below runs/"),
-    (["--dataset", "digits"], "no checkpoint at models/ResNet82.pth"),
+    ([], "no checkpoint at models/ResNet82.pth"),
     (["--dataset", "digits", "--load_pretrained", "no.pth"], "no checkpoint at no.pth"),
     (["--resume", "--exp_name", "none"], "nothing to resume: runs/none/last.pth is not there"),
 ]

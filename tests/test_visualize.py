@@ -4,8 +4,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from models import ResNet32
-from quant import fake_quantize_weight, layer_bits
+from quant import fake_quantize_weight
 from visualize import layer_histograms
 
 
@@ -43,16 +42,14 @@ def test_histogram_content(width):
         assert {round(point.item(), 5) for point in points} <= lines and len(lines) == 2**width - 1
 
 
-def test_every_weight_is_a_layer():
-    names = [name for name in layer_bits(ResNet32(10), 4) if name.endswith("weight")]
-    assert len(names) == 34
-
-
 def test_bad_input(rejected, digits_run):
     model = ["--model_path", digits_run]
     assert "no quantized layer 'conv9'; the layers are conv1.weight, " in rejected(
         "visualize.py", *model, "--layers", "conv9"
     )
     assert "2 --labels for 1 checkpoints" in rejected("visualize.py", *model, "--labels", "a", "b")
+    assert "are not all different" in rejected(
+        "visualize.py", "--model_path", digits_run, digits_run, "--labels", "a", "a"
+    )
     assert "no checkpoint at no.pth" in rejected("visualize.py", "--model_path", "no.pth")
     assert "--w_bit: 1 must be from 2 to 8" in rejected("visualize.py", "--w_bit", "1")

@@ -6,8 +6,6 @@ Keys: epoch, state_dict, optimizer, scheduler, arch, num_classes, args (a plain 
 (epoch, state_dict, ...) and bare state_dicts load too.
 """
 
-import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ import torch
 from torch import nn
 
 from models import ARCHITECTURES, build_model
-from utils.cli import UserError, run
+from utils.cli import Parser, UserError, run
 from utils.files import atomic_write
 
 # Quantizer constants that the published code kept in its state_dicts; ours are derived from the weights.
 PUBLISHED_EXTRAS = (".scale_value", ".wscale_value", ".bscale_value")
 RUN_STATE = ("optimizer", "scheduler")
+HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias"}  # their length is the class count
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -39,7 +38,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the bytes of a foreign file can raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is not a readable checkpoint ({reason[:120]})") from None
     if isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
@@ -64,27 +63,31 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise UserError(f"{path} does not fit {type(model).__name__}: {shown}")
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: {broken[0]} has values that are NaN or infinite")
     model.load_state_dict(state)
 
 
 def model_from_checkpoint(
-    checkpoint: dict[str, Any], path: str | Path, arch: str | None, num_classes: int
+    checkpoint: dict[str, Any], path: str | Path, arch: str | None = None, num_classes: int | None = None
 ) -> nn.Module:
     """The trained network of a checkpoint that was read from `path`.
 
-    `arch` None takes the architecture that the file names, ResNet32 for published files, which name none. Raises
-    UserError if the file is of another architecture or class count.
+    `arch` None takes the architecture that the file names, ResNet32 for published files, which name none;
+    `num_classes` None takes the file's. Raises UserError if the file is of another architecture or class count.
     """
     saved_arch = checkpoint.get("arch") or arch or "ResNet32"
     if saved_arch not in ARCHITECTURES:
         raise UserError(f"{path} is a {saved_arch}, which is none of {', '.join(ARCHITECTURES)}")
     if arch not in (None, saved_arch):
         raise UserError(f"{path} is a {saved_arch}, --arch says {arch}")
-    head = list(build_model(saved_arch, num_classes).state_dict())[-1]
-    saved_classes = len(checkpoint["state_dict"].get(head, range(num_classes)))
-    if saved_classes != num_classes:
-        raise UserError(f"{path} has {saved_classes} classes, the data set has {num_classes}")
-    model = build_model(saved_arch, num_classes)
+    head = checkpoint["state_dict"].get(HEADS[saved_arch])
+    if head is None or not head.dim() or not len(head):
+        raise UserError(f"{path} lacks {HEADS[saved_arch]}, so it is not a {saved_arch}")
+    if num_classes not in (None, len(head)):
+        raise UserError(f"{path} has {len(head)} classes, the data set has {num_classes}")
+    model = build_model(saved_arch, len(head))
     load_weights(model, checkpoint, path)
     return model
 
@@ -108,11 +111,12 @@ def load_run(path: str | Path, model: nn.Module, optimizer: Any, scheduler: Any)
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        raise UserError("usage: python -m utils.checkpoint SOURCE.pth DESTINATION.pth")
-    source, destination = sys.argv[1:]
-    checkpoint = load_checkpoint(source)
-    save_checkpoint(destination, {key: value for key, value in checkpoint.items() if key not in RUN_STATE})
+    p = Parser(__doc__)
+    p.add_argument("source", help="checkpoint of a run")
+    p.add_argument("destination", help="copy of it without optimizer and scheduler state")
+    args = p.parse_args()
+    checkpoint = load_checkpoint(args.source)
+    save_checkpoint(args.destination, {key: value for key, value in checkpoint.items() if key not in RUN_STATE})
 
 
 if __name__ == "__main__":

@@ -22,14 +22,16 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """Adds the default, but for flags whose default is None: their help says what happens then."""
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Calls a script's main; a UserError or a file trouble becomes one line on stderr and exit code 2, Ctrl-C 130."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -83,6 +85,11 @@ def count(text: str) -> int:
 def index(text: str) -> int:
     """Argument type: a whole number >= 0."""
     return _whole(text, 0)
+
+
+def seed(text: str) -> int:
+    """Argument type: a whole number from 0 to 2^31 - 1."""
+    return _whole(text, 0, 2**31 - 1)
 
 
 def bits(text: str) -> int:

@@ -4,7 +4,6 @@ A set is looked for as `<data_dir>/<name>.npz` (keys x_train, y_train, x_test, y
 as torchvision's archive in data_dir, then downloaded by torchvision. `digits` comes with scikit-learn.
 """
 
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,18 +60,15 @@ class Dataset:
     def spec(self) -> DataSpec:
         return DATASETS[self.name]
 
-    def hold_out(self, count: int, seed: int = 0) -> tuple[Split, Split]:
-        """Training images without, and a validation split of, `count` images drawn with `seed`, kept apart.
+    def hold_out(self, count: int) -> tuple[Split, Split]:
+        """The training images without the last `count` of them, and those: views, no copy.
 
-        Raises UserError if fewer than one training image would be left.
+        Raises UserError if no training image would be left.
         """
         if count >= len(self.train):
             raise UserError(f"--val_split {count} leaves nothing of the {len(self.train)} training images")
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
-        order = order.to(self.train.labels.device)
-        kept, held = order[count:], order[:count]
-        pick = lambda where: Split(self.train.images[where], self.train.labels[where])  # noqa: E731
-        return pick(kept), pick(held)
+        border = len(self.train) - count
+        return self.train.part(slice(border)), self.train.part(slice(border, None))
 
 
 def load_dataset(name: str, data_dir: str | Path, device: torch.device) -> Dataset:
@@ -104,7 +100,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             if missing:
                 raise UserError(f"{path} lacks {', '.join(missing)}: it needs the keys {', '.join(keys)}")
             return {key: archive[key] for key in keys}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the bytes of a foreign file can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} is not a readable .npz of plain arrays ({reason}): make it again or delete it"

@@ -71,5 +71,5 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # parameter numbers of mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        if libc.mallopt(mmap_threshold, 1 << 30):  # refused by some versions, and the other alone would harm
+            libc.mallopt(trim_threshold, 2**31 - 1)

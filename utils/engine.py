@@ -46,7 +46,7 @@ def train_epoch(
         losses.append(loss.detach() * len(labels))
         hits.append((logits.detach().argmax(1) == labels).sum())
         images_seen += len(labels)
-    per_step = torch.stack(losses).double()
+    per_step = torch.stack(losses).cpu().double()
     bad = (~per_step.isfinite()).nonzero()
     if len(bad):
         step = int(bad[0])
@@ -60,7 +60,7 @@ def train_epoch(
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy of `model`, in eval mode, with every batch norm that follows a convolution folded into it.
 
-    Computes the same function up to rounding, faster. Needs a model that torch.fx can trace.
+    Computes the same function up to rounding, faster. Needs a model that torch.fx can trace; leaves it in eval mode.
     """
     return fuse(model.eval()).to(memory_format=torch.channels_last)
 
@@ -76,5 +76,6 @@ def evaluate(model: nn.Module, split: Split, spec: DataSpec, precision: str = "f
         loss_sum.append(cross_entropy(logits, labels, reduction="sum"))
         hits.append((logits.argmax(1) == labels).sum())
     return Result(
-        torch.stack(loss_sum).double().sum().item() / len(split), 100 * torch.stack(hits).sum().item() / len(split)
+        torch.stack(loss_sum).cpu().double().sum().item() / len(split),
+        100 * torch.stack(hits).sum().item() / len(split),
     )

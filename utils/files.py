@@ -61,7 +61,8 @@ def write_results(folder: str | Path, rows: list[dict[str, Any]], **facts: Any) 
 
 def command_line() -> str:
     """The command that runs, as it can be typed again."""
-    return shlex.join(["python", *sys.argv])
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m NAME`; None for a script
+    return shlex.join(["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
 
 
 def git_commit() -> str:

@@ -25,25 +25,22 @@ class RunFolder:
         return str(self.path.relative_to(ROOT))
 
     @classmethod
-    def create(cls, exp_name: str, args: dict[str, Any]) -> "RunFolder":
+    def create(cls, exp_name: str) -> "RunFolder":
         """A new folder runs/<exp_name>, or <exp_name>-2, -3 ... if that exists. UserError if it cannot be made."""
-        if Path(exp_name).is_absolute() or ".." in Path(exp_name).parts or not Path(exp_name).parts:
+        name = str(Path(exp_name))
+        if Path(name).is_absolute() or ".." in Path(name).parts or name == ".":
             raise UserError(f"--exp_name {exp_name!r} must name a folder below {ROOT}/")
         attempt = 1
         while True:
-            path = ROOT / (exp_name if attempt == 1 else f"{exp_name}-{attempt}")
+            path = ROOT / (name if attempt == 1 else f"{name}-{attempt}")
             try:
                 path.mkdir(parents=True)
-                break
+                return cls(path)
             except FileExistsError:
                 attempt += 1
             except OSError as error:
-                raise UserError(
-                    f"run folder {path} cannot be made ({error.strerror}): choose another --exp_name"
-                ) from None
-        folder = cls(path)
-        write_json(path / "args.json", args)
-        return folder
+                reason = f"run folder {path} cannot be made ({error.strerror})"
+                raise UserError(f"{reason}: choose another --exp_name") from None
 
     @classmethod
     def reopen(cls, exp_name: str) -> "RunFolder":
@@ -64,6 +61,9 @@ class RunFolder:
         """Adds a resume, with the commit it runs at, to args.json."""
         settings = self.settings()
         settings.setdefault("resumed", []).append({"after_epoch": after_epoch, "commit": git_commit(), **facts})
+        self.write_settings(settings)
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
         write_json(self.path / "args.json", settings)
 
     def start_logging(self, after_epoch: int) -> None:
