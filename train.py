@@ -144,7 +144,8 @@ def main() -> None:
         keep_freed_memory()
     torch.manual_seed(args.seed)
 
-    # Everything that can be wrong is looked at before the run folder is made.
+    # Everything that can be wrong is looked at before the run folder is made, files before downloads.
+    pretrained = load_checkpoint(args.load_pretrained) if args.load_pretrained and not folder else None
     dataset = load_dataset(args.dataset, args.data_dir, device)
     train_split, eval_split, eval_name = dataset.train, dataset.test, "test"
     if args.val_split:
@@ -152,8 +153,7 @@ def main() -> None:
         eval_name = "validation"
     num_classes = len(dataset.classes)
     first_epoch = args.resume_epoch or 1
-    if args.load_pretrained and not folder:
-        pretrained = load_checkpoint(args.load_pretrained)
+    if pretrained:
         model = model_from_checkpoint(pretrained, args.load_pretrained, args.arch, num_classes)
         first_epoch = args.resume_epoch or pretrained.get("epoch", 0) + 1
     else:

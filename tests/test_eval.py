@@ -49,7 +49,9 @@ def test_sweep(cli, tmp_path, digits_run, network, digits):
         assert row["arch"] == "ResNet32" and row["dataset"] == "digits" and row["act_range"] == "none"
     content = json.loads((tmp_path / "out/deep/results.json").read_text())
     assert [{k: str(v) for k, v in row.items()} for row in content["rows"]] == written
-    assert content["command"].startswith("python eval.py --model_path") and content["commit"]
+    assert (
+        " --model_path " in content["command"] and content["command"].endswith("--out out/deep") and content["commit"]
+    )
     assert content["settings"]["w_bit"] == [8, 3, 32, 3]
     table = outcome.out.splitlines()
     assert len({len(line) for line in table[1:8] if not line.startswith("written")}) == 1
