@@ -11,6 +11,9 @@ Weights and activations, with data-free ranges and with ranges calibrated on tra
   python eval.py --w_bit 8 4 --a_bit 32 8 4 --act_range bn
   python eval.py --w_bit 8 4 --a_bit 32 8 4 --act_range minmax --calib_images 1024
 
+With batch-norm statistics taken anew on training images, with the weights as deployed
+  python eval.py --w_bit 4 3 --post none bn_reestimate --calib_images 10240
+
 Ranges, scales and bit-widths are never fitted to test images. A bit-width of 32 stands for full precision, which is
 the first row of every model.
 """
@@ -22,10 +25,14 @@ from typing import Any
 
 from utils.cli import Parser, UserError, bits_or_float, count, index, positive, run, seed
 
-COLUMNS = {  # name: (least width on screen, format)
-    "model": (5, "s"), "arch": (9, "s"), "dataset": (9, "s"), "w_bit": (6, "d"), "a_bit": (6, "d"),
-    "act_range": (13, "s"), "top1": (7, ".2f"), "loss": (8, ".4f"), "weight_mse": (11, ".3e"), "bytes": (10, "d"),
+COLUMNS = {  # name: (least width on screen, format); without a width only in the files
+    "model": (5, "s"), "arch": (0, "s"), "dataset": (0, "s"), "split": (0, "s"), "trained": (12, "s"),
+    "seed": (5, "s"), "epoch": (7, "s"), "w_bit": (6, "d"), "a_bit": (6, "d"), "act_range": (13, "s"),
+    "post": (14, "s"), "top1": (7, ".2f"), "loss": (8, ".4f"), "weight_mse": (11, ".3e"), "bytes": (9, "d"),
 }  # fmt: skip
+
+
+POST = ["none", "bn_reestimate"]
 
 
 def parse() -> Namespace:
@@ -37,6 +44,8 @@ def parse() -> Namespace:
     p.add_argument("--dataset", default=None, choices=["cifar100", "cifar10", "digits"],
                    help="data set (default: the one the file was trained on, cifar100 if it names none)")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
+    p.add_argument("--val_split", type=index, default=0, metavar="N",
+                   help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
     p.add_argument("--w_bit", type=bits_or_float, nargs="+", default=[4], metavar="B", help="weight bit-widths")
     p.add_argument("--a_bit", type=bits_or_float, nargs="+", default=None, metavar="B",
                    help="activation bit-widths (default: 8 with --act_quant 1, else 32)")
@@ -50,7 +59,10 @@ def parse() -> Namespace:
                    "(default: bn_published with --act_clipping 1, else minmax)")
     p.add_argument("--act_clipping", type=int, choices=[0, 1], default=0, help="1: the published name of bn_published")
     p.add_argument("--clipping_range", type=positive, default=6.0, help="n of the bn ranges")
-    p.add_argument("--calib_images", type=count, default=1024, metavar="N", help="training images for minmax")
+    p.add_argument("--post", nargs="+", choices=POST, default=["none"],
+                   help="after quantization: bn_reestimate: batch-norm statistics anew on --calib_images")
+    p.add_argument("--calib_images", type=count, default=1024, metavar="N",
+                   help="training images for minmax and --post")
     p.add_argument("--seed", type=seed, default=1, help="of the choice of calibration images")
     p.add_argument("--lambda_s", type=positive, default=150.0, help="for the record in results.json; no effect")
     p.add_argument("--out", default=None, metavar="DIR", help="folder for results.csv and results.json")
@@ -68,9 +80,10 @@ def parse() -> Namespace:
     return args
 
 
-def settings(args: Namespace) -> list[tuple[int, int]]:
-    """(w_bit, a_bit) of every row of a model: full precision first, then the sweep, each pair once."""
-    return list(dict.fromkeys([(32, 32), *((w, a) for w in args.w_bit for a in args.a_bit)]))
+def settings(args: Namespace) -> list[tuple[int, int, str]]:
+    """(w_bit, a_bit, post) of every row of a model: full precision first, then the sweep, each once."""
+    pairs = dict.fromkeys([(32, 32), *((w, a) for w in args.w_bit for a in args.a_bit)])
+    return [(w, a, post) for w, a in pairs for post in dict.fromkeys(args.post)]
 
 
 def main() -> None:
@@ -78,9 +91,9 @@ def main() -> None:
 
     import torch
 
-    from quant import packed_bytes, quantize_activations, quantize_weights, weight_mse
-    from utils.checkpoint import load_checkpoint, model_from_checkpoint
-    from utils.data import load_dataset
+    from quant import packed_bytes, quantize_activations, quantize_weights, reestimate_batch_norm, weight_mse
+    from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
+    from utils.data import calibration_batches, load_dataset
     from utils.device import keep_freed_memory, resolve_precision, select_device
     from utils.engine import evaluate
     from utils.files import write_results
@@ -100,26 +113,37 @@ def main() -> None:
         dataset = datasets[name]
         model = model_from_checkpoint(checkpoint, path, args.arch, len(dataset.classes))
         model.to(device, memory_format=torch.channels_last).eval()
-        networks.append((path, model, dataset, activation_ranges(args, path, model, dataset)))
+        train, test, split_name = dataset.splits(args.val_split)
+        if needs_images(args) and args.calib_images > len(train):
+            raise UserError(f"--calib_images {args.calib_images} is more than the {len(train)} training images")
+
+        def images(train=train, spec=dataset.spec):
+            return calibration_batches(train, spec, args.calib_images, args.seed)
+
+        facts = {"model": path, "arch": type(model).__name__, "dataset": name, "split": split_name}
+        ranges = activation_ranges(args, path, model, images)
+        networks.append((facts | training_facts(checkpoint), model, ranges, test, dataset.spec, images))
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         if not os.access(args.out, os.W_OK):
             raise UserError(f"--out {args.out} cannot be written to")
 
     print(f"{device_line}, precision: {args.precision}")
-    columns = COLUMNS | {"model": (max(map(len, ["model", *args.model_path])), "s")}
+    columns = {name: shape for name, shape in COLUMNS.items() if shape[0]}
+    columns["model"] = (max(map(len, ["model", *args.model_path])), "s")
     print("  ".join(f"{name:>{width}}" for name, (width, _) in columns.items()))
     rows: list[dict[str, Any]] = []
-    for path, model, dataset, ranges in networks:
-        for w_bit, a_bit in settings(args):
+    for facts, model, ranges, test, spec, images in networks:
+        for w_bit, a_bit, post in settings(args):
             weights = (w_bit, bool(args.first_last_quant))
             network = quantize_activations(quantize_weights(model, *weights), a_bit, ranges)
-            result = evaluate(network, dataset.test, dataset.spec, args.precision)
-            row = {
-                "model": path, "arch": type(model).__name__, "dataset": dataset.name, "w_bit": w_bit, "a_bit": a_bit,
-                "act_range": "none" if a_bit == 32 else args.act_range, "top1": round(result.top1, 4),
-                "loss": round(result.loss, 6), "weight_mse": weight_mse(model, *weights),
-                "bytes": packed_bytes(model, *weights),
+            if post == "bn_reestimate":
+                network = reestimate_batch_norm(network, images())
+            result = evaluate(network, test, spec, args.precision)
+            row = facts | {
+                "w_bit": w_bit, "a_bit": a_bit, "act_range": "none" if a_bit == 32 else args.act_range, "post": post,
+                "top1": round(result.top1, 4), "loss": round(result.loss, 6),
+                "weight_mse": weight_mse(model, *weights), "bytes": packed_bytes(model, *weights),
             }  # fmt: skip
             rows.append(row)
             print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
@@ -129,17 +153,20 @@ def main() -> None:
         print(f"written: {args.out}/results.csv and results.json")
 
 
-def activation_ranges(args: Namespace, path: str, model, dataset) -> dict[str, float]:
+def needs_images(args: Namespace) -> bool:
+    """Whether a setting of the sweep looks at training images."""
+    minmax = args.act_range == "minmax" and any(a_bit != 32 for a_bit in args.a_bit)
+    return minmax or "bn_reestimate" in args.post
+
+
+def activation_ranges(args: Namespace, path: str, model, images) -> dict[str, float]:
     """x_max of every ReLU by --act_range; none if activations stay float."""
     from quant import bn_ranges, minmax_ranges
-    from utils.data import calibration_batches
 
     if all(a_bit == 32 for a_bit in args.a_bit):
         return {}
     if args.act_range == "minmax":
-        if args.calib_images > len(dataset.train):
-            raise UserError(f"--calib_images {args.calib_images} is more than the {len(dataset.train)} training images")
-        return minmax_ranges(model, calibration_batches(dataset.train, dataset.spec, args.calib_images, args.seed))
+        return minmax_ranges(model, images())
     try:
         return bn_ranges(model, args.clipping_range, shortcut=args.act_range == "bn")
     except ValueError as error:

@@ -147,10 +147,7 @@ def main() -> None:
     # Everything that can be wrong is looked at before the run folder is made, files before downloads.
     pretrained = load_checkpoint(args.load_pretrained) if args.load_pretrained and not folder else None
     dataset = load_dataset(args.dataset, args.data_dir, device)
-    train_split, eval_split, eval_name = dataset.train, dataset.test, "test"
-    if args.val_split:
-        train_split, eval_split = dataset.hold_out(args.val_split)
-        eval_name = "validation"
+    train_split, eval_split, eval_name = dataset.splits(args.val_split)
     num_classes = len(dataset.classes)
     first_epoch = args.resume_epoch or 1
     if pretrained:

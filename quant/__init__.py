@@ -4,6 +4,7 @@ from quant.activations import ActivationQuantizer, bn_ranges, minmax_ranges, qua
 from quant.grid import FLOAT_BITS, fake_quantize, fake_quantize_weight, quantize, weight_scale
 from quant.layers import layer_bits
 from quant.network import grid_share, packed_bytes, quantize_weights, weight_mse
+from quant.post import reestimate_batch_norm
 from quant.psgd import PSGD, psg_multipliers, psg_param_groups
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "quantize_weights",
+    "reestimate_batch_norm",
     "weight_mse",
     "weight_scale",
 ]

@@ -210,15 +210,16 @@ def test_calibration_batches_are_seeded():
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
-def test_hold_out():
+def test_splits():
     dataset = load_dataset("digits", "nowhere", CPU)
-    kept, held = dataset.hold_out(400)
-    assert (len(kept), len(held)) == (1037, 400)
+    assert dataset.splits() == (dataset.train, dataset.test, "test")
+    kept, held, name = dataset.splits(400)
+    assert (len(kept), len(held), name) == (1037, 400, "validation")
     assert torch.equal(torch.cat([kept.images, held.images]), dataset.train.images)
     assert kept.images.data_ptr() == dataset.train.images.data_ptr()  # a view: the data set is held once
-    assert torch.equal(dataset.hold_out(400)[1].labels, held.labels)
+    assert torch.equal(dataset.splits(400)[1].labels, held.labels)
     with pytest.raises(UserError, match="--val_split 1437 leaves nothing"):
-        dataset.hold_out(1437)
+        dataset.splits(1437)
 
 
 @needs_cifar100

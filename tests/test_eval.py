@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from models import ResNet32
-from quant import bn_ranges, quantize_activations, quantize_weights, weight_mse
+from quant import bn_ranges, quantize_activations, quantize_weights, reestimate_batch_norm, weight_mse
 from tests.conftest import CIFAR100, ROOT, needs_cifar100
 from utils.checkpoint import load_checkpoint, load_weights
-from utils.data import DATASETS, load_dataset
+from utils.data import DATASETS, calibration_batches, load_dataset
 from utils.engine import evaluate
 
-COLUMNS = ["model", "arch", "dataset", "w_bit", "a_bit", "act_range", "top1", "loss", "weight_mse", "bytes"]
+COLUMNS = [
+    "model", "arch", "dataset", "split", "trained", "seed", "epoch", "w_bit", "a_bit", "act_range", "post",
+    "top1", "loss", "weight_mse", "bytes",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,8 @@ def test_sweep(cli, tmp_path, digits_run, network, digits):
         assert float(row["top1"]) == pytest.approx(expected.top1, abs=1e-3)
         assert float(row["loss"]) == pytest.approx(expected.loss, rel=1e-3)
         assert float(row["weight_mse"]) == pytest.approx(weight_mse(network, int(row["w_bit"])), rel=1e-9)
-        assert row["arch"] == "ResNet32" and row["dataset"] == "digits" and row["act_range"] == "none"
+        assert row["arch"] == "ResNet32" and row["dataset"] == "digits" and row["act_range"] == row["post"] == "none"
+        assert (row["trained"], row["seed"], row["epoch"], row["split"]) == ("SGD", "1", "3", "test")
     content = json.loads((tmp_path / "out/deep/results.json").read_text())
     assert [{k: str(v) for k, v in row.items()} for row in content["rows"]] == written
     assert (
@@ -78,6 +82,27 @@ def test_minmax_ranges_are_seeded_and_differ_from_bn(cli, tmp_path, digits_run):
     assert a[0]["act_range"] == "none" and a[1]["w_bit"] == "32"
 
 
+def test_post_bn_reestimate(cli, tmp_path, digits_run, network, digits):
+    """A row without and a row with it at every setting, with statistics of the quantized network."""
+    flags = ["--w_bit", "3", "--post", "none", "bn_reestimate", "--calib_images", "512", "--out", "a"]
+    assert cli("eval.py", "--model_path", digits_run, *flags).code == 0
+    written = rows(tmp_path / "a")
+    assert [(row["w_bit"], row["post"]) for row in written] == [
+        ("32", "none"), ("32", "bn_reestimate"), ("3", "none"), ("3", "bn_reestimate"),
+    ]  # fmt: skip
+    images = calibration_batches(digits.train, DATASETS["digits"], 512, seed=1)
+    expected = evaluate(reestimate_batch_norm(quantize_weights(network, 3), images), digits.test, DATASETS["digits"])
+    assert float(written[3]["loss"]) == pytest.approx(expected.loss, rel=1e-3)
+    assert float(written[3]["loss"]) < float(written[2]["loss"])
+
+
+def test_val_split_is_what_train_holds_out(cli, tmp_path, digits_run, network, digits):
+    assert cli("eval.py", "--model_path", digits_run, "--val_split", "300", "--out", "a").code == 0
+    row = rows(tmp_path / "a")[0]
+    assert row["split"] == "validation"
+    assert float(row["loss"]) == pytest.approx(evaluate(network, digits.splits(300)[1], DATASETS["digits"]).loss, 1e-3)
+
+
 def test_act_quant_0_ignores_a_bit(cli, digits_run):
     outcome = cli("eval.py", "--model_path", digits_run, "--a_bit", "4", "--act_quant", "0")
     assert outcome.code == 0 and "minmax" not in outcome.out
@@ -94,6 +119,8 @@ BAD = [
     (["--a_bit", "x"], "'x' is not a whole number, or 32"),
     (["--model_path", "no.pth"], "no checkpoint at no.pth"),
     (["--clipping_range", "0"], "--clipping_range: 0 must be greater than 0"),
+    (["--post", "magic"], "--post: invalid choice: 'magic'"),
+    (["--val_split", "-1"], "--val_split: -1 must be 0 or greater"),
     (["--calib_images", "0"], "--calib_images: 0 must be 1 or greater"),
 ]
 
@@ -108,6 +135,8 @@ def test_bad_input_with_a_good_checkpoint(rejected, digits_run, tmp_path):
     assert "is a ResNet32, --arch says vgg16_bn" in rejected("eval.py", *model, "--arch", "vgg16_bn")
     too_many = [*model, "--a_bit", "4", "--calib_images", "1438"]
     assert "--calib_images 1438 is more than the 1437 training images" in rejected("eval.py", *too_many)
+    too_many = [*model, "--post", "bn_reestimate", "--val_split", "1000", "--calib_images", "438"]
+    assert "--calib_images 438 is more than the 437 training images" in rejected("eval.py", *too_many)
     (tmp_path / "file").write_text("")
     assert "file/x" in rejected("eval.py", *model, "--out", "file/x")
 

@@ -92,6 +92,23 @@ def model_from_checkpoint(
     return model
 
 
+def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """How a network was trained, as columns of a results table: trained, seed and epoch; empty where not known.
+
+    `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-Adam W4". The mean of
+    a run's weights (utils.average) has " mean" added and the first and the last epoch as `epoch`.
+    """
+    args = checkpoint.get("args", {})
+    facts = {"trained": "", "seed": str(args.get("seed", "")), "epoch": str(checkpoint.get("epoch", ""))}
+    if "psg" in args:
+        plain, scaled = ("Adam", "PSG-Adam") if args["adam"] else ("SGD", "PSGD")
+        facts["trained"] = f"{scaled} W{args['w_bit']}" if args["psg"] else plain
+    if "averaged_epochs" in checkpoint:
+        first, last = checkpoint["averaged_epochs"]
+        facts |= {"trained": f"{facts['trained']} mean", "epoch": f"{first}-{last}"}
+    return facts
+
+
 def load_run(path: str | Path, model: nn.Module, optimizer: Any, scheduler: Any) -> int:
     """Restores model, optimizer and scheduler of the run that wrote `path`; returns the number of its last epoch.
 

@@ -60,15 +60,18 @@ class Dataset:
     def spec(self) -> DataSpec:
         return DATASETS[self.name]
 
-    def hold_out(self, count: int) -> tuple[Split, Split]:
-        """The training images without the last `count` of them, and those: views, no copy.
+    def splits(self, val_split: int = 0) -> tuple[Split, Split, str]:
+        """What to train and to evaluate on, and the latter's name: the training and the test images, or with
+        `val_split` N the training images without the last N, and those ("validation"): views, no copy.
 
         Raises UserError if no training image would be left.
         """
-        if count >= len(self.train):
-            raise UserError(f"--val_split {count} leaves nothing of the {len(self.train)} training images")
-        border = len(self.train) - count
-        return self.train.part(slice(border)), self.train.part(slice(border, None))
+        if not val_split:
+            return self.train, self.test, "test"
+        if val_split >= len(self.train):
+            raise UserError(f"--val_split {val_split} leaves nothing of the {len(self.train)} training images")
+        border = len(self.train) - val_split
+        return self.train.part(slice(border)), self.train.part(slice(border, None)), "validation"
 
 
 def load_dataset(name: str, data_dir: str | Path, device: torch.device) -> Dataset:

@@ -1,0 +1,82 @@
+"""Post-training methods: batch norm re-estimated on images, and the mean of a run's weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models import vgg16_bn
+from quant import quantize_weights, reestimate_batch_norm
+from utils.checkpoint import load_checkpoint, model_from_checkpoint
+from utils.data import calibration_batches, load_dataset
+
+
+def test_statistics_are_those_of_the_images():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    images = torch.randn(64, 3, 5, 5) * 3 + 1
+    before = copy.deepcopy(net.state_dict())
+    normed = reestimate_batch_norm(net, images.split(16))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not normed.training and normed[1].momentum == net[1].momentum
+    features = net[0](images).detach()
+    assert torch.allclose(normed[1].running_mean, features.mean((0, 2, 3)), atol=1e-5)
+    batch_vars = torch.stack([part.var((0, 2, 3)) for part in features.split(16)])
+    assert torch.allclose(normed[1].running_var, batch_vars.mean(0), rtol=1e-5)
+
+
+def test_dropout_is_off_while_statistics_are_taken():
+    """Else two calls would differ; and its rate is there again afterwards."""
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 4), nn.BatchNorm1d(4))
+    images = torch.randn(32, 8)
+    first, second = (reestimate_batch_norm(net, [images]) for _ in range(2))
+    assert torch.equal(first[2].running_mean, second[2].running_mean) and first[0].p == 0.5
+
+
+def test_bad_networks_and_images():
+    with pytest.raises(ValueError, match="Sequential has no batch-norm statistics"):
+        reestimate_batch_norm(nn.Sequential(nn.Linear(2, 2)), [torch.randn(4, 2)])
+    with pytest.raises(ValueError, match="at least one batch"):
+        reestimate_batch_norm(vgg16_bn(10), [])
+
+
+@pytest.fixture(scope="module")
+def epochs(tmp_path_factory):
+    """Files of three epochs of a real PSG run on the digits."""
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+
+    folder = tmp_path_factory.mktemp("mean")
+    command = "--dataset digits --epoch 3 --save_epochs 1 2 3 --batch_size 64 --lr 0.05 --exp_name v --precision fp32"
+    subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
+    return [folder / f"runs/v/epoch_{number}.pth" for number in (3, 1, 2)]
+
+
+@pytest.mark.parametrize("width", [32, 4])
+def test_mean_of_a_run(cli, tmp_path, epochs, width):
+    outcome = cli("utils.average", *epochs, "--out", "mean.pth", "--w_bit", width, "--calib_images", 512)
+    assert outcome.code == 0 and "the mean of 3 epochs, 1 to 3" in outcome.out, outcome.err
+    states = [load_checkpoint(path)["state_dict"] for path in epochs]
+    checkpoint = load_checkpoint(tmp_path / "mean.pth")
+    assert "optimizer" not in checkpoint and checkpoint["averaged_epochs"] == [1, 3] and checkpoint["epoch"] == 3
+    model = model_from_checkpoint(checkpoint, "mean.pth")
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, sum(state[name] for state in states) / 3, atol=1e-6), name
+    digits = load_dataset("digits", "", torch.device("cpu"))
+    images = calibration_batches(digits.train, digits.spec, 512, seed=1)
+    expected = reestimate_batch_norm(quantize_weights(model, width), images).state_dict()
+    for name, value in model.named_buffers():
+        assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5), name
+    outcome = cli("eval.py", "--model_path", "mean.pth")
+    assert "PSGD W4 mean" in outcome.out and "1-3" in outcome.out
+
+
+def test_bad_input_of_average(rejected, epochs, digits_run):
+    message = "must be different epochs of one run"
+    assert message in rejected("utils.average", epochs[0], epochs[0], "--out", "a.pth")
+    assert message in rejected("utils.average", epochs[0], digits_run, "--out", "a.pth")
+    too_many = ["--out", "a.pth", "--calib_images", "5000"]
+    assert "--calib_images 5000 is more than the 1437" in rejected("utils.average", *epochs, *too_many)
