@@ -19,7 +19,7 @@ Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth an
 import time
 from argparse import Namespace
 
-from utils.cli import Parser, UserError, bits, count, index, non_negative, positive, run, seed
+from utils.cli import Parser, UserError, bits, count, index, non_negative, positive, positive_or_auto, run, seed
 from utils.files import command_line, git_commit
 from utils.runs import RunFolder
 
@@ -39,7 +39,8 @@ def parser() -> Parser:
     p.add_argument("--seed", type=seed, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
     p.add_argument("--w_bit", type=bits, default=4, help="target bit-width of the weights, 2 to 8")
-    p.add_argument("--lambda_s", type=positive, default=150.0, help="strength of the gradient scaling")
+    p.add_argument("--lambda_s", type=positive_or_auto, default=150.0,
+                   help="strength of the gradient scaling; auto: 150, rising while too few weights are near the grid")
     p.add_argument("--eps", type=non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")
@@ -98,15 +99,16 @@ def build_optimizer(args: Namespace, model, device):
     """SGD with momentum or Adam, inside PSGD with --psg 1."""
     import torch
 
-    from quant import PSGD, psg_param_groups
+    from quant import AUTO_START, PSGD, psg_param_groups
 
+    lambda_s = AUTO_START if args.lambda_s == "auto" else args.lambda_s
     groups = psg_param_groups(model, args.w_bit, bool(args.first_last_quant)) if args.psg else model.parameters()
     common = {"weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
     if args.adam:
-        optimizer = torch.optim.Adam(groups, lr=args.lr * (0.01 * args.lambda_s if args.psg else 1), **common)
+        optimizer = torch.optim.Adam(groups, lr=args.lr * (0.01 * lambda_s if args.psg else 1), **common)
     else:
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, **common)
-    return PSGD(optimizer, lambda_s=args.lambda_s, eps=args.eps) if args.psg else optimizer
+    return PSGD(optimizer, lambda_s=lambda_s, eps=args.eps) if args.psg else optimizer
 
 
 def low_bit_metrics(args: Namespace, model, split, spec) -> dict[str, float]:
@@ -131,6 +133,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from models import build_model
+    from quant import steer_lambda_s
     from utils.checkpoint import load_checkpoint, load_run, model_from_checkpoint, save_checkpoint
     from utils.data import TrainBatches, load_dataset
     from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
@@ -161,6 +164,7 @@ def main() -> None:
     model.to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(args, model, device)
     milestones = [epoch - first_epoch for epoch in args.decay_epoch]
+    first_decay = min((epoch for epoch in args.decay_epoch if epoch > first_epoch), default=args.epoch + 1)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
     done = first_epoch - 1
@@ -180,7 +184,7 @@ def main() -> None:
     folder.start_logging(after_epoch=done)
 
     print(f"{device_line}, precision: {args.precision}, run folder: {folder.path}")
-    method = f"PSG for {args.w_bit} bits, lambda_s {args.lambda_s:g}" if args.psg else "no PSG"
+    method = f"PSG for {args.w_bit} bits, lambda_s {str(args.lambda_s).removesuffix('.0')}" if args.psg else "no PSG"
     origin = f"from {args.load_pretrained}" if args.load_pretrained else "from scratch"
     why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
     print(f"{args.arch} on {args.dataset} {origin}, {method}, weight decay {args.w_decay:g}{why}")
@@ -202,6 +206,9 @@ def main() -> None:
         trained_at = time.perf_counter()
         row = {"epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1}
         row |= low_bit_metrics(args, model, eval_split, dataset.spec)
+        if args.lambda_s == "auto" and args.psg:
+            row["lambda_s"] = optimizer.param_groups[0]["lambda_s"]
+            steer_lambda_s(optimizer, row["grid_share"], (epoch - first_epoch + 1) / (first_decay - first_epoch))
         row |= {"train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at}
         folder.log(row)
         checkpoint = {

@@ -1,6 +1,7 @@
 """The method: quantization grids, the PSGD optimizer and quantized copies of networks. Needs torch alone."""
 
 from quant.activations import ActivationQuantizer, bn_ranges, minmax_ranges, quantize_activations
+from quant.auto import AUTO_START, steer_lambda_s
 from quant.grid import FLOAT_BITS, fake_quantize, fake_quantize_weight, quantize, weight_scale
 from quant.layers import layer_bits
 from quant.network import grid_share, packed_bytes, quantize_weights, weight_mse
@@ -8,6 +9,7 @@ from quant.post import reestimate_batch_norm
 from quant.psgd import PSGD, psg_multipliers, psg_param_groups
 
 __all__ = [
+    "AUTO_START",
     "FLOAT_BITS",
     "PSGD",
     "ActivationQuantizer",
@@ -24,6 +26,7 @@ __all__ = [
     "quantize_activations",
     "quantize_weights",
     "reestimate_batch_norm",
+    "steer_lambda_s",
     "weight_mse",
     "weight_scale",
 ]

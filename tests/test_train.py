@@ -123,7 +123,7 @@ BAD = [
     (["--w_bit", "4.5"], "'4.5' is not a whole number"),
     (["--lambda_s", "0"], "--lambda_s: 0 must be greater than 0"),
     (["--lambda_s", "-150"], "--lambda_s: -150 must be greater than 0"),
-    (["--lambda_s", "much"], "--lambda_s: 'much' is not a number"),
+    (["--lambda_s", "much"], "--lambda_s: 'much' is not a number, or auto"),
     (["--seed", "2147483648"], "--seed: 2147483648 must be from 0 to 2147483647"),
     (["--lr", "nan"], "--lr: 'nan' is not a finite number"),
     (["--w_decay", "-1"], "--w_decay: -1 must be 0 or greater"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from quant import fake_quantize_weight
-from visualize import layer_histograms
+from visualize import errors_over_bits, layer_histograms, training_curves
 
 
 def test_a_picture_for_each_layer(cli, tmp_path, digits_run, monkeypatch):
@@ -42,12 +42,62 @@ def test_histogram_content(width):
         assert {round(point.item(), 5) for point in points} <= lines and len(lines) == 2**width - 1
 
 
+def test_figure_1a(cli, tmp_path):
+    """Bars are errors, lines weight errors; a PSGD bar is of the network trained for that bit-width, seeds averaged."""
+    header = "trained,epoch,seed,w_bit,a_bit,post,top1,weight_mse\n"
+    rows = [
+        "SGD,82,1,4,32,none,99,1", "SGD,150,1,32,32,none,70,0", "SGD,150,1,8,32,none,69,1e-6",
+        "SGD,150,1,4,32,none,50,1e-3", "SGD,150,1,4,32,bn_reestimate,60,1e-3", "PSGD W4,150,1,4,32,none,68,1e-4",
+        "PSGD W4,150,2,4,32,none,70,3e-4", "PSGD W4,150,1,8,32,none,1,1", "PSGD W4,150,1,4,4,none,1,1",
+    ]  # fmt: skip
+    (tmp_path / "r.csv").write_text(header + "\n".join(rows) + "\n")
+    outcome = cli("visualize.py", "--figure", "1a", "--results", "r.csv", "--out", "fig")
+    assert outcome.code == 0 and (tmp_path / "fig/figure1a.png").stat().st_size > 10_000, outcome.err
+    series = {
+        "SGD": [{"w_bit": "8", "top1": "69", "weight_mse": "1e-6"}, {"w_bit": "4", "top1": "50", "weight_mse": "1e-3"}],
+        "PSGD": [{"w_bit": "4", "top1": top1, "weight_mse": mse} for top1, mse in (("68", "1e-4"), ("70", "3e-4"))],
+    }
+    bars, lines = errors_over_bits(series).axes
+    assert [[bar.get_height() for bar in group] for group in bars.containers] == [[31, 50], [31]]
+    assert [list(line.get_ydata()) for line in lines.lines] == [[1e-6, 1e-3], [pytest.approx(2e-4)]]
+    assert [tick.get_text() for tick in bars.get_xticklabels()] == ["W8", "W4"] and lines.get_yscale() == "log"
+
+
+def test_training_curves(cli, tmp_path):
+    for name, shift in (("a", 0), ("b", 5)):
+        (tmp_path / name).mkdir()
+        text = "epoch,fp_top1,w4_top1,grid_share\n" + "".join(
+            f"{e},{60 + e},{50 + e},0.2\n" for e in (1 + shift, 2 + shift)
+        )
+        (tmp_path / name / "metrics.csv").write_text(text)
+    flags = ["--runs", "a", "b", "--labels", "SGD", "PSGD", "--out", "fig"]
+    outcome = cli("visualize.py", "--figure", "curves", *flags)
+    assert outcome.code == 0 and (tmp_path / "fig/curves.png").stat().st_size > 10_000, outcome.err
+    columns = {"epoch": [1, 2], "fp_top1": [60, 61], "w3_top1": [1, 2], "grid_share": [0.2, 0.4]}
+    top, bottom = training_curves({"mine": columns}).axes
+    assert [list(line.get_ydata()) for line in top.lines] == [[60, 61], [1, 2]]
+    assert list(bottom.lines[0].get_ydata()) == [20, 40]
+    assert [text.get_text() for text in top.get_legend().get_texts()] == ["mine, float", "mine, 3 bits"]
+
+
+def test_bad_input_of_figures(rejected, tmp_path):
+    assert "no runs/vanilla/metrics.csv" in rejected("visualize.py", "--figure", "curves")
+    (tmp_path / "metrics.csv").write_text("epoch\n")
+    assert "is no metrics.csv of train.py" in rejected("visualize.py", "--figure", "curves", "--runs", ".")
+    assert "r.csv cannot be read" in rejected("visualize.py", "--figure", "1a", "--results", "r.csv")
+    (tmp_path / "r.csv").write_text("trained,epoch,seed,w_bit,a_bit,post,top1\nPSGD W4,150,1,4,32,none,68\n")
+    assert "has no row of a network trained with SGD" in rejected(
+        "visualize.py", "--figure", "1a", "--results", "r.csv"
+    )
+    assert "--figure: invalid choice: '9'" in rejected("visualize.py", "--figure", "9")
+
+
 def test_bad_input(rejected, digits_run):
     model = ["--model_path", digits_run]
     assert "no quantized layer 'conv9'; the layers are conv1.weight, " in rejected(
         "visualize.py", *model, "--layers", "conv9"
     )
-    assert "2 --labels for 1 checkpoints" in rejected("visualize.py", *model, "--labels", "a", "b")
+    assert "2 --labels for 1 of --model_path" in rejected("visualize.py", *model, "--labels", "a", "b")
     assert "are not all different" in rejected(
         "visualize.py", "--model_path", digits_run, digits_run, "--labels", "a", "a"
     )

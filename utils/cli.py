@@ -57,6 +57,14 @@ def positive(text: str) -> float:
     return value
 
 
+def positive_or_auto(text: str) -> float | str:
+    """Argument type: a finite number > 0, or "auto"."""
+    try:
+        return text if text == "auto" else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or auto") from None
+
+
 def non_negative(text: str) -> float:
     """Argument type: a finite number >= 0."""
     value = _number(text)

@@ -1,0 +1,42 @@
+"""utils.table: eval.py's results.csv as a table for people."""
+
+import pytest
+
+from utils.table import markdown, read_results
+
+HEADER = "model,trained,seed,epoch,w_bit,a_bit,post,top1\n"
+
+
+def test_seeds_are_one_cell_and_the_order_is_kept(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text(
+        HEADER
+        + "a,SGD,1,150,32,32,none,69.5\na,SGD,1,150,4,32,none,50\n"
+        + "b,PSGD W4,1,150,32,32,none,69\nb,PSGD W4,1,150,4,32,none,68\nb,PSGD W4,1,150,4,8,none,1\n"
+        + "c,PSGD W4,2,150,4,32,none,69\nc,PSGD W4,2,150,4,32,bn_reestimate,70\n"
+    )
+    assert markdown(read_results(path)).splitlines() == [
+        "| trained | epoch | after training | FP | W4 |",
+        "| --- | --- | --- | --- | --- |",
+        "| SGD | 150 | none | 69.50 | 50.00 |",
+        "| PSGD W4 | 150 | none | 69.00 | 68.50 ± 0.71 (2) |",
+        "| PSGD W4 | 150 | bn_reestimate |  | 70.00 |",
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\x00\x01"])
+def test_foreign_files(rejected, tmp_path, content):
+    (tmp_path / "x.csv").write_text(content)
+    assert "lacks the column trained: it is no results.csv" in rejected("utils.table", "x.csv")
+
+
+def test_missing_file(rejected):
+    assert "no.csv cannot be read" in rejected("utils.table", "no.csv")
+
+
+def test_table_of_a_sweep(cli, digits_run):
+    assert cli("eval.py", "--model_path", digits_run, "--w_bit", "8", "3", "--out", "a").code == 0
+    lines = cli("utils.table", "a/results.csv").out.splitlines()
+    assert lines[0] == "| trained | epoch | after training | FP | W8 | W3 |" and lines[2].startswith(
+        "| SGD | 3 | none |"
+    )

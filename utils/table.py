@@ -1,0 +1,59 @@
+"""A results table for people: trained networks down, bit-widths across, top-1 in percent, mean and sd over seeds.
+
+    python -m utils.table results/cifar100/results.csv
+
+Rows of eval.py's results.csv that differ in the seed alone are one cell: their mean, with the standard deviation
+(n - 1) and n where there are several. Rows with quantized activations are left out.
+"""
+
+import csv
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from utils.cli import Parser, UserError, run
+
+NEEDED = ("trained", "epoch", "post", "seed", "w_bit", "a_bit", "top1")
+
+
+def read_results(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a results.csv of eval.py. Raises UserError if it is none."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}); eval.py --out DIR writes DIR/results.csv") from None
+    missing = [name for name in NEEDED if not rows or rows[0].get(name) is None]
+    if missing:
+        raise UserError(f"{path} lacks the column {missing[0]}: it is no results.csv of eval.py --out DIR")
+    return rows
+
+
+def cell(values: list[float]) -> str:
+    """Mean in two decimals; for several values with their standard deviation and number."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f} ({len(values)})"
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table of `rows` in Markdown, networks in the order of their first row."""
+    cells: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["a_bit"] == "32":
+            cells[row["trained"], row["epoch"], row["post"]][int(row["w_bit"])].append(float(row["top1"]))
+    widths = sorted({width for by_width in cells.values() for width in by_width}, reverse=True)
+    names = ["FP" if width == 32 else f"W{width}" for width in widths]
+    lines = [["trained", "epoch", "after training", *names], ["---"] * (3 + len(names))]
+    for key, by_width in cells.items():
+        lines.append([*key, *(cell(by_width[width]) if width in by_width else "" for width in widths)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    p = Parser(__doc__)
+    p.add_argument("file", help="results.csv of eval.py")
+    print(markdown(read_results(p.parse_args().file)))
+
+
+if __name__ == "__main__":
+    run(main)
