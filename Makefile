@@ -1,5 +1,8 @@
 # make quickstart   the whole path on the embedded digits: train, train with PSG, evaluate, draw
 # make test         the tests
+# make reproduce    CIFAR-100 from nothing to table and figures: vanilla, PSGD for each bit-width, Adam, evaluation,
+#                   figures. Days on 2 cores, about an hour on a GPU; goes on where it was cut off, and make -j4 runs
+#                   four at a time. SEEDS="1 2 3" and W_BITS="4 3" choose the runs, AVERAGE the epochs of the means.
 # make lint         ruff
 # Each sets up .venv by itself, from requirements-dev.txt.
 
@@ -10,7 +13,7 @@ READY := $(VENV)/ready
 RUN := runs/quickstart
 DIGITS := --dataset digits --batch_size 32 --epoch 20
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint reproduce
 .DEFAULT_GOAL := quickstart
 
 $(READY): requirements.txt requirements-dev.txt
@@ -33,6 +36,50 @@ quickstart: $(READY)
 	@echo "Compare weight_mse of the two networks at 3 bits, PSGD's target, and look at $(RUN)/histograms/*.png:"
 	@echo "PSGD's float weights gather at the points of the 3-bit grid. Digits are too easy to show what that is worth;"
 	@echo "on CIFAR-100 the gap in accuracy opens: the results table in README.md."
+
+# --- make reproduce
+
+SEEDS ?= 1
+W_BITS ?= 4 3 2 5 6 8
+AVERAGE ?= 103-150
+VANILLA := runs/vanilla/epoch_82.pth
+STAGE := --load_pretrained $(VANILLA) --decay_epoch 123 --save_epochs $(AVERAGE) 150
+PSGD_RUNS := $(foreach seed,$(SEEDS),$(foreach bits,$(W_BITS),runs/cifar100/$(bits)bits_seed$(seed)))
+ADAM_RUNS := runs/cifar100/adam_seed1 runs/cifar100/adam_4bits_seed1
+RUNS := runs/vanilla $(PSGD_RUNS) $(ADAM_RUNS)
+
+# $(call train,run folder,last epoch,flags): go on with the run if it has an epoch to go on from, else start it
+train = if [ -f $(1)/last.pth ]; then $(BIN)/python train.py --exp_name $(1:runs/%=%) --resume --epoch $(2); \
+	else rm -rf $(1) && $(BIN)/python train.py $(3) --epoch $(2) --exp_name $(1:runs/%=%); fi
+
+$(VANILLA): | $(READY)
+	$(call train,$(@D),82,--psg 0 --lr 0.1 --decay_epoch 82 123 --save_epochs 82 150)
+
+runs/vanilla/epoch_150.pth: $(VANILLA)
+	$(call train,$(@D),150)
+
+runs/cifar100/adam_seed1/epoch_150.pth: | $(VANILLA)
+	$(call train,$(@D),150,$(STAGE) --adam 1 --lr 1e-4 --psg 0)
+
+runs/cifar100/adam_4bits_seed1/epoch_150.pth: | $(VANILLA)
+	$(call train,$(@D),150,$(STAGE) --adam 1 --lr 1e-4 --w_bit 4)
+
+define psgd_run
+runs/cifar100/$(1)bits_seed$(2)/epoch_150.pth: | $(VANILLA)
+	$$(call train,$$(@D),150,$(STAGE) --w_bit $(1) --seed $(2))
+endef
+$(foreach seed,$(SEEDS),$(foreach bits,$(W_BITS),$(eval $(call psgd_run,$(bits),$(seed)))))
+
+%/mean.pth: %/epoch_150.pth
+	$(BIN)/python -m utils.average $(@D)/epoch_*.pth --out $@
+
+reproduce: $(PSGD_RUNS:%=%/mean.pth) $(RUNS:%=%/epoch_150.pth)
+	$(BIN)/python eval.py --model_path $(VANILLA) $(RUNS:%=%/epoch_150.pth) $(PSGD_RUNS:%=%/mean.pth) \
+		--w_bit 8 6 5 4 3 2 --post none bn_reestimate --calib_images 10240 --out results/reproduce
+	$(BIN)/python -m utils.table results/reproduce/results.csv
+	$(BIN)/python visualize.py --figure 1a --results results/reproduce/results.csv --out results/reproduce
+	$(BIN)/python visualize.py --figure curves --runs runs/vanilla $(PSGD_RUNS) \
+		--labels SGD $(PSGD_RUNS:runs/cifar100/%=%) --out results/reproduce
 
 test: $(READY)
 	$(BIN)/python -m pytest -q tests

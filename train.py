@@ -19,7 +19,20 @@ Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth an
 import time
 from argparse import Namespace
 
-from utils.cli import Parser, UserError, bits, count, index, non_negative, positive, positive_or_auto, run, seed
+from utils.cli import (
+    EpochSet,
+    Parser,
+    UserError,
+    bits,
+    count,
+    epochs,
+    index,
+    non_negative,
+    positive,
+    positive_or_auto,
+    run,
+    seed,
+)
 from utils.files import command_line, git_commit
 from utils.runs import RunFolder
 
@@ -61,7 +74,8 @@ def parser() -> Parser:
     p.add_argument("--batch_size", type=count, default=128, help="images a step")
     p.add_argument("--exp_name", default="cifar100/4bits", help="run folder, under runs/")
     p.add_argument("--resume", action="store_true", help="go on with the run in runs/<exp_name>")
-    p.add_argument("--save_epochs", type=count, nargs="*", default=[], metavar="N", help="epochs to keep a file of")
+    p.add_argument("--save_epochs", type=epochs, action=EpochSet, nargs="*", default=[], metavar="N",
+                   help="epochs to keep a file of, as 82 or 103-150")
     p.add_argument("--cu_num", type=index, default=0, help="GPU number")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",

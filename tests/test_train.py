@@ -70,6 +70,16 @@ def test_run_folder(cli, tmp_path):
     assert len(metrics(tmp_path / "runs/a/b-2")) == 1
 
 
+def test_save_epochs_takes_epochs_and_ranges(cli, tmp_path):
+    flags = [*QUICK, "--psg", "0", "--exp_name", "a", "--save_epochs", "2-3", "1", "3"]
+    assert cli("train.py", *flags, "--epoch", "2").code == 0
+    assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", "4", "--save_epochs", "4").code == 0
+    assert sorted(path.name for path in (tmp_path / "runs/a").glob("epoch_*")) == [
+        "epoch_1.pth", "epoch_2.pth", "epoch_4.pth",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "runs/a/args.json").read_text())["args"]["save_epochs"] == [1, 2, 3]
+
+
 def test_psg_starts_from_a_checkpoint(cli, tmp_path, digits_run):
     """Epochs go on from the checkpoint's, momentum starts at zero, and the learning rate decays at its epoch."""
     outcome = cli("train.py", *QUICK, "--load_pretrained", digits_run, "--epoch", "5", "--decay_epoch", "5")
@@ -127,6 +137,8 @@ BAD = [
     (["--seed", "2147483648"], "--seed: 2147483648 must be from 0 to 2147483647"),
     (["--lr", "nan"], "--lr: 'nan' is not a finite number"),
     (["--w_decay", "-1"], "--w_decay: -1 must be 0 or greater"),
+    (["--save_epochs", "9-3"], "--save_epochs: 9-3 begins after its end"),
+    (["--save_epochs", "1-x"], "--save_epochs: 'x' is not a whole number"),
     (["--epoch", "0"], "--epoch: 0 must be 1 or greater"),
     (["--arch", "ResNet50"], "--arch: invalid choice: 'ResNet50'"),
     (["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from itertools import chain
 from typing import NoReturn
 
 
@@ -88,6 +89,23 @@ def _whole(text: str, least: int, most: float = math.inf) -> int:
 def count(text: str) -> int:
     """Argument type: a whole number >= 1."""
     return _whole(text, 1)
+
+
+def epochs(text: str) -> list[int]:
+    """Argument type: an epoch, "82", or a range of them, "103-150"."""
+    first, dash, last = text.partition("-")
+    if not dash:
+        return [count(first)]
+    if count(first) > count(last):
+        raise argparse.ArgumentTypeError(f"{text} begins after its end")
+    return list(range(count(first), count(last) + 1))
+
+
+class EpochSet(argparse.Action):
+    """Stores the sorted epochs of arguments of the type `epochs`."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, sorted(set(chain.from_iterable(values))))
 
 
 def index(text: str) -> int:
