@@ -95,7 +95,7 @@ def main() -> None:
     from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
     from utils.data import calibration_batches, load_dataset
     from utils.device import keep_freed_memory, resolve_precision, select_device
-    from utils.engine import evaluate
+    from utils.engine import evaluate, fold_batch_norm
     from utils.files import write_results
 
     device, device_line = select_device(args.device, args.cu_num)
@@ -136,10 +136,10 @@ def main() -> None:
     for facts, model, ranges, test, spec, images in networks:
         for w_bit, a_bit, post in settings(args):
             weights = (w_bit, bool(args.first_last_quant))
-            network = quantize_activations(quantize_weights(model, *weights), a_bit, ranges)
+            network = quantize_activations(quantize_weights(model, *weights), a_bit, ranges, inplace=True)
             if post == "bn_reestimate":
-                network = reestimate_batch_norm(network, images())
-            result = evaluate(network, test, spec, args.precision)
+                network = reestimate_batch_norm(network, images(), inplace=True)
+            result = evaluate(fold_batch_norm(network), test, spec, args.precision)
             row = facts | {
                 "w_bit": w_bit, "a_bit": a_bit, "act_range": "none" if a_bit == 32 else args.act_range, "post": post,
                 "top1": round(result.top1, 4), "loss": round(result.loss, 6),

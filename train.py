@@ -16,6 +16,7 @@ Go on with a run that was cut off; its settings come from its folder
 Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth and the epochs of --save_epochs.
 """
 
+import copy
 import time
 from argparse import Namespace
 
@@ -131,8 +132,9 @@ def low_bit_metrics(args: Namespace, model, split, spec) -> dict[str, float]:
     from utils.engine import evaluate, fold_batch_norm
 
     target = (args.w_bit, bool(args.first_last_quant))
-    full = evaluate(fold_batch_norm(model), split, spec, args.precision)
-    low = evaluate(fold_batch_norm(quantize_weights(model, *target)), split, spec, args.precision)
+    # In float32 at every --precision, as eval.py: bfloat16 is off by up to a tenth of a point.
+    full = evaluate(fold_batch_norm(copy.deepcopy(model)), split, spec)
+    low = evaluate(fold_batch_norm(quantize_weights(model, *target)), split, spec)
     name = f"w{args.w_bit}"
     return {
         "fp_loss": full.loss, "fp_top1": full.top1, f"{name}_loss": low.loss, f"{name}_top1": low.top1,

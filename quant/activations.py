@@ -40,14 +40,15 @@ def relu_names(model: nn.Module) -> list[str]:
     return names
 
 
-def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float]) -> nn.Module:
+def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], inplace: bool = False) -> nn.Module:
     """A copy of `model` with an `ActivationQuantizer` of `bits` bits in place of every ReLU.
 
     `ranges` gives the largest value x_max of each ReLU by module name, as `bn_ranges` and `minmax_ranges` do. A ReLU
     module that a network uses at several places has one quantizer, with the largest range of them.
-    bits=32 gives a plain copy. Raises ValueError for a ReLU without a range.
+    bits=32 changes nothing; inplace=True changes `model` itself and returns it. Raises ValueError for a ReLU without a
+    range.
     """
-    quantized = copy.deepcopy(model)
+    quantized = model if inplace else copy.deepcopy(model)
     if bits == FLOAT_BITS:
         return quantized
     for name in relu_names(model):

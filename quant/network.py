@@ -10,12 +10,15 @@ from quant.layers import WEIGHT_LAYERS, layer_bits
 
 
 @torch.no_grad()
-def quantize_weights(model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False) -> nn.Module:
+def quantize_weights(
+    model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False, inplace: bool = False
+) -> nn.Module:
     """A copy of `model` whose weights (see `layer_bits`) are the float values of their low-bit grid points.
 
-    bits=32 gives a plain copy. Raises ValueError for other bits outside 2..8, and for a weight that is not finite.
+    bits=32 changes nothing; inplace=True changes `model` itself and returns it. Raises ValueError for other bits
+    outside 2..8, and for a weight that is not finite.
     """
-    quantized = copy.deepcopy(model)
+    quantized = model if inplace else copy.deepcopy(model)
     if bits == FLOAT_BITS:
         return quantized
     for name, width in layer_bits(model, bits, first_last).items():

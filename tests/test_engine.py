@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from models import ResNet32
+from quant import quantize_activations
+from quant.activations import relu_names
 from utils.data import DATASETS, Split, eval_batches
 from utils.engine import NonFiniteError, evaluate, fold_batch_norm, train_epoch
 
@@ -41,15 +43,33 @@ def test_evaluate_equals_one_plain_forward_pass():
     assert result.top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=0.8)
 
 
-def test_folding_batch_norm_keeps_the_function():
-    model = trained_resnet()
-    before = copy.deepcopy(model.state_dict())
-    folded = fold_batch_norm(model)
+@pytest.mark.parametrize("a_bit", [32, 8])
+def test_folding_batch_norm_keeps_the_function(a_bit):
+    model = quantize_activations(trained_resnet(), a_bit, dict.fromkeys(relu_names(ResNet32()), 4.0))
+    folded = fold_batch_norm(copy.deepcopy(model))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     images = torch.randn(8, 3, 32, 32)
     with torch.no_grad():
-        assert torch.allclose(folded(images), model(images), rtol=1e-3, atol=1e-3)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        difference = (folded(images) - model(images)).abs()
+    # A value that falls between two levels of a quantizer may go the other way.
+    assert difference.max() < 1e-3 if a_bit == 32 else difference.median() < 0.02
+
+
+def test_folding_leaves_what_is_used_twice():
+    conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = conv, norm
+
+        def forward(self, x):
+            return self.norm(self.conv(self.conv(x)))
+
+    images = torch.randn(2, 3, 4, 4)
+    for net in (Twice(), nn.Sequential(conv, nn.ReLU(), norm)):
+        expected = net.eval()(images)
+        assert torch.equal(fold_batch_norm(net)(images), expected) and norm in net.modules()
 
 
 def test_train_epoch_reports_the_mean_over_images():

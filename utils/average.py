@@ -52,7 +52,7 @@ def main() -> None:
         for name, parameter in mean.named_parameters():
             parameter.copy_(torch.stack([network.get_parameter(name).cpu() for network in networks]).mean(0))
     images = calibration_batches(train, dataset.spec, args.calib_images, args.seed)
-    normed = reestimate_batch_norm(quantize_weights(mean, args.w_bit), images)
+    normed = reestimate_batch_norm(quantize_weights(mean, args.w_bit), images, inplace=True)
     state = normed.state_dict() | dict(mean.named_parameters())
     kept = {key: value for key, value in last.items() if key not in (*RUN_STATE, "metrics")}
     averaged = {

@@ -1,35 +1,30 @@
-"""Times the pieces of a training step against each other, alternating them in one run; prints medians and ratios.
+"""Times the pieces of training and evaluation against each other, alternating them in one run; medians and ratios.
 
     python -m utils.benchmark
     python -m utils.benchmark --data_dir data --dataset cifar100 --rounds 40 --json step.json
 
-A step is ResNet-32 at batch 128: batch preparation, forward, backward and optimizer. Ratios are to the row they name.
+A step is ResNet-32 at batch 128. Where nothing else is said, it is in the precision that train.py picks on the device,
+on one held batch, forward, backward and optimizer; "training loop" is train.py's own loop with its data. Compare ratios
+of one run, not times of different ones.
 """
 
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
+from typing import Any
 
 from utils.cli import Parser, run
 from utils.cli import count as whole_number
 from utils.files import command_line, git_commit, write_json
 
 WARM_UP = 2
-
-
-def machine() -> str:
-    """Processor and number of cores, as the operating system names them."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")]  # fmt: skip
-        name = models[0] if models else name
-    import torch
-
-    return f"{name}, {torch.get_num_threads()} threads"
+SWEEP = (8, 7, 6, 5, 4, 3, 2, 32)  # bit-widths
 
 
 def main() -> None:
@@ -37,79 +32,139 @@ def main() -> None:
     p.add_argument("--dataset", default="digits", choices=["cifar100", "cifar10", "digits"], help="data set")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: a GPU, or the CPU)")
-    p.add_argument("--rounds", type=whole_number, default=30, help="times that every piece is measured")
+    p.add_argument("--rounds", type=whole_number, default=30, help="times that every step is measured")
     p.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
     args = p.parse_args()
 
     import torch
+
+    from utils.data import load_dataset
+    from utils.device import keep_freed_memory, resolve_precision, select_device
+
+    device, _ = select_device(args.device, 0)
+    precision = resolve_precision("auto", device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    started = time.perf_counter()
+    dataset = load_dataset(args.dataset, args.data_dir, device)
+    figures: dict[str, Any] = {"data_ready_seconds": time.perf_counter() - started}
+
+    steps = alternate(training_pieces(dataset, device, precision), args.rounds, device)
+    print(f"{machine()}, torch {torch.__version__}, device {device}, {precision}, {args.rounds} rounds, batch 128")
+    show(steps, "SGD step")
+    figures |= {"step_seconds": steps, "step_ratios_to_sgd": {k: v / steps["SGD step"] for k, v in steps.items()}}
+
+    evaluations = alternate(evaluation_pieces(dataset, device), max(3, args.rounds // 10), device)
+    show(evaluations, "evaluation, float32")
+    figures |= {"evaluation_seconds": evaluations, "start_up_seconds": start_up()}
+    print(f"data ready in {figures['data_ready_seconds']:.2f} s, {args.dataset} at {args.data_dir}")
+    for name, seconds in figures["start_up_seconds"].items():
+        print(f"{name}: {seconds:.2f} s")
+    figures["peak_memory_bytes"] = peak_memory(device)
+    print(f"peak memory of this run: {figures['peak_memory_bytes'] / 1e9:.2f} GB")
+    if args.json:
+        facts = {"command": command_line(), "commit": git_commit(), "machine": machine(), "torch": torch.__version__}
+        facts |= {"device": str(device), "precision": precision, "dataset": args.dataset, "rounds": args.rounds}
+        write_json(args.json, facts | figures)
+
+
+def training_pieces(dataset, device, precision: str) -> dict[str, Callable[[], object]]:
+    """Functions that do one step each, on networks of their own."""
+    import torch
+    from torch.func import functional_call
     from torch.nn.functional import cross_entropy
 
     from models import ResNet32
-    from quant import PSGD, psg_param_groups, quantize_weights
-    from utils.data import TrainBatches, load_dataset
-    from utils.device import autocast, keep_freed_memory, resolve_precision, select_device
-    from utils.engine import evaluate, fold_batch_norm
+    from quant import PSGD, fake_quantize_weight, layer_bits, psg_param_groups
+    from utils.data import TrainBatches
+    from utils.device import autocast
+    from utils.engine import train_epoch
 
-    device, _ = select_device(args.device, 0)
-    fast = resolve_precision("auto", device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    dataset = load_dataset(args.dataset, args.data_dir, device)
     source = TrainBatches(dataset.train, dataset.spec, 128, seed=1)
     batches = chain.from_iterable(source.epoch(epoch) for epoch in count())
-    full_batches = (batch for batch in batches if len(batch[1]) == 128)
+    full = (batch for batch in batches if len(batch[1]) == 128)
+    images, labels = next(full)
 
-    def trainer(precision: str, layout: torch.memory_format, psg: bool) -> Callable[[bool, bool], None]:
+    def network(layout=torch.channels_last):
         torch.manual_seed(1)
-        model = ResNet32(len(dataset.classes)).to(device, memory_format=layout)
-        optimizer = torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
-        if psg:
-            optimizer = PSGD(optimizer, lambda_s=150)
-        held = next(full_batches)
+        return ResNet32(len(dataset.classes)).to(device, memory_format=layout).train()
 
-        def step(with_data: bool, with_optimizer: bool) -> None:
-            images, labels = next(full_batches) if with_data else held
-            with autocast(device, precision):
-                loss = cross_entropy(model(images.contiguous(memory_format=layout)), labels)
-            optimizer.zero_grad()
+    def sgd(groups):
+        return torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=1e-4, fused=True)
+
+    def adam(groups):
+        return torch.optim.Adam(groups, lr=1e-4, weight_decay=1e-4, fused=True)
+
+    def step(make_optimizer, step_precision=precision, layout=torch.channels_last):
+        model = network(layout)
+        optimizer = make_optimizer(psg_param_groups(model, 4)) if make_optimizer else None
+        held = images.contiguous(memory_format=layout)
+
+        def once() -> None:
+            with autocast(device, step_precision):
+                loss = cross_entropy(model(held), labels)
+            model.zero_grad()
             loss.backward()
-            if with_optimizer:
+            if optimizer:
                 optimizer.step()
 
-        return step
+        return once
 
-    plain = trainer("fp32", torch.contiguous_format, psg=False)
-    last = trainer("fp32", torch.channels_last, psg=False)
-    sgd = trainer(fast, torch.channels_last, psg=False)
-    psgd = trainer(fast, torch.channels_last, psg=True)
-    steps = {
-        "float32 step, contiguous": lambda: plain(True, True),
-        "float32 step, channels_last": lambda: last(True, True),
-        f"{fast} forward and backward alone": lambda: sgd(False, False),
-        f"{fast} step with SGD": lambda: sgd(True, True),
-        f"{fast} step with PSGD": lambda: psgd(True, True),
-        "preparing a batch": lambda: next(full_batches),
+    def quantization_aware():
+        model = network()
+        optimizer = sgd(model.parameters())
+        widths = layer_bits(model, 4)
+
+        def once() -> None:
+            quantized = {name: fake_quantize_weight(model.get_parameter(name), bits) for name, bits in widths.items()}
+            with autocast(device, precision):
+                loss = cross_entropy(functional_call(model, quantized, (images,)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return once
+
+    def loop():
+        model = network()
+        optimizer = PSGD(sgd(psg_param_groups(model, 4)), lambda_s=150)
+        return lambda: train_epoch(model, optimizer, islice(full, 1), precision)
+
+    return {
+        "training loop, PSGD, with data": loop(),
+        "forward and backward alone": step(None),
+        "SGD step": step(sgd),
+        "PSGD step": step(lambda groups: PSGD(sgd(groups), lambda_s=150)),
+        "Adam step": step(adam),
+        "Adam step with PSG": step(lambda groups: PSGD(adam(groups), lambda_s=150)),
+        "quantization-aware SGD step": quantization_aware(),
+        "SGD step, float32": step(sgd, "fp32"),
+        "SGD step, float32, contiguous": step(sgd, "fp32", torch.contiguous_format),
+        "preparing a batch": lambda: next(full),
     }
-    seconds = alternate(steps, args.rounds, device)
-    unit = seconds[f"{fast} step with SGD"]
-    print(f"{machine()}, torch {torch.__version__}, device {device}, {args.rounds} rounds, batch 128")
-    print(f"{'':36}{'median ms':>10}{'ratio to SGD step':>19}")
-    for name, value in seconds.items():
-        print(f"{name:36}{1000 * value:10.2f}{value / unit:19.3f}")
 
-    network = ResNet32(len(dataset.classes)).to(device, memory_format=torch.channels_last)
 
-    def evaluate_both() -> None:
-        for net in (network, quantize_weights(network, 4)):
-            evaluate(fold_batch_norm(net), dataset.test, dataset.spec, fast)
+def evaluation_pieces(dataset, device) -> dict[str, Callable[[], object]]:
+    """Functions that evaluate the whole test set, once or at the eight bit-widths of SWEEP, as eval.py does."""
+    import torch
 
-    both = alternate({"evaluation": evaluate_both}, max(3, args.rounds // 10), device)["evaluation"]
-    share = both / (len(source) * seconds[f"{fast} step with PSGD"])
-    print(f"evaluation of float and 4 bits: {both:.2f} s, {100 * share:.1f} % of the training steps of an epoch")
-    if args.json:
-        facts = {"command": command_line(), "commit": git_commit(), "machine": machine(), "torch": torch.__version__}
-        figures = {"median_seconds": seconds, "evaluation_seconds": both, "evaluation_share_of_epoch": share}
-        write_json(args.json, {**facts, "device": str(device), "rounds": args.rounds, **figures})
+    from models import ResNet32
+    from quant import quantize_weights
+    from utils.engine import evaluate, fold_batch_norm
+
+    torch.manual_seed(1)
+    model = ResNet32(len(dataset.classes)).to(device, memory_format=torch.channels_last).eval()
+
+    def once(bits: int, precision: str = "fp32", fold: bool = True) -> None:
+        quantized = quantize_weights(model, bits)
+        evaluate(fold_batch_norm(quantized) if fold else quantized, dataset.test, dataset.spec, precision)
+
+    return {
+        "evaluation, float32": lambda: once(32),
+        "evaluation, float32, batch norm not folded": lambda: once(32, fold=False),
+        "evaluation, bfloat16": lambda: once(32, "bf16"),
+        f"sweep of {len(SWEEP)} bit-widths, float32": lambda: [once(bits) for bits in SWEEP],
+    }
 
 
 def alternate(pieces: dict[str, Callable[[], object]], rounds: int, device) -> dict[str, float]:
@@ -129,6 +184,49 @@ def alternate(pieces: dict[str, Callable[[], object]], rounds: int, device) -> d
             if turn >= WARM_UP:
                 seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def start_up() -> dict[str, float]:
+    """Seconds, least of three, of commands that a user waits for."""
+    root = Path(__file__).parent.parent
+    commands = {"train.py --help": ["train.py", "--help"], "import of torch": ["-c", "import torch"]}
+    seconds = {}
+    for name, words in commands.items():
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *words], cwd=root, check=True, stdout=subprocess.DEVNULL)
+            times.append(time.perf_counter() - started)
+        seconds[name] = min(times)
+    return seconds
+
+
+def peak_memory(device) -> int:
+    """Bytes: of the GPU's allocator on a GPU, else the largest resident size of this process."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def machine() -> str:
+    """Processor and number of threads used, as the operating system names them."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")]  # fmt: skip
+        name = models[0] if models else name
+    import torch
+
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def show(seconds: dict[str, float], unit: str) -> None:
+    """Prints medians in milliseconds, and their ratios to the piece `unit`."""
+    print(f"{'':44}{'median ms':>10}  {'ratio to ' + unit}")
+    for name, value in seconds.items():
+        print(f"{name:44}{1000 * value:10.2f}  {value / seconds[unit]:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """The training and evaluation loops. Nothing is read back from the device inside an epoch."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch import Tensor, fx, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from quant import ActivationQuantizer
 from utils.data import DataSpec, Split, eval_batches
 from utils.device import autocast
 
@@ -57,12 +59,30 @@ def train_epoch(
     return Result(per_step.sum().item() / images_seen, 100 * torch.stack(hits).sum().item() / images_seen)
 
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy of `model`, in eval mode, with every batch norm that follows a convolution folded into it.
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, ActivationQuantizer) or super().is_leaf_module(module, name)
 
-    Computes the same function up to rounding, faster. Needs a model that torch.fx can trace; leaves it in eval mode.
+
+@torch.no_grad()
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """`model` itself, in eval mode, with every batch norm that follows a convolution folded into it: for evaluation.
+
+    Computes the same function up to rounding, faster. Needs a model that torch.fx can trace.
     """
-    return fuse(model.eval()).to(memory_format=torch.channels_last)
+    calls = [node for node in _Tracer().trace(model.eval()).nodes if node.op == "call_module"]
+    uses = Counter(node.target for node in calls)
+    for node in calls:
+        before = node.args[0]
+        if before.op != "call_module" or uses[before.target] > 1 or uses[node.target] > 1 or len(before.users) > 1:
+            continue
+        conv, norm = model.get_submodule(before.target), model.get_submodule(node.target)
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            model.set_submodule(node.target, nn.Identity())
+    return model
 
 
 @torch.inference_mode()
