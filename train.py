@@ -39,7 +39,7 @@ from utils.runs import RunFolder
 
 PRETRAINED = "models/ResNet82.pth"
 # Settings that a resumed run may change: where it runs and how long, but not what it computes.
-FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "epoch", "save_epochs"}
+FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "epoch", "save_epochs", "cuda_graph"}
 
 
 def parser() -> Parser:
@@ -81,6 +81,8 @@ def parser() -> Parser:
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                    help="of the forward and backward pass; auto: bf16 where the device is fast at it")
+    p.add_argument("--cuda_graph", type=int, choices=[0, 1], default=1,
+                   help="1: on a GPU, the whole step in one CUDA graph; 0: the plain loop")
     p.add_argument("--deterministic", action="store_true", help="deterministic algorithms alone")
     # fmt: on
     return p
@@ -120,6 +122,7 @@ def build_optimizer(args: Namespace, model, device):
     groups = psg_param_groups(model, args.w_bit, bool(args.first_last_quant)) if args.psg else model.parameters()
     common = {"weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
     if args.adam:
+        common["capturable"] = device.type == "cuda"
         optimizer = torch.optim.Adam(groups, lr=args.lr * (0.01 * lambda_s if args.psg else 1), **common)
     else:
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, **common)
@@ -154,6 +157,7 @@ def main() -> None:
     from utils.data import TrainBatches, load_dataset
     from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
     from utils.engine import NonFiniteError, train_epoch
+    from utils.graphed import GraphedTraining
 
     device, device_line = select_device(args.device, args.cu_num)
     args.precision = resolve_precision(args.precision, device)
@@ -207,17 +211,28 @@ def main() -> None:
     print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images", flush=True)
 
     batches = TrainBatches(train_split, dataset.spec, args.batch_size, args.seed)
+    graphed = None
+    if device.type == "cuda" and args.cuda_graph and not args.deterministic:
+        graphed = GraphedTraining(model, optimizer, batches, args.precision)
+    print(f"step: {'CUDA graph' if graphed else 'plain loop'}", flush=True)
     for epoch in range(done + 1, args.epoch + 1):
         started = time.perf_counter()
         torch.manual_seed(args.seed * 2**20 + epoch)  # dropout of an epoch, like its batches, from (seed, epoch) alone
         lr = optimizer.param_groups[0]["lr"]
-        progress = tqdm(batches.epoch(epoch), f"epoch {epoch}/{args.epoch}", len(batches), leave=False, disable=None)
         try:
-            trained = train_epoch(model, optimizer, progress, args.precision)
+            if graphed:
+                trained = graphed.epoch(epoch)
+            else:
+                name = f"epoch {epoch}/{args.epoch}"
+                progress = tqdm(batches.epoch(epoch), name, len(batches), leave=False, disable=None)
+                trained = train_epoch(model, optimizer, progress, args.precision)
         except NonFiniteError as error:
             raise UserError(
                 f"{error} of epoch {epoch}; last good checkpoint: {last_good}; try a smaller --lr or --lambda_s"
             ) from None
+        if graphed and graphed.failure:
+            print(f"step: plain loop, as the CUDA graph could not be captured ({graphed.failure})", flush=True)
+            graphed = None
         scheduler.step()
         trained_at = time.perf_counter()
         row = {"epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1}

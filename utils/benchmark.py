@@ -79,6 +79,7 @@ def training_pieces(dataset, device, precision: str) -> dict[str, Callable[[], o
     from utils.data import TrainBatches
     from utils.device import autocast
     from utils.engine import train_epoch
+    from utils.graphed import GraphedTraining
 
     source = TrainBatches(dataset.train, dataset.spec, 128, seed=1)
     batches = chain.from_iterable(source.epoch(epoch) for epoch in count())
@@ -130,7 +131,14 @@ def training_pieces(dataset, device, precision: str) -> dict[str, Callable[[], o
         optimizer = PSGD(sgd(psg_param_groups(model, 4)), lambda_s=150)
         return lambda: train_epoch(model, optimizer, islice(full, 1), precision)
 
-    return {
+    def graphed_epoch():
+        model = network()
+        optimizer = PSGD(sgd(psg_param_groups(model, 4)), lambda_s=150)
+        training = GraphedTraining(model, optimizer, source, precision)
+        return lambda: training.epoch(1)
+
+    whole = {f"epoch of {len(source)} steps, CUDA graph": graphed_epoch()} if device.type == "cuda" else {}
+    return whole | {
         "training loop, PSGD, with data": loop(),
         "forward and backward alone": step(None),
         "SGD step": step(sgd),

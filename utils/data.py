@@ -208,16 +208,26 @@ class TrainBatches:
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (images float32 [B, 3, 32, 32] channels_last, labels int64 [B]) of one epoch."""
+    def plan(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one epoch: the order of the images int64 [N], their (row, column) shifts in 0..8 int64 [2, N], and which
+        are mirrored, bool [N].
+        """
         device = self.split.images.device
         generator = torch.Generator().manual_seed(self.seed * 2**20 + epoch)
-        order = torch.randperm(len(self.split), generator=generator).to(device)
-        shifts = torch.randint(2 * CROP_PADDING + 1, (2, len(order)), generator=generator).to(device)
-        mirrored = (torch.randint(2, (len(order),), generator=generator) == 1).to(device) & self.spec.flip
-        for batch in torch.arange(len(order), device=device).split(self.batch_size):
-            images = self.crop(order[batch], shifts[:, batch], mirrored[batch])
-            yield normalize(images, self.spec), self.split.labels[order[batch]]
+        order = torch.randperm(len(self.split), generator=generator)
+        shifts = torch.randint(2 * CROP_PADDING + 1, (2, len(order)), generator=generator)
+        mirrored = (torch.randint(2, (len(order),), generator=generator) == 1) & self.spec.flip
+        return order.to(device), shifts.to(device), mirrored.to(device)
+
+    def batch(self, chosen: Tensor, shifts: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+        """Images float32 [B, 3, 32, 32] channels_last and labels int64 [B] of a part of a plan."""
+        return normalize(self.crop(chosen, shifts, mirrored), self.spec), self.split.labels[chosen]
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of one epoch."""
+        order, shifts, mirrored = self.plan(epoch)
+        for where in torch.arange(len(order), device=order.device).split(self.batch_size):
+            yield self.batch(order[where], shifts[:, where], mirrored[where])
 
     def crop(self, chosen: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
         """uint8 crops [B, 32, 32, 3] of the images `chosen` [B] at the (row, column) `shifts` [2, B] in 0..8."""

@@ -29,6 +29,35 @@ class NonFiniteError(ArithmeticError):
     """The loss or a weight became NaN or infinite; the message says which, and at which step (from 1) of an epoch."""
 
 
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """One step on a batch; returns the sum of its losses and the number of its correct answers, 0-d, on the device."""
+    with autocast(images.device, precision):
+        logits = model(images)
+        loss = cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()
+
+
+def epoch_result(model: nn.Module, losses: Tensor, hits: Tensor, images_seen: int) -> Result:
+    """Loss and accuracy over the images of an epoch from each step's sums [steps].
+
+    Raises NonFiniteError if a loss, or a weight of `model`, is not finite.
+    """
+    per_step = losses.cpu().double()
+    bad = (~per_step.isfinite()).nonzero()
+    if len(bad):
+        step = int(bad[0])
+        raise NonFiniteError(f"the loss became {per_step[step].item()} at step {step + 1}")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise NonFiniteError(f"{name} was no longer finite after step {len(losses)}")
+    return Result(per_step.sum().item() / images_seen, 100 * hits.sum().item() / images_seen)
+
+
 def train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]], precision: str
 ) -> Result:
@@ -37,26 +66,12 @@ def train_epoch(
     Raises NonFiniteError at the end of the epoch in which the loss, or a weight, stopped being finite.
     """
     model.train()
-    losses, hits, images_seen = [], [], 0
+    sums, images_seen = [], 0
     for images, labels in batches:
-        with autocast(images.device, precision):
-            logits = model(images)
-            loss = cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach() * len(labels))
-        hits.append((logits.detach().argmax(1) == labels).sum())
+        sums.append(train_step(model, optimizer, images, labels, precision))
         images_seen += len(labels)
-    per_step = torch.stack(losses).cpu().double()
-    bad = (~per_step.isfinite()).nonzero()
-    if len(bad):
-        step = int(bad[0])
-        raise NonFiniteError(f"the loss became {per_step[step].item()} at step {step + 1}")
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise NonFiniteError(f"{name} was no longer finite after step {len(losses)}")
-    return Result(per_step.sum().item() / images_seen, 100 * torch.stack(hits).sum().item() / images_seen)
+    losses, hits = map(torch.stack, zip(*sums))
+    return epoch_result(model, losses, hits, images_seen)
 
 
 class _Tracer(fx.Tracer):

@@ -1,0 +1,71 @@
+"""The CUDA-graph training loop: on a CPU its buffers and counters, on a GPU the graph, against the plain loop."""
+
+import copy
+
+import pytest
+import torch
+
+from models import ResNet32
+from quant import PSGD, psg_param_groups
+from tests.conftest import needs_cuda
+from utils.data import TrainBatches, load_dataset
+from utils.engine import NonFiniteError, train_epoch
+from utils.graphed import GraphedTraining
+
+
+def pair(device, base, batch_size=500, lr=0.05):
+    """The same network and optimizer twice, and the digits in batches of which the last is short."""
+    torch.manual_seed(0)
+    digits = load_dataset("digits", "", device)
+    batches = TrainBatches(digits.train, digits.spec, batch_size, seed=3)
+    first = ResNet32(10).to(device, memory_format=torch.channels_last)
+    models = [first, copy.deepcopy(first)]
+    options = {"lr": lr, "fused": True}
+    options |= {"capturable": device.type == "cuda"} if base is torch.optim.Adam else {"momentum": 0.9}
+    return models, [PSGD(base(psg_param_groups(model, 4), **options)) for model in models], batches
+
+
+def assert_equal_runs(device, base, epochs, batch_size):
+    models, optimizers, batches = pair(device, base, batch_size, lr=1e-3 if base is torch.optim.Adam else 0.05)
+    training = GraphedTraining(models[1], optimizers[1], batches, "fp32")
+    for epoch in range(1, epochs + 1):
+        plain = train_epoch(models[0], optimizers[0], batches.epoch(epoch), "fp32")
+        assert training.epoch(epoch) == plain
+        for optimizer in optimizers:  # as a scheduler does: the graph must not keep the old numbers
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.5
+    assert not training.failure
+    for (name, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values()):
+        assert torch.equal(a, b), name
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    for number, state in states[0].items():
+        assert all(torch.equal(value, states[1][number][key]) for key, value in state.items()), number
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_equals_the_plain_loop(base):
+    assert_equal_runs(torch.device("cpu"), base, epochs=2, batch_size=500)
+
+
+@needs_cuda
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_graph_equals_the_plain_loop(base):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_equal_runs(torch.device("cuda"), base, epochs=3, batch_size=128)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_set_smaller_than_a_batch():
+    models, optimizers, batches = pair(torch.device("cpu"), torch.optim.SGD, batch_size=5000)
+    plain = train_epoch(models[0], optimizers[0], batches.epoch(1), "fp32")
+    assert GraphedTraining(models[1], optimizers[1], batches, "fp32").epoch(1) == plain
+
+
+def test_loss_that_is_not_finite():
+    models, optimizers, batches = pair(torch.device("cpu"), torch.optim.SGD)
+    with torch.no_grad():
+        models[1].fc.bias.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="the loss became nan at step 1"):
+        GraphedTraining(models[1], optimizers[1], batches, "fp32").epoch(1)
