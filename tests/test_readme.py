@@ -40,11 +40,11 @@ def test_readme_begins_with_the_two_make_commands():
 
 @pytest.fixture
 def workshop(tmp_path):
-    """An empty folder with the shipped models and a CIFAR-100 of 256 images of noise."""
+    """An empty folder with the shipped models and a CIFAR-100 of 1,024 images of noise."""
     shutil.copytree(ROOT / "models", tmp_path / "models")
     (tmp_path / "data").mkdir()
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (256, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, 256)
+    images, labels = rng.integers(0, 256, (1024, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, 1024)
     names = np.array([f"class {n}" for n in range(100)])
     np.savez(tmp_path / "data/cifar100.npz", x_train=images, y_train=labels, x_test=images[:64], y_test=labels[:64],
              classes=names)  # fmt: skip
