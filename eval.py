@@ -7,32 +7,50 @@ The paper's 4-bit network
 Several networks at several bit-widths, written to results/sweep/results.csv and results.json
   python eval.py --model_path models/ResNet82.pth models/W4_ResNet.pth --w_bit 8 6 5 4 3 2 --out results/sweep
 
-Weights and activations, with data-free ranges and with ranges calibrated on training images
-  python eval.py --w_bit 8 4 --a_bit 32 8 4 --act_range bn
-  python eval.py --w_bit 8 4 --a_bit 32 8 4 --act_range minmax --calib_images 1024
+Weights and activations, with data-free ranges, and with ranges calibrated on training images
+  python eval.py --w_bit 8 4 --a_bit 32 8 4 --act_range bn --clipping_range search
+  python eval.py --w_bit 8 4 --a_bit 32 8 4 --act_range mse --calib_images 1024
 
-With batch-norm statistics taken anew on training images, with the weights as deployed
-  python eval.py --w_bit 4 3 --post none bn_reestimate --calib_images 10240
+Post-training methods on training images, each beside the plain network
+  python eval.py --w_bit 4 3 --post none bn_reestimate bias_correct adaround
 
-Ranges, scales and bit-widths are never fitted to test images. A bit-width of 32 stands for full precision, which is
-the first row of every model.
+What each layer contributes, at the first --w_bit, to results/report/layers.csv
+  python eval.py --w_bit 4 --report --out results/report
+
+Ranges, scales, bit-widths and roundings are never fitted to test images. A bit-width of 32 stands for full precision,
+which is the first row of every model.
 """
 
 import os
 from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.cli import Parser, UserError, bits_or_float, count, index, positive, run, seed
+from utils.cli import Parser, UserError, bits_or_float, count, index, percent, positive, positive_or, run, seed
 
 COLUMNS = {  # name: (least width on screen, format); without a width only in the files
     "model": (5, "s"), "arch": (0, "s"), "dataset": (0, "s"), "split": (0, "s"), "trained": (12, "s"),
-    "seed": (5, "s"), "epoch": (7, "s"), "w_bit": (6, "d"), "a_bit": (6, "d"), "act_range": (13, "s"),
-    "post": (14, "s"), "top1": (7, ".2f"), "loss": (8, ".4f"), "weight_mse": (11, ".3e"), "bytes": (9, "d"),
+    "seed": (5, "s"), "epoch": (7, "s"), "w_bit": (6, "d"), "weight_range": (0, "s"), "granularity": (0, "s"),
+    "a_bit": (6, "d"), "act_range": (13, "s"), "clipping_range": (0, "s"), "post": (14, "s"), "top1": (7, ".2f"),
+    "loss": (8, ".4f"), "weight_mse": (11, ".3e"), "bytes": (9, "d"),
 }  # fmt: skip
+POST = ["none", "bn_reestimate", "bias_correct", "adaround"]
+ACT_RANGES = ["bn", "bn_published", "minmax", "percentile", "mse"]
+SEARCHED = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0]  # values of --clipping_range search
 
 
-POST = ["none", "bn_reestimate"]
+@dataclass
+class Network:
+    """A trained network and what it is evaluated on; `images()` gives batches of calibration images."""
+
+    facts: dict[str, str]
+    model: Any
+    test: Any
+    spec: Any
+    images: Callable[[], Any]
+    histograms: Any = None  # of its ReLUs, where --act_range needs them
 
 
 def parse() -> Namespace:
@@ -47,23 +65,34 @@ def parse() -> Namespace:
     p.add_argument("--val_split", type=index, default=0, metavar="N",
                    help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
     p.add_argument("--w_bit", type=bits_or_float, nargs="+", default=[4], metavar="B", help="weight bit-widths")
-    p.add_argument("--a_bit", type=bits_or_float, nargs="+", default=None, metavar="B",
-                   help="activation bit-widths (default: 8 with --act_quant 1, else 32)")
+    p.add_argument("--weight_range", choices=["absmax", "mse"], default="absmax",
+                   help="grid of the weights: up to the largest, or the range of the least squared error")
+    p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor",
+                   help="a step for each weight tensor, or for each of its output channels")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="1: first and last layer too, at 8 bits if the others have fewer than 4; 0: keep them float")
+    p.add_argument("--a_bit", type=bits_or_float, nargs="+", default=None, metavar="B",
+                   help="activation bit-widths (default: 8 with --act_quant 1, else 32)")
     p.add_argument("--act_quant", type=int, choices=[0, 1], default=None,
                    help="1: quantize activations; 0: ignore --a_bit (default: 1 if --a_bit is given)")
-    p.add_argument("--act_range", choices=["bn", "bn_published", "minmax"], default=None,
+    p.add_argument("--act_range", choices=ACT_RANGES, default=None,
                    help="range of activations: bn: mean + n standard deviations by batch norm, shortcuts included; "
-                   "bn_published: the same without shortcuts; minmax: largest value on training images "
+                   "bn_published: the same without shortcuts; on training images minmax: largest value, percentile: "
+                   "that of --percentile, mse: least squared error "
                    "(default: bn_published with --act_clipping 1, else minmax)")
     p.add_argument("--act_clipping", type=int, choices=[0, 1], default=0, help="1: the published name of bn_published")
-    p.add_argument("--clipping_range", type=positive, default=6.0, help="n of the bn ranges")
+    p.add_argument("--clipping_range", type=positive_or("search"), nargs="+", default=[6.0], metavar="N",
+                   help="n of the bn ranges; of several, or of search, the one of least loss on training images")
+    p.add_argument("--percentile", type=percent, default=99.99, help="of the values of a ReLU, zeros included")
     p.add_argument("--post", nargs="+", choices=POST, default=["none"],
-                   help="after quantization: bn_reestimate: batch-norm statistics anew on --calib_images")
+                   help="after quantization, on training images: bn_reestimate: batch-norm statistics anew; "
+                   "bias_correct: mean outputs brought back; adaround: roundings learned layer by layer")
+    p.add_argument("--iterations", type=count, default=1000, metavar="N", help="of adaround, for each layer")
     p.add_argument("--calib_images", type=count, default=1024, metavar="N",
-                   help="training images for minmax and --post")
+                   help="training images for calibration and --post")
     p.add_argument("--seed", type=seed, default=1, help="of the choice of calibration images")
+    p.add_argument("--report", action="store_true",
+                   help="also a row for each layer of each model, at the first bit-widths, to --out DIR/layers.csv")
     p.add_argument("--lambda_s", type=positive, default=150.0, help="for the record in results.json; no effect")
     p.add_argument("--out", default=None, metavar="DIR", help="folder for results.csv and results.json")
     p.add_argument("--exp_name", default=None, help="the published name of --out results/<exp_name>")
@@ -76,14 +105,18 @@ def parse() -> Namespace:
         args.act_quant = int(args.a_bit is not None)
     args.a_bit = (args.a_bit or [8]) if args.act_quant else [32]
     args.act_range = args.act_range or ("bn_published" if args.act_clipping else "minmax")
+    args.clipping_range = SEARCHED if "search" in args.clipping_range else list(dict.fromkeys(args.clipping_range))
     args.out = args.out or (f"results/{args.exp_name}" if args.exp_name else None)
+    if args.report and not args.out:
+        raise UserError("--report writes layers.csv: name a folder with --out DIR")
     return args
 
 
 def settings(args: Namespace) -> list[tuple[int, int, str]]:
     """(w_bit, a_bit, post) of every row of a model: full precision first, then the sweep, each once."""
     pairs = dict.fromkeys([(32, 32), *((w, a) for w in args.w_bit for a in args.a_bit)])
-    return [(w, a, post) for w, a in pairs for post in dict.fromkeys(args.post)]
+    # Correcting means or roundings does nothing to weights that are not quantized.
+    return [(w, a, post) for w, a in pairs for post in dict.fromkeys(args.post) if w != 32 or post in POST[:2]]
 
 
 def main() -> None:
@@ -91,38 +124,16 @@ def main() -> None:
 
     import torch
 
-    from quant import packed_bytes, quantize_activations, quantize_weights, reestimate_batch_norm, weight_mse
-    from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
-    from utils.data import calibration_batches, load_dataset
+    from quant import packed_bytes, weight_mse
     from utils.device import keep_freed_memory, resolve_precision, select_device
     from utils.engine import evaluate, fold_batch_norm
-    from utils.files import write_results
+    from utils.files import write_csv, write_results
 
     device, device_line = select_device(args.device, args.cu_num)
     args.precision = resolve_precision(args.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-
-    # Everything that can be wrong is looked at before the first evaluation.
-    datasets, networks = {}, []
-    for path in args.model_path:
-        checkpoint = load_checkpoint(path)
-        name = args.dataset or checkpoint.get("args", {}).get("dataset", "cifar100")
-        if name not in datasets:
-            datasets[name] = load_dataset(name, args.data_dir, device)
-        dataset = datasets[name]
-        model = model_from_checkpoint(checkpoint, path, args.arch, len(dataset.classes))
-        model.to(device, memory_format=torch.channels_last).eval()
-        train, test, split_name = dataset.splits(args.val_split)
-        if needs_images(args) and args.calib_images > len(train):
-            raise UserError(f"--calib_images {args.calib_images} is more than the {len(train)} training images")
-
-        def images(train=train, spec=dataset.spec):
-            return calibration_batches(train, spec, args.calib_images, args.seed)
-
-        facts = {"model": path, "arch": type(model).__name__, "dataset": name, "split": split_name}
-        ranges = activation_ranges(args, path, model, images)
-        networks.append((facts | training_facts(checkpoint), model, ranges, test, dataset.spec, images))
+    networks = load_networks(args, device)
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         if not os.access(args.out, os.W_OK):
@@ -133,44 +144,142 @@ def main() -> None:
     columns["model"] = (max(map(len, ["model", *args.model_path])), "s")
     print("  ".join(f"{name:>{width}}" for name, (width, _) in columns.items()))
     rows: list[dict[str, Any]] = []
-    for facts, model, ranges, test, spec, images in networks:
+    layers: list[dict[str, Any]] = []
+    for net in networks:
         for w_bit, a_bit, post in settings(args):
-            weights = (w_bit, bool(args.first_last_quant))
-            network = quantize_activations(quantize_weights(model, *weights), a_bit, ranges, inplace=True)
-            if post == "bn_reestimate":
-                network = reestimate_batch_norm(network, images(), inplace=True)
-            result = evaluate(fold_batch_norm(network), test, spec, args.precision)
-            row = facts | {
-                "w_bit": w_bit, "a_bit": a_bit, "act_range": "none" if a_bit == 32 else args.act_range, "post": post,
-                "top1": round(result.top1, 4), "loss": round(result.loss, 6),
-                "weight_mse": weight_mse(model, *weights), "bytes": packed_bytes(model, *weights),
+            n = clipping_range(args, net, w_bit, a_bit)
+            result = evaluate(
+                fold_batch_norm(quantized(args, net, w_bit, a_bit, n, post)), net.test, net.spec, args.precision
+            )
+            grid = weight_grid(args, w_bit)
+            row = net.facts | {
+                "w_bit": w_bit, "weight_range": args.weight_range, "granularity": args.granularity, "a_bit": a_bit,
+                "act_range": "none" if a_bit == 32 else args.act_range, "clipping_range": f"{n:g}" if n else "",
+                "post": post, "top1": round(result.top1, 4), "loss": round(result.loss, 6),
+                "weight_mse": weight_mse(net.model, **grid),
+                "bytes": packed_bytes(net.model, w_bit, grid["first_last"], grid["per_channel"]),
             }  # fmt: skip
             rows.append(row)
             print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
+        if args.report:
+            layers += layer_report(args, net)
         if args.out:  # after each model, so that a sweep that is cut off leaves what it has
             write_results(args.out, rows, torch=torch.__version__, device=str(device), settings=vars(args))
+            if layers:
+                write_csv(Path(args.out) / "layers.csv", layers)
     if args.out:
-        print(f"written: {args.out}/results.csv and results.json")
+        print(f"written: {args.out}/results.csv and results.json" + (" and layers.csv" if layers else ""))
 
 
-def needs_images(args: Namespace) -> bool:
-    """Whether a setting of the sweep looks at training images."""
-    minmax = args.act_range == "minmax" and any(a_bit != 32 for a_bit in args.a_bit)
-    return minmax or "bn_reestimate" in args.post
+def load_networks(args: Namespace, device) -> list[Network]:
+    """Every model with its data; all that can be wrong is looked at before the first evaluation."""
+    import torch
+
+    from quant import relu_histograms
+    from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
+    from utils.data import calibration_batches, load_dataset
+
+    datasets, networks = {}, []
+    quantizes = any(a_bit != 32 for a_bit in args.a_bit)
+    by_batch_norm = args.act_range in ("bn", "bn_published")
+    searches = by_batch_norm and len(args.clipping_range) > 1
+    needs_images = args.report or set(args.post) != {"none"} or (quantizes and (searches or not by_batch_norm))
+    for path in args.model_path:
+        checkpoint = load_checkpoint(path)
+        name = args.dataset or checkpoint.get("args", {}).get("dataset", "cifar100")
+        if name not in datasets:
+            datasets[name] = load_dataset(name, args.data_dir, device)
+        dataset = datasets[name]
+        model = model_from_checkpoint(checkpoint, path, args.arch, len(dataset.classes))
+        model.to(device, memory_format=torch.channels_last).eval()
+        train, test, split_name = dataset.splits(args.val_split)
+        if needs_images and args.calib_images > len(train):
+            raise UserError(f"--calib_images {args.calib_images} is more than the {len(train)} training images")
+
+        def images(train=train, spec=dataset.spec):
+            return calibration_batches(train, spec, args.calib_images, args.seed)
+
+        facts = {"model": path, "arch": type(model).__name__, "dataset": name, "split": split_name}
+        net = Network(facts | training_facts(checkpoint), model, test, dataset.spec, images)
+        if quantizes and by_batch_norm:
+            try:
+                activation_ranges(args, net, 8, args.clipping_range[0])
+            except ValueError as error:
+                raise UserError(f"{path}: {error}; use --act_range minmax, percentile or mse") from None
+        elif quantizes:
+            net.histograms = relu_histograms(model, (batch for batch, _ in images()))
+        networks.append(net)
+    return networks
 
 
-def activation_ranges(args: Namespace, path: str, model, images) -> dict[str, float]:
-    """x_max of every ReLU by --act_range; none if activations stay float."""
-    from quant import bn_ranges, minmax_ranges
+def weight_grid(args: Namespace, w_bit: int) -> dict[str, Any]:
+    """The grid of the weights, as keyword arguments of quant's functions."""
+    return {
+        "bits": w_bit, "first_last": bool(args.first_last_quant), "per_channel": args.granularity == "channel",
+        "weight_range": args.weight_range,
+    }  # fmt: skip
 
-    if all(a_bit == 32 for a_bit in args.a_bit):
-        return {}
+
+def activation_ranges(args: Namespace, net: Network, a_bit: int, n: float) -> dict[str, float]:
+    """x_max of every ReLU by --act_range."""
+    from quant import bn_ranges, mse_ranges, percentile_ranges
+
     if args.act_range == "minmax":
-        return minmax_ranges(model, images())
-    try:
-        return bn_ranges(model, args.clipping_range, shortcut=args.act_range == "bn")
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; use --act_range minmax") from None
+        return {name: histogram.top for name, histogram in net.histograms.items()}
+    if args.act_range == "percentile":
+        return percentile_ranges(net.histograms, args.percentile)
+    if args.act_range == "mse":
+        return mse_ranges(net.histograms, a_bit)
+    return bn_ranges(net.model, n, shortcut=args.act_range == "bn")
+
+
+def quantized(args: Namespace, net: Network, w_bit: int, a_bit: int, n: float, post: str = "none"):
+    """A copy of the network with quantized weights and activations, and --post applied."""
+    from quant import adaround, correct_bias, quantize_activations, quantize_weights, reestimate_batch_norm
+
+    network = quantize_weights(net.model, **weight_grid(args, w_bit))
+    if a_bit != 32:
+        network = quantize_activations(network, a_bit, activation_ranges(args, net, a_bit, n), inplace=True)
+    if post == "none":
+        return network
+    batches = (images for images, _ in net.images())
+    if post == "bn_reestimate":
+        return reestimate_batch_norm(network, batches)
+    if post == "bias_correct":
+        return correct_bias(network, net.model, batches)
+    return adaround(network, net.model, batches, **weight_grid(args, w_bit), iterations=args.iterations, seed=args.seed)
+
+
+def clipping_range(args: Namespace, net: Network, w_bit: int, a_bit: int) -> float:
+    """n of the bn ranges: of several the one of least loss on the calibration images; 0 if no bn range is used."""
+    from utils.engine import evaluate_batches, fold_batch_norm
+
+    if a_bit == 32 or args.act_range not in ("bn", "bn_published"):
+        return 0.0
+    if len(args.clipping_range) == 1:
+        return args.clipping_range[0]
+    losses = {
+        n: evaluate_batches(fold_batch_norm(quantized(args, net, w_bit, a_bit, n)), net.images(), args.precision).loss
+        for n in args.clipping_range
+    }
+    curve = ", ".join(f"{n:g}: {loss:.4f}" for n, loss in losses.items())
+    best = min(losses, key=losses.get)
+    print(f"W{w_bit}A{a_bit}: training loss by clipping range {curve}; taken: {best:g}", flush=True)
+    return best
+
+
+def layer_report(args: Namespace, net: Network) -> list[dict[str, Any]]:
+    """A row for each layer: error of its weights, share near the grid, and top-1 lost if it alone is quantized."""
+    from quant import layer_rows
+    from utils.engine import evaluate
+
+    grid = weight_grid(args, args.w_bit[0])
+    full = evaluate(net.model, net.test, net.spec, args.precision).top1
+    rows = []
+    for row, network in layer_rows(net.model, (images for images, _ in net.images()), **grid):
+        lost = full - evaluate(network, net.test, net.spec, args.precision).top1
+        rows.append({"model": net.facts["model"], **row, "top1_lost": round(lost, 4)})
+    return rows
 
 
 if __name__ == "__main__":

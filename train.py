@@ -30,7 +30,7 @@ from utils.cli import (
     index,
     non_negative,
     positive,
-    positive_or_auto,
+    positive_or,
     run,
     seed,
 )
@@ -53,11 +53,13 @@ def parser() -> Parser:
     p.add_argument("--seed", type=seed, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
     p.add_argument("--w_bit", type=bits, default=4, help="target bit-width of the weights, 2 to 8")
-    p.add_argument("--lambda_s", type=positive_or_auto, default=150.0,
+    p.add_argument("--lambda_s", type=positive_or("auto"), default=150.0,
                    help="strength of the gradient scaling; auto: 150, rising while too few weights are near the grid")
     p.add_argument("--eps", type=non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")
+    p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor",
+                   help="a grid for each weight tensor, or for each of its output channels")
     p.add_argument("--a_bit", type=bits, default=4, help="target bit-width of activations; no effect in training")
     p.add_argument("--load_pretrained", default=None, metavar="FILE",
                    help='checkpoint to start from, or "" for scratch '
@@ -112,6 +114,11 @@ def parse() -> tuple[Namespace, RunFolder | None]:
     return args, folder
 
 
+def weight_grid(args: Namespace) -> tuple[int, bool, bool]:
+    """The grid of the weights: bits, first_last and per_channel, as quant's functions take them."""
+    return args.w_bit, bool(args.first_last_quant), args.granularity == "channel"
+
+
 def build_optimizer(args: Namespace, model, device):
     """SGD with momentum or Adam, inside PSGD with --psg 1."""
     import torch
@@ -119,7 +126,7 @@ def build_optimizer(args: Namespace, model, device):
     from quant import AUTO_START, PSGD, psg_param_groups
 
     lambda_s = AUTO_START if args.lambda_s == "auto" else args.lambda_s
-    groups = psg_param_groups(model, args.w_bit, bool(args.first_last_quant)) if args.psg else model.parameters()
+    groups = psg_param_groups(model, *weight_grid(args)) if args.psg else model.parameters()
     common = {"weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
     if args.adam:
         common["capturable"] = device.type == "cuda"
@@ -134,7 +141,7 @@ def low_bit_metrics(args: Namespace, model, split, spec) -> dict[str, float]:
     from quant import grid_share, quantize_weights, weight_mse
     from utils.engine import evaluate, fold_batch_norm
 
-    target = (args.w_bit, bool(args.first_last_quant))
+    target = weight_grid(args)
     # In float32 at every --precision, as eval.py: bfloat16 is off by up to a tenth of a point.
     full = evaluate(fold_batch_norm(copy.deepcopy(model)), split, spec)
     low = evaluate(fold_batch_norm(quantize_weights(model, *target)), split, spec)

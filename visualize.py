@@ -13,25 +13,28 @@ The paper's figure 1a, weight error and test error over bit-widths, from the res
 Accuracy and share of weights near the grid over the epochs of runs
   python visualize.py --figure curves --runs runs/vanilla runs/cifar100/4bits --labels SGD PSGD --out fig
 
+Top-1 over weight and activation bit-widths, and what each layer contributes, from eval.py
+  python visualize.py --figure grid --results results/activations/results.csv --out fig
+  python visualize.py --figure report --results results/report/layers.csv --out fig
+
 Needs no display. In a histogram a column is a network, the upper row its float weights, the lower row the same weights
 quantized; thin lines mark the points of the grid, up to 5 bits.
 """
 
+import csv
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from utils.cli import Parser, UserError, bits, run
-
-COLORS = {"SGD": "#3b6fb6", "PSGD": "#c8443c"}  # the paper's blue and red
-OTHER_COLORS = ["#4c9a5b", "#8a63a8", "#c98a2b", "#3b6fb6", "#c8443c"]
-BINS = 201
 
 
 def parse() -> Namespace:
     p = Parser(__doc__)
     # fmt: off
-    p.add_argument("--figure", choices=["layers", "1a", "curves"], default="layers",
-                   help="layers: weight histograms; 1a: errors over bit-widths; curves: runs over epochs")
+    p.add_argument("--figure", choices=list(FIGURES), default="layers",
+                   help="layers: weight histograms; 1a: errors over bit-widths; curves: runs over epochs; grid: top-1 "
+                   "over weight and activation bit-widths; report: layer by layer")
     p.add_argument("--model_path", nargs="+", metavar="FILE",
                    default=["models/ResNet82.pth", "models/W4_ResNet.pth"], help="layers: checkpoints")
     p.add_argument("--w_bit", type=bits, default=4, help="layers: bit-width of the quantized histograms and the grid")
@@ -39,7 +42,8 @@ def parse() -> Namespace:
                    help="layers: 1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")
     p.add_argument("--layers", nargs="+", default=None, metavar="NAME",
                    help="layers: state_dict names (default: all weights)")
-    p.add_argument("--results", default="results/cifar100/results.csv", metavar="FILE", help="1a: rows of eval.py")
+    p.add_argument("--results", default="results/cifar100/results.csv", metavar="FILE",
+                   help="1a, grid: results.csv of eval.py; report: layers.csv of eval.py --report")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
                    help="curves: run folders, or any folders with a metrics.csv")
     p.add_argument("--labels", nargs="+", default=None, metavar="NAME",
@@ -71,7 +75,7 @@ def main() -> None:
     from matplotlib import pyplot
 
     seaborn.set_theme(style="ticks", context="notebook")
-    figures = {"layers": layer_figures, "1a": bits_figures, "curves": curve_figures}[args.figure](args)
+    figures = FIGURES[args.figure](args)
     out = Path(args.out)
     for number, (name, count, draw) in enumerate(figures, 1):
         out.mkdir(parents=True, exist_ok=True)
@@ -81,17 +85,11 @@ def main() -> None:
         print(f"{number}/{count}  {out / name}.png", flush=True)
 
 
-def color_of(label: str, position: int) -> str:
-    """The paper's color for SGD and PSGD, another for each other label."""
-    return COLORS.get(label, OTHER_COLORS[position % len(OTHER_COLORS)])
-
-
 def layer_figures(args: Namespace) -> list:
     """(name, number of pictures, drawing function) for each layer."""
-    from functools import partial
-
     from quant import layer_bits
     from utils.checkpoint import load_checkpoint, model_from_checkpoint
+    from utils.figures import layer_histograms
 
     networks = {}
     for label, path in zip(args.labels, args.model_path, strict=True):
@@ -106,41 +104,8 @@ def layer_figures(args: Namespace) -> list:
     return [(name, len(layers), partial(layer_histograms, name, weights[name], widths[0][name])) for name in layers]
 
 
-def layer_histograms(name: str, weights: dict, width: int):
-    """Figure of one layer: a column for each network of `weights` (label -> tensor), float above quantized."""
-    import numpy
-    import seaborn
-    from matplotlib import pyplot
-
-    from quant import fake_quantize_weight, weight_scale
-    from quant.grid import weight_quant_max
-
-    limit = 1.04 * max(weight.abs().max().item() for weight in weights.values())
-    edges = numpy.linspace(-limit, limit, BINS + 1)
-    figure, axes = pyplot.subplots(
-        2, len(weights), figsize=(1 + 4.6 * len(weights), 5.6), sharex=True, sharey="row", squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for column, (label, weight) in enumerate(weights.items()):
-        color = color_of(label, column)
-        quantized = fake_quantize_weight(weight, width)
-        largest = weight_quant_max(width)
-        points = weight_scale(weight, width).item() * numpy.arange(-largest, largest + 1) if width <= 5 else []
-        for axis, values, kind in ((axes[0][column], weight, "float"), (axes[1][column], quantized, f"{width} bits")):
-            for point in points:
-                axis.axvline(point, color="0.75", linewidth=0.6, zorder=0)
-            seaborn.histplot(
-                values.flatten().numpy(), bins=edges, ax=axis, color=color, edgecolor=None, linewidth=0, alpha=1
-            )
-            axis.set_title(f"{label}, {kind}")
-            axis.set_ylabel("weights in a bin" if column == 0 else "")
-        axes[1][column].set_xlabel("weight")
-    mse = ", ".join(f"{k} {(w - fake_quantize_weight(w, width)).square().mean():.2e}" for k, w in weights.items())
-    figure.suptitle(f"{name}    mean-squared error at {width} bits: {mse}", fontsize="medium")
-    return figure
-
-
 def bits_figures(args: Namespace) -> list:
+    from utils.figures import errors_over_bits
     from utils.table import read_results
 
     rows = [row for row in read_results(args.results) if row["a_bit"] == "32" and row["post"] == "none"]
@@ -151,46 +116,11 @@ def bits_figures(args: Namespace) -> list:
         "SGD": [row for row in rows if row["trained"] == "SGD" and row["epoch"] == str(last)],
         "PSGD": [row for row in rows if row["trained"] == f"PSGD W{row['w_bit']}"],
     }
-    return [("figure1a", 1, lambda: errors_over_bits(series))]
-
-
-def errors_over_bits(series: dict[str, list[dict[str, str]]]):
-    """Figure 1a: for each method a line of weight error (log axis) and bars of test error over bit-widths.
-
-    `series` holds rows of eval.py's results by method; rows of one bit-width (seeds) are averaged. PSGD's network at
-    each bit-width is the one trained for it.
-    """
-    import numpy
-    from matplotlib import pyplot
-
-    widths = sorted({int(row["w_bit"]) for rows in series.values() for row in rows} - {32}, reverse=True)
-    figure, bars = pyplot.subplots(figsize=(7.6, 4.6), layout="constrained")
-    lines = bars.twinx()
-    lines.set_zorder(bars.get_zorder() + 1)  # lines over bars
-    share = 0.8 / len(series)
-    for position, (label, rows) in enumerate(series.items()):
-        color = color_of(label, position)
-        own = [[row for row in rows if int(row["w_bit"]) == width] for width in widths]
-        places = [place for place, found in enumerate(own) if found]
-        errors = [numpy.mean([100 - float(row["top1"]) for row in own[place]]) for place in places]
-        mses = [numpy.mean([float(row["weight_mse"]) for row in own[place]]) for place in places]
-        shift = (position - (len(series) - 1) / 2) * share
-        drawn = bars.bar(numpy.add(places, shift), errors, share, color=color, alpha=0.45, label=f"{label}, test error")
-        bars.bar_label(drawn, fmt="%.1f", fontsize="x-small", padding=1)
-        lines.plot(places, mses, "o-", color=color, label=f"{label}, weight error")
-    bars.set_xticks(range(len(widths)), [f"W{width}" for width in widths])
-    bars.set_xlabel("bit-width of the weights (PSGD: trained for that bit-width)")
-    bars.set_ylabel("top-1 test error in percent (bars)")
-    bars.set_ylim(0, 112)
-    lines.set_yscale("log")
-    lines.set_ylabel("mean-squared quantization error of the weights (lines)")
-    handles = [pair for axis in (bars, lines) for pair in zip(*axis.get_legend_handles_labels())]
-    lines.legend(*zip(*handles), loc="upper left", fontsize="small", ncols=2)
-    return figure
+    return [("figure1a", 1, partial(errors_over_bits, series))]
 
 
 def curve_figures(args: Namespace) -> list:
-    import csv
+    from utils.figures import training_curves
 
     runs = {}
     for label, folder in zip(args.labels, args.runs, strict=True):
@@ -202,32 +132,39 @@ def curve_figures(args: Namespace) -> list:
         if not rows or "grid_share" not in rows[0]:
             raise UserError(f"{path} is no metrics.csv of train.py")
         runs[label] = {key: [float(row[key]) for row in rows] for key in rows[0]}
-    return [("curves", 1, lambda: training_curves(runs))]
+    return [("curves", 1, partial(training_curves, runs))]
 
 
-def training_curves(runs: dict[str, dict[str, list[float]]]):
-    """Top-1 (solid: float, dashed: at the run's bit-width) and share of weights near the grid, over epochs.
+def grid_figures(args: Namespace) -> list:
+    from utils.figures import accuracy_grids
+    from utils.table import read_results
 
-    `runs` holds the columns of each run's metrics.csv by label.
-    """
-    from matplotlib import pyplot
+    groups: dict[str, dict[tuple[int, int], float]] = {}
+    for row in read_results(args.results):
+        if row["post"] == "none":
+            cells = groups.setdefault(f"{row['trained']} {row['epoch']}".strip(), {})
+            cells[int(row["w_bit"]), int(row["a_bit"])] = float(row["top1"])
+    return [("grid", 1, partial(accuracy_grids, groups))]
 
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6.4), sharex=True, layout="constrained")
-    for position, (label, columns) in enumerate(runs.items()):
-        color = color_of(label, position)
-        low = next(key for key in columns if key.startswith("w") and key.endswith("_top1"))
-        top.plot(columns["epoch"], columns["fp_top1"], color=color, label=f"{label}, float")
-        bits_label = f"{label}, {low.removeprefix('w').removesuffix('_top1')} bits"
-        top.plot(columns["epoch"], columns[low], "--", color=color, linewidth=1.2, label=bits_label)
-        bottom.plot(columns["epoch"], [100 * share for share in columns["grid_share"]], color=color, label=label)
-    top.set_ylabel("top-1 accuracy in percent")
-    bottom.set_ylabel("weights within a tenth of\na step of the grid, percent")
-    bottom.set_ylim(0, 100)
-    bottom.set_xlabel("epoch")
-    for axis in (top, bottom):
-        axis.legend(fontsize="small")
-        axis.grid(alpha=0.3)
-    return figure
+
+def report_figures(args: Namespace) -> list:
+    from utils.figures import layer_bars
+    from utils.table import read_rows
+
+    rows = read_rows(args.results, ("model", "layer", "bits", "sqnr", "top1_lost"), "layers.csv of eval.py --report")
+    models: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        models.setdefault(row["model"], []).append(row)
+    return [("report", 1, partial(layer_bars, models))]
+
+
+FIGURES = {
+    "layers": layer_figures,
+    "1a": bits_figures,
+    "curves": curve_figures,
+    "grid": grid_figures,
+    "report": report_figures,
+}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Activation quantizers in place of a network's ReLUs, and the ranges they need, by batch norm or by calibration."""
+"""Activation quantizers in place of a network's ReLUs, and the data-free ranges that batch norm gives them."""
 
 import copy
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -56,36 +55,6 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
             raise ValueError(f"no activation range is given for {name}")
         quantized.set_submodule(name, ActivationQuantizer(bits, ranges[name]))
     return quantized
-
-
-@torch.no_grad()
-def minmax_ranges(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Largest output of every ReLU over `batches` of images: take training images, never test images.
-
-    Raises ValueError if `batches` is empty.
-    """
-    largest: dict[str, Tensor] = {}
-    was_training = model.training
-
-    def observer(name: str):
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            peak = output.amax()
-            largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(observer(name)) for name in relu_names(model)]
-    try:
-        model.eval()
-        for images in batches:
-            model(images)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    if not largest:
-        raise ValueError("calibration needs at least one batch of images")
-    return {name: peak.item() for name, peak in largest.items()}
 
 
 class ChannelStatistics(NamedTuple):

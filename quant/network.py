@@ -11,7 +11,12 @@ from quant.layers import WEIGHT_LAYERS, layer_bits
 
 @torch.no_grad()
 def quantize_weights(
-    model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False, inplace: bool = False
+    model: nn.Module,
+    bits: int,
+    first_last: bool = True,
+    per_channel: bool = False,
+    weight_range: str = "absmax",
+    inplace: bool = False,
 ) -> nn.Module:
     """A copy of `model` whose weights (see `layer_bits`) are the float values of their low-bit grid points.
 
@@ -25,25 +30,36 @@ def quantize_weights(
         parameter = quantized.get_parameter(name)
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} has values that are not finite: it cannot be quantized")
-        parameter.copy_(fake_quantize_weight(parameter, width, per_channel))
+        parameter.copy_(fake_quantize_weight(parameter, width, per_channel, weight_range))
     return quantized
 
 
 @torch.no_grad()
-def weight_mse(model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False) -> float:
+def weight_mse(
+    model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False, weight_range: str = "absmax"
+) -> float:
     """Mean of (w - Q(w))^2 over all weights and biases that `layer_bits` names (appendix table 1A); 0 at 32 bits."""
     if bits == FLOAT_BITS:
         return 0.0
     total, count = 0.0, 0
     for name, width in layer_bits(model, bits, first_last).items():
         weight = model.get_parameter(name)
-        total += (weight - fake_quantize_weight(weight, width, per_channel)).cpu().double().square().sum().item()
+        total += (
+            (weight - fake_quantize_weight(weight, width, per_channel, weight_range))
+            .cpu()
+            .double()
+            .square()
+            .sum()
+            .item()
+        )
         count += weight.numel()
     return total / count
 
 
 @torch.no_grad()
-def grid_share(model: nn.Module, bits: int, first_last: bool = True, tolerance: float = 0.1) -> float:
+def grid_share(
+    model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False, tolerance: float = 0.1
+) -> float:
     """Share (0 to 1) of the quantized weights that lie within `tolerance` steps of a point of their own grid.
 
     Weights spread evenly over the cells of the grid give 2 * tolerance (0.2 by default).
@@ -51,8 +67,8 @@ def grid_share(model: nn.Module, bits: int, first_last: bool = True, tolerance: 
     near, count = 0, 0
     for name, width in layer_bits(model, bits, first_last).items():
         weight = model.get_parameter(name)
-        distance = (weight - fake_quantize_weight(weight, width)).abs()
-        near += int((distance <= tolerance * weight_scale(weight, width)).sum())
+        distance = (weight - fake_quantize_weight(weight, width, per_channel)).abs()
+        near += int((distance <= tolerance * weight_scale(weight, width, per_channel)).sum())
         count += weight.numel()
     return near / count
 

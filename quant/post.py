@@ -1,33 +1,168 @@
-"""Post-training methods: what can be done to a trained, quantized network with training images and no gradient."""
+"""Post-training methods: what can be done to a quantized network with training images, layer by layer or at once.
 
-import copy
+All take unaugmented training images, never test images, and change the quantized network that they are given.
+"""
+
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from quant.grid import weight_quant_max, weight_scale
+from quant.layers import layer_bits
 
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor], inplace: bool = False) -> nn.Module:
-    """A copy of `model`, in eval mode, whose batch-norm statistics are the averages over `batches`.
+# AdaRound (Nagel et al. 2020): a rounding is a stretched sigmoid, and its regulariser sharpens from BETA[0] to BETA[1].
+STRETCH = (-0.1, 1.1)
+BETA = (20.0, 2.0)
+REGULARISER = 0.01
+WARM_UP = 0.2  # share of the iterations without the regulariser
+SAMPLES = 32  # images a step
+
+
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """`model` itself, in eval mode, with batch-norm statistics that are the averages over `batches`. Source: ours.
 
     Quantized weights shift what batch norm sees; statistics taken with the weights as deployed undo the shift.
-    `batches` are images [N, C, H, W] of equal or nearly equal size, unaugmented, from the training set, never the
-    test set. Every other part of the network stays as it is; dropout is off while the statistics are taken.
-    inplace=True changes `model` itself and returns it.
+    `batches` are images [N, C, H, W] of equal or nearly equal size. Dropout is off while the statistics are taken.
 
-    Raises ValueError for a network without batch-norm statistics, and if `batches` is empty. Source: ours.
+    Raises ValueError for a network without batch-norm statistics, and if `batches` is empty.
     """
-    fresh = model if inplace else copy.deepcopy(model)
-    norms = [m for m in fresh.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch-norm statistics to re-estimate")
-    dropouts = [m for m in fresh.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
     rates = [m.p for m in dropouts]
     for dropout in dropouts:
         dropout.p = 0.0
-    update_bn(batches, fresh)
+    update_bn(batches, model)
     for dropout, rate in zip(dropouts, rates):
         dropout.p = rate
     if not norms[0].num_batches_tracked:
         raise ValueError("re-estimating batch norm needs at least one batch of images")
-    return fresh.eval()
+    return model.eval()
+
+
+@torch.no_grad()
+def correct_bias(quantized: nn.Module, model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """`quantized` itself, in eval mode, with a bias in every quantized layer that restores its mean output in `model`.
+
+    Layer by layer, in the order in which they run, the mean of each output channel over `batches` is brought back to
+    that of the float network, the layers before being corrected already (bias correction, Nagel et al. 2019, with
+    images instead of batch-norm statistics). A convolution without a bias gets one.
+    """
+    batches = list(batches)
+    for name in layers_in_order(model, batches[0]):
+        layer = quantized.get_submodule(name)
+        shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
+        layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
+    return quantized.eval()
+
+
+def adaround(
+    quantized: nn.Module,
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    bits: int,
+    first_last: bool = True,
+    per_channel: bool = False,
+    weight_range: str = "absmax",
+    iterations: int = 1000,
+    lr: float = 0.01,
+    seed: int = 0,
+) -> nn.Module:
+    """`quantized` itself with each weight rounded up or down, as suits its layer's output best, not to the nearest.
+
+    Layer by layer, in the order in which they run, the roundings are learned by Adam: `iterations` steps on SAMPLES
+    images each, on the squared difference between the output of the float network's layer and that of the quantized
+    layer on its own, already quantized input (AdaRound, Nagel et al. 2020). Biases stay rounded to the nearest.
+    """
+    batches = list(batches)
+    widths = layer_bits(model, bits, first_last)
+    generator = torch.Generator().manual_seed(seed)
+    for name in layers_in_order(model, batches[0]):
+        if f"{name}.weight" not in widths:
+            continue
+        width = widths[f"{name}.weight"]
+        layer, source = quantized.get_submodule(name), model.get_submodule(name)
+        inputs = torch.cat(capture(quantized, name, batches, output=False))
+        targets = torch.cat(capture(model, name, batches, output=True))
+        scale = weight_scale(source.weight.detach(), width, per_channel, weight_range)
+        learned = _learn_rounding(
+            layer, source.weight.detach(), scale, width, inputs, targets, iterations, lr, generator
+        )
+        with torch.no_grad():
+            layer.weight.copy_(learned)
+    return quantized.eval()
+
+
+def _learn_rounding(layer, weight, scale, bits, inputs, targets, iterations, lr, generator) -> Tensor:
+    """`weight` on its grid, each element rounded down or up as learned."""
+    quant_max = weight_quant_max(bits)
+    floor = (weight / scale).floor()
+    low, high = STRETCH
+    share = ((weight / scale - floor).clamp(0.01, 0.99) - low) / (high - low)
+    logits = torch.logit(share).requires_grad_()  # such that the soft rounding starts at the float weight
+    optimizer = torch.optim.Adam([logits], lr=lr)
+
+    def rounding() -> Tensor:
+        return (torch.sigmoid(logits) * (high - low) + low).clamp(0, 1)
+
+    def on_grid(up: Tensor) -> Tensor:
+        return (floor + up).clamp(-quant_max, quant_max) * scale
+
+    for step in range(iterations):
+        chosen = torch.randint(len(inputs), (SAMPLES,), generator=generator).to(inputs.device)
+        up = rounding()
+        output = torch.func.functional_call(layer, {"weight": on_grid(up)}, (inputs[chosen],))
+        loss = (output - targets[chosen]).square().sum(1).mean()
+        progress = (step / iterations - WARM_UP) / (1 - WARM_UP)
+        if progress > 0:
+            beta = BETA[0] + (BETA[1] - BETA[0]) * progress
+            loss = loss + REGULARISER * (1 - (2 * up - 1).abs().pow(beta)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return on_grid((rounding() >= 0.5).to(weight.dtype))
+
+
+@torch.no_grad()
+def capture(model: nn.Module, name: str, batches: Iterable[Tensor], output: bool) -> list[Tensor]:
+    """Outputs, or inputs, of the layer `name` for each of `batches`, in eval mode."""
+    held: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        held.append((outputs if output else inputs[0]).clone())  # a ReLU behind it may work in place
+
+    handle = model.get_submodule(name).register_forward_hook(hook)
+    try:
+        model.eval()
+        for images in batches:
+            model(images)
+    finally:
+        handle.remove()
+    return held
+
+
+def _mean_output(model: nn.Module, name: str, batches: list[Tensor]) -> Tensor:
+    """Mean of each output channel of the layer `name` over `batches` [C]."""
+    outputs = capture(model, name, batches, output=True)
+    sums = [part.transpose(0, 1).flatten(1).double().sum(1) for part in outputs]
+    return (sum(sums) / sum(part.numel() // part.shape[1] for part in outputs)).to(outputs[0].dtype)
+
+
+def layers_in_order(model: nn.Module, images: Tensor) -> list[str]:
+    """Names of the layers that `layer_bits` quantizes, in the order in which they run."""
+    names = {key.rpartition(".")[0] for key in layer_bits(model, bits=8)}
+    order: list[str] = []
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name)) for name in names
+    ]
+    try:
+        with torch.no_grad():
+            model.eval()(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(order))

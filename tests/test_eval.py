@@ -1,5 +1,6 @@
 """eval.py: sweeps, the files they leave, activation quantization, and what is answered to bad input."""
 
+import copy
 import csv
 import json
 
@@ -7,15 +8,26 @@ import pytest
 import torch
 
 from models import ResNet32
-from quant import bn_ranges, quantize_activations, quantize_weights, reestimate_batch_norm, weight_mse
+from quant import (
+    bn_ranges,
+    fake_quantize_weight,
+    mse_ranges,
+    packed_bytes,
+    percentile_ranges,
+    quantize_activations,
+    quantize_weights,
+    reestimate_batch_norm,
+    relu_histograms,
+    weight_mse,
+)
 from tests.conftest import CIFAR100, ROOT, needs_cifar100
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.data import DATASETS, calibration_batches, load_dataset
-from utils.engine import evaluate
+from utils.engine import evaluate, evaluate_batches, fold_batch_norm
 
 COLUMNS = [
-    "model", "arch", "dataset", "split", "trained", "seed", "epoch", "w_bit", "a_bit", "act_range", "post",
-    "top1", "loss", "weight_mse", "bytes",
+    "model", "arch", "dataset", "split", "trained", "seed", "epoch", "w_bit", "weight_range", "granularity", "a_bit",
+    "act_range", "clipping_range", "post", "top1", "loss", "weight_mse", "bytes",
 ]  # fmt: skip
 
 
@@ -68,7 +80,8 @@ def test_published_clipping_flags_equal_bn_published(cli, tmp_path, digits_run, 
     old, new = rows(tmp_path / "a"), rows(tmp_path / "b")
     assert old == new and old[1]["act_range"] == "bn_published" and old[1]["a_bit"] == "4"
     ranges = bn_ranges(network, 6, shortcut=False)
-    expected = evaluate(quantize_activations(quantize_weights(network, 4), 4, ranges), digits.test, DATASETS["digits"])
+    quantized = quantize_activations(quantize_weights(network, 4), 4, ranges)
+    expected = evaluate(fold_batch_norm(quantized), digits.test, DATASETS["digits"])
     assert float(old[1]["top1"]) == pytest.approx(expected.top1, abs=1e-3)
 
 
@@ -90,10 +103,78 @@ def test_post_bn_reestimate(cli, tmp_path, digits_run, network, digits):
     assert [(row["w_bit"], row["post"]) for row in written] == [
         ("32", "none"), ("32", "bn_reestimate"), ("3", "none"), ("3", "bn_reestimate"),
     ]  # fmt: skip
-    images = calibration_batches(digits.train, DATASETS["digits"], 512, seed=1)
+    images = [batch for batch, _ in calibration_batches(digits.train, DATASETS["digits"], 512, seed=1)]
     expected = evaluate(reestimate_batch_norm(quantize_weights(network, 3), images), digits.test, DATASETS["digits"])
     assert float(written[3]["loss"]) == pytest.approx(expected.loss, rel=1e-3)
     assert float(written[3]["loss"]) < float(written[2]["loss"])
+
+
+@pytest.mark.parametrize("rule", ["percentile", "mse"])
+def test_calibrated_ranges(cli, tmp_path, digits_run, network, digits, rule):
+    flags = ["--w_bit", "8", "--a_bit", "3", "--act_range", rule, "--percentile", "99.5", "--calib_images", "256"]
+    assert cli("eval.py", "--model_path", digits_run, *flags, "--out", "a").code == 0
+    images = [batch for batch, _ in calibration_batches(digits.train, DATASETS["digits"], 256, seed=1)]
+    histograms = relu_histograms(network, images)
+    ranges = percentile_ranges(histograms, 99.5) if rule == "percentile" else mse_ranges(histograms, 3)
+    quantized = quantize_activations(quantize_weights(network, 8), 3, ranges)
+    expected = evaluate(fold_batch_norm(quantized), digits.test, DATASETS["digits"])
+    row = rows(tmp_path / "a")[1]
+    assert row["act_range"] == rule and float(row["loss"]) == pytest.approx(expected.loss, rel=1e-3)
+
+
+def test_clipping_range_is_searched_on_training_images(cli, tmp_path, digits_run, network, digits):
+    flags = ["--model_path", digits_run, "--a_bit", "3", "--act_range", "bn", "--calib_images", "256"]
+    outcome = cli("eval.py", *flags, "--clipping_range", "1", "3", "12", "--out", "a")
+    assert outcome.code == 0, outcome.err
+    losses = {}
+    for n in (1.0, 3.0, 12.0):
+        quantized = quantize_activations(quantize_weights(network, 4), 3, bn_ranges(network, n))
+        batches = calibration_batches(digits.train, DATASETS["digits"], 256, seed=1)
+        losses[n] = evaluate_batches(fold_batch_norm(quantized), batches).loss
+    best = min(losses, key=losses.get)
+    curve = ", ".join(f"{n:g}: {loss:.4f}" for n, loss in losses.items())
+    assert f"W4A3: training loss by clipping range {curve}; taken: {best:g}" in outcome.out
+    row = rows(tmp_path / "a")[1]
+    assert float(row["clipping_range"]) == best and len(rows(tmp_path / "a")) == 2
+    assert "taken: " in cli("eval.py", *flags, "--clipping_range", "search").out
+
+
+def test_grids_of_the_weights(cli, tmp_path, digits_run, network):
+    flags = ["--w_bit", "3", "--weight_range", "mse", "--granularity", "channel", "--out", "a"]
+    assert cli("eval.py", "--model_path", digits_run, *flags).code == 0
+    row = rows(tmp_path / "a")[1]
+    assert (row["weight_range"], row["granularity"]) == ("mse", "channel")
+    assert float(row["weight_mse"]) == pytest.approx(weight_mse(network, 3, True, True, "mse"), rel=1e-6)
+    assert float(row["weight_mse"]) < weight_mse(network, 3, True, True)
+    assert int(row["bytes"]) == packed_bytes(network, 3, per_channel=True)
+
+
+def test_post_training_methods(cli, tmp_path, digits_run):
+    """Each in a row of its own; at full precision only the method that does something there."""
+    flags = ["--w_bit", "2", "--post", "none", "bias_correct", "adaround", "--calib_images", "64", "--out", "a"]
+    flags += ["--iterations", "30"]
+    assert cli("eval.py", "--model_path", digits_run, *flags).code == 0
+    written = rows(tmp_path / "a")
+    assert [(row["w_bit"], row["post"]) for row in written] == [
+        ("32", "none"), ("2", "none"), ("2", "bias_correct"), ("2", "adaround"),
+    ]  # fmt: skip
+    assert len({row["loss"] for row in written}) == 4
+    assert float(written[3]["loss"]) < float(written[1]["loss"])
+
+
+def test_report(cli, tmp_path, digits_run, network, digits):
+    flags = ["--w_bit", "2", "--report", "--calib_images", "64", "--out", "a"]
+    outcome = cli("eval.py", "--model_path", digits_run, *flags)
+    assert outcome.code == 0 and outcome.out.endswith("a/results.csv and results.json and layers.csv\n")
+    with open(tmp_path / "a/layers.csv", newline="") as file:
+        layers = list(csv.DictReader(file))
+    assert len(layers) == 34 and layers[0]["layer"] == "conv1" and layers[-1]["layer"] == "fc"
+    row = next(row for row in layers if row["layer"] == "layer2.0.conv1")
+    alone = copy.deepcopy(network)
+    with torch.no_grad():
+        alone.layer2[0].conv1.weight.copy_(fake_quantize_weight(network.layer2[0].conv1.weight, 2))
+    full, lost = (evaluate(net, digits.test, DATASETS["digits"]).top1 for net in (network, alone))
+    assert float(row["top1_lost"]) == pytest.approx(full - lost, abs=1e-3) and row["bits"] == "2"
 
 
 def test_val_split_is_what_train_holds_out(cli, tmp_path, digits_run, network, digits):
@@ -118,7 +199,10 @@ BAD = [
     (["--w_bit", "4", "16"], "--w_bit: 16 must be from 2 to 8, or 32"),
     (["--a_bit", "x"], "'x' is not a whole number, or 32"),
     (["--model_path", "no.pth"], "no checkpoint at no.pth"),
-    (["--clipping_range", "0"], "--clipping_range: 0 must be greater than 0"),
+    (["--clipping_range", "0"], "--clipping_range: 0 must be greater than 0, or search"),
+    (["--percentile", "101"], "--percentile: 101 must be 100 or less"),
+    (["--act_range", "kl"], "--act_range: invalid choice: 'kl'"),
+    (["--report"], "--report writes layers.csv: name a folder with --out DIR"),
     (["--post", "magic"], "--post: invalid choice: 'magic'"),
     (["--val_split", "-1"], "--val_split: -1 must be 0 or greater"),
     (["--calib_images", "0"], "--calib_images: 0 must be 1 or greater"),

@@ -94,3 +94,27 @@ def test_activation_levels():
 def test_bits_out_of_range(bits):
     with pytest.raises(ValueError, match="bits must be a whole number from 2 to 8"):
         fake_quantize_weight(torch.ones(3), bits)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_mse_range_is_the_best_of_its_candidates(per_channel):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 50)
+    weight[2, 3] = 40  # an outlier: its channel, or all, is better off without it
+    quant_max = 7
+    absmax, best = (weight_scale(weight, 4, per_channel, kind) for kind in ("absmax", "mse"))
+
+    def errors(scale):
+        error = (fake_quantize(weight, scale, -quant_max, quant_max) - weight).square()
+        return error.sum(1, keepdim=True) if per_channel else error.sum()
+
+    candidates = torch.stack([errors(absmax * part / 100) for part in range(20, 101)])
+    assert torch.allclose(errors(best), candidates.min(0).values, rtol=1e-5)
+    assert best.shape == absmax.shape and (best <= absmax).all() and (best < absmax).any()
+    quantized = fake_quantize_weight(weight, 4, per_channel, "mse")
+    assert torch.equal(quantized, fake_quantize(weight, best, -quant_max, quant_max))
+
+
+def test_unknown_weight_range():
+    with pytest.raises(ValueError, match="weight_range must be one of absmax, mse, got 'max'"):
+        weight_scale(torch.ones(3), 4, weight_range="max")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant import fake_quantize_weight, grid_share, layer_bits, packed_bytes, quantize_weights, weight_mse
+from quant import fake_quantize_weight, grid_share, layer_bits, layer_rows, packed_bytes, quantize_weights, weight_mse
 
 
 def test_layer_bits_first_last_rule(net):
@@ -76,3 +76,29 @@ def test_packed_bytes():
     assert packed_bytes(net, 4, per_channel=True) == (68 + 4 * 5) + 4 * 5 + (11 + 4 * 3) + (2 + 4)
     assert packed_bytes(net, 2) == (135 + 4) + 4 * 5 + (21 + 4) + (3 + 4)  # both layers are ends: 8 bits
     assert packed_bytes(net, 4, first_last=False) == packed_bytes(net, 32)
+
+
+def test_layer_rows(net):
+    before = copy.deepcopy(net.state_dict())
+    images = torch.randn(16, 3, 8, 8)
+    seen = []
+    for row, network in layer_rows(net, images.split(8), bits=3):
+        name = f"{row['layer']}.weight"
+        width = layer_bits(net, 3)[name]
+        assert row["bits"] == width and row["weights"] == before[name].numel()
+        for key, value in network.state_dict().items():
+            own = key.startswith(f"{row['layer']}.")
+            assert torch.equal(value, fake_quantize_weight(before[key], width) if own and "bias" not in key else value)
+            assert own or torch.equal(value, before[key])
+        error = fake_quantize_weight(before[name], width) - before[name]
+        assert row["mse"] == pytest.approx(error.square().mean().item(), rel=1e-5)
+        sqnr = 10 * torch.log10(before[name].square().sum() / error.square().sum()).item()
+        assert row["sqnr"] == pytest.approx(sqnr, abs=1e-3) and 0 < row["grid_share"] <= 1
+        seen.append(row["layer"])
+    assert seen == ["conv1", "conv2", "fc"]
+    first = next(iter(layer_rows(net, [images], bits=3)))[0]
+    assert first["input_max"] == images.max().item() and first["input_min"] == images.min().item()
+    rows = layer_rows(net, [images], bits=3)
+    next(rows)
+    rows.close()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())

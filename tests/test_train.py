@@ -21,7 +21,7 @@ def metrics(folder):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--load_pretrained", "", "--w_bit", "3"],
+        ["--load_pretrained", "", "--w_bit", "3", "--granularity", "channel"],
         ["--load_pretrained", "", "--adam", "1", "--lambda_s", "100", "--lr", "1e-3"],
         ["--psg", "0", "--arch", "vgg16_bn", "--precision", "bf16"],  # dropout: the RNG is resumed too
     ],

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from quant import fake_quantize_weight
-from visualize import errors_over_bits, layer_histograms, training_curves
+from utils.figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
 
 
 def test_a_picture_for_each_layer(cli, tmp_path, digits_run, monkeypatch):
@@ -80,6 +80,31 @@ def test_training_curves(cli, tmp_path):
     assert [text.get_text() for text in top.get_legend().get_texts()] == ["mine, float", "mine, 3 bits"]
 
 
+def test_grid_of_bit_widths(cli, tmp_path, digits_run):
+    flags = ["--model_path", digits_run, "--w_bit", "32", "2", "--a_bit", "32", "2", "--calib_images", "64"]
+    assert cli("eval.py", *flags, "--out", "a").code == 0
+    outcome = cli("visualize.py", "--figure", "grid", "--results", "a/results.csv", "--out", "fig")
+    assert outcome.code == 0 and (tmp_path / "fig/grid.png").stat().st_size > 10_000, outcome.err
+    (axis,) = accuracy_grids({"SGD 3": {(32, 32): 90.0, (32, 2): 50.0, (2, 32): 10.0, (2, 2): 5.0}}).axes
+    assert [text.get_text() for text in axis.texts] == ["90.0", "50.0", "10.0", "5.0"]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["float", "W2"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["float", "A2"]
+
+
+def test_bars_of_a_report(cli, tmp_path):
+    text = "model,layer,bits,sqnr,top1_lost\na,conv1,4,20,1.5\na,fc,4,10,-0.5\nb,conv1,4,30,0\nb,fc,4,15,2\n"
+    (tmp_path / "layers.csv").write_text(text)
+    outcome = cli("visualize.py", "--figure", "report", "--results", "layers.csv", "--out", "fig")
+    assert outcome.code == 0 and (tmp_path / "fig/report.png").stat().st_size > 10_000, outcome.err
+    models = {
+        "a": [{"layer": "conv1", "sqnr": "20", "top1_lost": "1.5"}, {"layer": "fc", "sqnr": "9", "top1_lost": "-1"}]
+    }
+    top, bottom = layer_bars(models).axes
+    assert [bar.get_height() for bar in top.containers[0]] == [1.5, -1]
+    assert [bar.get_height() for bar in bottom.containers[0]] == [20, 9]
+    assert [tick.get_text() for tick in bottom.get_xticklabels()] == ["conv1", "fc"]
+
+
 def test_bad_input_of_figures(rejected, tmp_path):
     assert "no runs/vanilla/metrics.csv" in rejected("visualize.py", "--figure", "curves")
     (tmp_path / "metrics.csv").write_text("epoch\n")
@@ -89,6 +114,8 @@ def test_bad_input_of_figures(rejected, tmp_path):
     assert "has no row of a network trained with SGD" in rejected(
         "visualize.py", "--figure", "1a", "--results", "r.csv"
     )
+    flags = ["--figure", "report", "--results", "r.csv"]
+    assert "r.csv lacks the column model: it is no layers.csv" in rejected("visualize.py", *flags)
     assert "--figure: invalid choice: '9'" in rejected("visualize.py", "--figure", "9")
 
 

@@ -51,8 +51,8 @@ def main() -> None:
     with torch.no_grad():
         for name, parameter in mean.named_parameters():
             parameter.copy_(torch.stack([network.get_parameter(name).cpu() for network in networks]).mean(0))
-    images = calibration_batches(train, dataset.spec, args.calib_images, args.seed)
-    normed = reestimate_batch_norm(quantize_weights(mean, args.w_bit), images, inplace=True)
+    images = (batch for batch, _ in calibration_batches(train, dataset.spec, args.calib_images, args.seed))
+    normed = reestimate_batch_norm(quantize_weights(mean, args.w_bit), images)
     state = normed.state_dict() | dict(mean.named_parameters())
     kept = {key: value for key, value in last.items() if key not in (*RUN_STATE, "metrics")}
     averaged = {

@@ -95,14 +95,17 @@ def model_from_checkpoint(
 def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
     """How a network was trained, as columns of a results table: trained, seed and epoch; empty where not known.
 
-    `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-Adam W4". The mean of
-    a run's weights (utils.average) has " mean" added and the first and the last epoch as `epoch`.
+    `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-Adam W4"; then
+    " channel" for grids of output channels, and " mean" for the mean of a run's weights (utils.average), of which
+    `epoch` is the first and the last.
     """
     args = checkpoint.get("args", {})
     facts = {"trained": "", "seed": str(args.get("seed", "")), "epoch": str(checkpoint.get("epoch", ""))}
     if "psg" in args:
         plain, scaled = ("Adam", "PSG-Adam") if args["adam"] else ("SGD", "PSGD")
         facts["trained"] = f"{scaled} W{args['w_bit']}" if args["psg"] else plain
+        if args["psg"] and args.get("granularity") == "channel":
+            facts["trained"] += " channel"
     if "averaged_epochs" in checkpoint:
         first, last = checkpoint["averaged_epochs"]
         facts |= {"trained": f"{facts['trained']} mean", "epoch": f"{first}-{last}"}

@@ -58,12 +58,24 @@ def positive(text: str) -> float:
     return value
 
 
-def positive_or_auto(text: str) -> float | str:
-    """Argument type: a finite number > 0, or "auto"."""
-    try:
-        return text if text == "auto" else positive(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or auto") from None
+def positive_or(word: str) -> Callable[[str], float | str]:
+    """Argument type: a finite number > 0, or `word`."""
+
+    def convert(text: str) -> float | str:
+        try:
+            return text if text == word else positive(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, or {word}") from None
+
+    return convert
+
+
+def percent(text: str) -> float:
+    """Argument type: a number > 0 and <= 100."""
+    value = positive(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text} must be 100 or less")
+    return value
 
 
 def non_negative(text: str) -> float:

@@ -182,11 +182,13 @@ def eval_batches(split: Split, spec: DataSpec, batch_size: int) -> Iterator[tupl
         yield normalize(part.images, spec), part.labels
 
 
-def calibration_batches(split: Split, spec: DataSpec, count: int, seed: int, batch_size: int = 256) -> Iterator[Tensor]:
-    """Normalised images, no augmentation, of `count` examples of `split` drawn with `seed`."""
+def calibration_batches(
+    split: Split, spec: DataSpec, count: int, seed: int, batch_size: int = 256
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images, no augmentation, and labels of `count` examples of `split` drawn with `seed`."""
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
     for where in chosen.to(split.images.device).split(batch_size):
-        yield normalize(split.images[where], spec)
+        yield normalize(split.images[where], spec), split.labels[where]
 
 
 class TrainBatches:

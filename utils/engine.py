@@ -100,17 +100,22 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, split: Split, spec: DataSpec, precision: str = "fp32") -> Result:
     """Loss and top-1 of `model` in eval mode on every image of `split`."""
+    batch_size = EVAL_BATCH_SIZE.get(split.images.device.type, 500)
+    return evaluate_batches(model, eval_batches(split, spec, batch_size), precision)
+
+
+@torch.inference_mode()
+def evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str = "fp32") -> Result:
+    """Loss and top-1 of `model` in eval mode on the images of all `batches`."""
     model.eval()
-    loss_sum, hits = [], []
-    for images, labels in eval_batches(split, spec, EVAL_BATCH_SIZE.get(split.images.device.type, 500)):
+    loss_sum, hits, count = [], [], 0
+    for images, labels in batches:
         with autocast(images.device, precision):
             logits = model(images).float()
         loss_sum.append(cross_entropy(logits, labels, reduction="sum"))
         hits.append((logits.argmax(1) == labels).sum())
-    return Result(
-        torch.stack(loss_sum).cpu().double().sum().item() / len(split),
-        100 * torch.stack(hits).sum().item() / len(split),
-    )
+        count += len(labels)
+    loss = torch.stack(loss_sum).cpu().double().sum().item() / count
+    return Result(loss, 100 * torch.stack(hits).sum().item() / count)

@@ -9,6 +9,7 @@ Rows of eval.py's results.csv that differ in the seed alone are one cell: their 
 import csv
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.cli import Parser, UserError, run
@@ -16,17 +17,22 @@ from utils.cli import Parser, UserError, run
 NEEDED = ("trained", "epoch", "post", "seed", "w_bit", "a_bit", "top1")
 
 
-def read_results(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a results.csv of eval.py. Raises UserError if it is none."""
+def read_rows(path: str | Path, columns: Sequence[str], kind: str) -> list[dict[str, str]]:
+    """The rows of a CSV file of `kind` that has `columns` and at least one row; else UserError."""
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error}); eval.py --out DIR writes DIR/results.csv") from None
-    missing = [name for name in NEEDED if not rows or rows[0].get(name) is None]
+        raise UserError(f"{path} cannot be read ({error}); it should be a {kind}") from None
+    missing = [name for name in columns if not rows or rows[0].get(name) is None]
     if missing:
-        raise UserError(f"{path} lacks the column {missing[0]}: it is no results.csv of eval.py --out DIR")
+        raise UserError(f"{path} lacks the column {missing[0]}: it is no {kind}")
     return rows
+
+
+def read_results(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a results.csv of eval.py. Raises UserError if it is none."""
+    return read_rows(path, NEEDED, "results.csv of eval.py --out DIR")
 
 
 def cell(values: list[float]) -> str:

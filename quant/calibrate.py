@@ -1,0 +1,94 @@
+"""Ranges of activation quantizers from images: the largest value, a percentile, or the least squared error.
+
+Take training images without augmentation, never test images.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from quant.activations import relu_names
+from quant.grid import activation_quant_max
+
+BINS = 2048
+CANDIDATES = 100  # ranges that mse tries: k/100 of the largest value
+
+
+class Histogram(NamedTuple):
+    """Values of one ReLU: float64 counts [BINS] over equal bins from 0 to `top`, the largest value seen."""
+
+    counts: Tensor
+    top: float
+
+
+def relu_histograms(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Histogram]:
+    """Histogram of the outputs of every ReLU over `batches` of images, in two passes (so `batches` is held whole).
+
+    Raises ValueError if `batches` is empty.
+    """
+    batches = list(batches)
+    tops = minmax_ranges(model, batches)
+    counts: dict[str, Tensor] = {}
+
+    def observe(name: str, output: Tensor) -> None:
+        bins = torch.histc(output.float(), BINS, 0, tops[name] or 1.0).double()
+        counts[name] = counts[name] + bins if name in counts else bins
+
+    _watch(model, batches, observe)
+    return {name: Histogram(bins.cpu(), tops[name]) for name, bins in counts.items()}
+
+
+def minmax_ranges(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Largest output of every ReLU over `batches` of images. Raises ValueError if `batches` is empty."""
+    largest: dict[str, Tensor] = {}
+
+    def observe(name: str, output: Tensor) -> None:
+        peak = output.amax()
+        largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
+
+    _watch(model, batches, observe)
+    if not largest:
+        raise ValueError("calibration needs at least one batch of images")
+    return {name: peak.item() for name, peak in largest.items()}
+
+
+def percentile_ranges(histograms: dict[str, Histogram], percentile: float) -> dict[str, float]:
+    """For each ReLU the upper edge of the bin that holds the `percentile` (0 to 100) of its values, zeros included."""
+    ranges = {}
+    for name, (counts, top) in histograms.items():
+        share = counts.cumsum(0) / counts.sum()
+        ranges[name] = top * (int((share < percentile / 100).sum()) + 1) / BINS
+    return ranges
+
+
+def mse_ranges(histograms: dict[str, Histogram], bits: int) -> dict[str, float]:
+    """For each ReLU the range, of CANDIDATES equal parts of the largest value, with the least mean-squared error at
+    `bits` bits, every value standing at the centre of its bin. Raises ValueError for bits outside 2..8.
+    """
+    quant_max = activation_quant_max(bits)
+    centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
+    parts = torch.arange(1, CANDIDATES + 1, dtype=torch.float64) / CANDIDATES
+    steps = (parts / quant_max)[:, None]
+    errors = ((centres / steps).round().clamp(max=quant_max) * steps - centres).square()
+    return {name: top * parts[(errors @ counts).argmin()].item() for name, (counts, top) in histograms.items()}
+
+
+@torch.no_grad()
+def _watch(model: nn.Module, batches: Iterable[Tensor], observe: Callable[[str, Tensor], None]) -> None:
+    """Runs `batches` through `model` in eval mode and shows each ReLU's name and output to `observe`."""
+    was_training = model.training
+
+    def hook_for(name: str):
+        return lambda module, inputs, output: observe(name, output)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in relu_names(model)]
+    try:
+        model.eval()
+        for images in batches:
+            model(images)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()

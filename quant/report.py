@@ -1,0 +1,57 @@
+"""What quantization does to each layer of a network."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.grid import fake_quantize_weight, weight_scale
+from quant.layers import layer_bits
+from quant.post import capture, layers_in_order
+
+
+def layer_rows(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    bits: int,
+    first_last: bool = True,
+    per_channel: bool = False,
+    weight_range: str = "absmax",
+) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+    """For each quantized layer, in the order in which they run, a row of figures and `model` with that layer quantized.
+
+    The model is the same object each time, quantized in place: use it before the next row. A row has layer, bits, the
+    number of weights, mse of the weights, sqnr (signal to quantization noise, in dB), grid_share (share of the weights
+    within a tenth of a step of the grid), and input_min and input_max of the layer's inputs over `batches` of images.
+    """
+    batches = list(batches)
+    widths = layer_bits(model, bits, first_last)
+    for name in layers_in_order(model, batches[0]):
+        layer = model.get_submodule(name)
+        keys = [key for key in ("weight", "bias") if f"{name}.{key}" in widths]
+        if not keys:
+            continue
+        width = widths[f"{name}.weight"]
+        before = {key: layer.get_parameter(key).detach().clone() for key in keys}
+        weight = before["weight"]
+        error = fake_quantize_weight(weight, width, per_channel, weight_range) - weight
+        scale = weight_scale(weight, width, per_channel, weight_range)
+        noise, signal = error.square().mean().item(), weight.square().mean().item()
+        inputs = [part.aminmax() for part in capture(model, name, batches, output=False)]
+        row = {
+            "layer": name, "bits": width, "weights": weight.numel(), "mse": noise,
+            "sqnr": 10 * math.log10(signal / noise) if noise else math.inf,
+            "grid_share": (error.abs() <= 0.1 * scale).float().mean().item(),
+            "input_min": min(low.item() for low, _ in inputs), "input_max": max(high.item() for _, high in inputs),
+        }  # fmt: skip
+        with torch.no_grad():
+            for key, value in before.items():
+                layer.get_parameter(key).copy_(fake_quantize_weight(value, width, per_channel, weight_range))
+        try:
+            yield row, model
+        finally:
+            with torch.no_grad():
+                for key, value in before.items():
+                    layer.get_parameter(key).copy_(value)

@@ -1,0 +1,58 @@
+"""Ranges of activations from images."""
+
+import pytest
+import torch
+from torch import nn
+
+from quant import fake_quantize, minmax_ranges, mse_ranges, percentile_ranges, relu_histograms
+from quant.calibrate import BINS
+
+
+@pytest.fixture
+def values():
+    """Outputs of a ReLU: half zeros, else the absolute value of a normal variable, with one outlier."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 1000)
+    x[3, 7] = 30
+    return x
+
+
+def histograms(values):
+    return relu_histograms(nn.Sequential(nn.ReLU()), values.split(30))
+
+
+def test_histogram(values):
+    (histogram,) = histograms(values).values()
+    assert histogram.top == 30 and histogram.counts.sum() == values.numel()
+    expected = torch.histogram(values.relu().flatten(), BINS, range=(0, 30)).hist
+    assert torch.equal(histogram.counts, expected.double())
+
+
+@pytest.mark.parametrize("percentile", [60, 99, 99.9, 100])
+def test_percentile(values, percentile):
+    expected = torch.quantile(values.relu().flatten().double(), percentile / 100).item()
+    assert percentile_ranges(histograms(values), percentile)["0"] == pytest.approx(expected, abs=30 / BINS)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_mse_range_is_the_best_on_the_values_themselves(values, bits):
+    found = mse_ranges(histograms(values), bits)["0"]
+    quant_max = 2**bits - 1
+    outputs = values.relu()
+
+    def error(x_max):
+        return (fake_quantize(outputs, torch.tensor(x_max / quant_max), 0, quant_max) - outputs).square().mean().item()
+
+    best = min(error(30 * part / 100) for part in range(1, 101))
+    assert error(found) == pytest.approx(best, rel=0.05) and error(found) <= error(30.0)
+
+
+def test_a_relu_that_never_fires():
+    found = histograms(-torch.rand(4, 5))
+    assert found["0"].top == 0
+    assert percentile_ranges(found, 99)["0"] == mse_ranges(found, 4)["0"] == 0
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match="at least one batch"):
+        minmax_ranges(nn.Sequential(nn.ReLU()), [])
