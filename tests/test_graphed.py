@@ -9,6 +9,7 @@ from models import ResNet32
 from quant import PSGD, psg_param_groups
 from tests.conftest import needs_cuda
 from utils.data import TrainBatches, load_dataset
+from utils.device import set_deterministic
 from utils.engine import NonFiniteError, train_epoch
 from utils.graphed import GraphedTraining
 
@@ -50,7 +51,7 @@ def test_equals_the_plain_loop(base):
 @needs_cuda
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
 def test_graph_equals_the_plain_loop(base):
-    torch.use_deterministic_algorithms(True)
+    set_deterministic()
     try:
         assert_equal_runs(torch.device("cuda"), base, epochs=3, batch_size=128)
     finally:

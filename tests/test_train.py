@@ -51,7 +51,7 @@ def test_resumed_run_equals_the_uninterrupted_one(cli, tmp_path, flags):
 def test_run_folder(cli, tmp_path):
     flags = [*QUICK, "--psg", "0", "--exp_name", "a/b", "--epoch", "2", "--save_epochs", "1"]
     first = cli("train.py", *flags)
-    assert first.code == 0 and "360 test images" in first.out
+    assert first.code == 0 and "360 test images" in first.out and "step: plain loop" in first.out
     folder = tmp_path / "runs/a/b"
     settings = json.loads((folder / "args.json").read_text())
     assert settings["args"]["lr"] == 0.05 and settings["args"]["precision"] in ("fp32", "bf16")

@@ -6,6 +6,7 @@ as torchvision's archive in data_dir, then downloaded by torchvision. `digits` c
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -168,10 +169,15 @@ def _check(arrays: dict[str, np.ndarray], source: str) -> None:
             raise UserError(f"{source}: labels of y_{part} run from {low} to {high}, outside 0..{len(classes) - 1}")
 
 
+@lru_cache
+def _moments(spec: DataSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std on `device`, made once: in a CUDA graph nothing can be copied there."""
+    return torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
+
+
 def normalize(images: Tensor, spec: DataSpec) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W], normalised per channel, in channels_last layout."""
-    mean = torch.tensor(spec.mean, device=images.device)
-    std = torch.tensor(spec.std, device=images.device)
+    mean, std = _moments(spec, images.device)
     return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
