@@ -56,7 +56,7 @@ $(VANILLA): | $(READY)
 	$(call train,$(@D),82,--psg 0 --lr 0.1 --decay_epoch 82 123 --save_epochs 82 150)
 
 runs/vanilla/epoch_150.pth: $(VANILLA)
-	$(call train,$(@D),150)
+	$(BIN)/python train.py --exp_name vanilla --resume --epoch 150
 
 runs/cifar100/adam_seed1/epoch_150.pth: | $(VANILLA)
 	$(call train,$(@D),150,$(STAGE) --adam 1 --lr 1e-4 --psg 0)

@@ -38,6 +38,24 @@ def test_readme_begins_with_the_two_make_commands():
     assert (ROOT / "requirements.txt").exists() and (ROOT / "environment.yml").exists()
 
 
+def test_make_reproduce_asks_for_what_the_scripts_know():
+    """Its commands for two seeds and two bit-widths, on a checkout without runs: every flag parses, every run is there."""
+    done = subprocess.run(
+        ["make", "-n", "reproduce", "SEEDS=1 2", "W_BITS=4 2"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    text = done.stdout.replace("\\\n", " ")
+    parse = importlib.import_module("train").parser().parse_args
+    runs = [parse(shlex.split(flags)) for flags in re.findall(r"python train\.py ([^;\n]*)", text)]
+    started = {(args.exp_name, args.psg, args.adam, args.w_bit, args.seed) for args in runs if not args.resume}
+    assert started == {
+        ("vanilla", 0, 0, 4, 1),
+        *((f"cifar100/{bits}bits_seed{seed}", 1, 0, bits, seed) for bits in (4, 2) for seed in (1, 2)),
+        ("cifar100/adam_seed1", 0, 1, 4, 1), ("cifar100/adam_4bits_seed1", 1, 1, 4, 1),
+    }  # fmt: skip
+    assert {args.exp_name for args in runs if args.resume} == {name for name, *_ in started}
+    assert len(re.findall(r"python -m utils\.average runs/cifar100/\dbits_seed\d/epoch_\*\.pth --out ", text)) == 4
+
+
 @pytest.fixture
 def workshop(tmp_path):
     """An empty folder with the shipped models and a CIFAR-100 of 1,024 images of noise."""
