@@ -38,10 +38,12 @@ def test_readme_begins_with_the_two_make_commands():
     assert (ROOT / "requirements.txt").exists() and (ROOT / "environment.yml").exists()
 
 
-def test_make_reproduce_asks_for_what_the_scripts_know():
-    """Its commands for two seeds and two bit-widths, on a checkout without runs: every flag parses, every run is there."""
+def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
+    """Its commands for two seeds and two bit-widths, where there are no runs yet: every flag parses, none is missing."""
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run(
-        ["make", "-n", "reproduce", "SEEDS=1 2", "W_BITS=4 2"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["make", "-n", "reproduce", "SEEDS=1 2", "W_BITS=4 2"], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     text = done.stdout.replace("\\\n", " ")
     parse = importlib.import_module("train").parser().parse_args
