@@ -39,7 +39,7 @@ def test_readme_begins_with_the_two_make_commands():
 
 
 def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
-    """Its commands for two seeds and two bit-widths, where there are no runs yet: every flag parses, none is missing."""
+    """Its commands for two seeds and two bit-widths, where there are no runs: all flags parse, none is missing."""
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, tmp_path)
     done = subprocess.run(
