@@ -6,6 +6,8 @@ from quant.calibrate import minmax_ranges, mse_ranges, percentile_ranges, relu_h
 from quant.grid import FLOAT_BITS, fake_quantize, fake_quantize_weight, quantize, weight_scale
 from quant.layers import layer_bits
 from quant.network import grid_share, packed_bytes, quantize_weights, weight_mse
+from quant.onnx_graph import to_onnx
+from quant.packed_file import integer_weights, load_packed, read_facts, save_packed
 from quant.post import adaround, correct_bias, reestimate_batch_norm
 from quant.psgd import PSGD, psg_multipliers, psg_param_groups
 from quant.report import layer_rows
@@ -21,8 +23,10 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_weight",
     "grid_share",
+    "integer_weights",
     "layer_bits",
     "layer_rows",
+    "load_packed",
     "minmax_ranges",
     "mse_ranges",
     "packed_bytes",
@@ -32,9 +36,12 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "quantize_weights",
+    "read_facts",
     "reestimate_batch_norm",
     "relu_histograms",
+    "save_packed",
     "steer_lambda_s",
+    "to_onnx",
     "weight_mse",
     "weight_scale",
 ]

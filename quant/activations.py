@@ -31,6 +31,16 @@ class ActivationQuantizer(nn.Module):
         return f"bits={self.bits}, x_max={self.scale.item() * self.quant_max:.6g}"
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, ActivationQuantizer) or super().is_leaf_module(module, name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The torch.fx graph of `model`, in which an activation quantizer is one node."""
+    return _Tracer().trace(model)
+
+
 def relu_names(model: nn.Module) -> list[str]:
     """Names of the ReLU modules of `model`. Raises ValueError if it has none."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]

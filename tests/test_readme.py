@@ -15,7 +15,7 @@ from tests.conftest import ROOT, SmallNet
 from utils.cli import Parser
 
 README = (ROOT / "README.md").read_text()
-SCRIPTS = ["train.py", "eval.py", "visualize.py"]
+SCRIPTS = ["train.py", "eval.py", "visualize.py", "export.py"]
 
 
 def blocks(language: str) -> list[str]:

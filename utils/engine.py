@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from quant import ActivationQuantizer
+from quant.activations import trace
 from utils.data import DataSpec, Split, eval_batches
 from utils.device import autocast
 
@@ -74,18 +74,13 @@ def train_epoch(
     return epoch_result(model, losses, hits, images_seen)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, ActivationQuantizer) or super().is_leaf_module(module, name)
-
-
 @torch.no_grad()
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """`model` itself, in eval mode, with every batch norm that follows a convolution folded into it: for evaluation.
 
     Computes the same function up to rounding, faster. Needs a model that torch.fx can trace.
     """
-    calls = [node for node in _Tracer().trace(model.eval()).nodes if node.op == "call_module"]
+    calls = [node for node in trace(model.eval()).nodes if node.op == "call_module"]
     uses = Counter(node.target for node in calls)
     for node in calls:
         before = node.args[0]

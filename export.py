@@ -1,0 +1,176 @@
+"""Write a trained network as real integers: packed .safetensors, and .onnx for other runtimes.
+
+The 4-bit network, into deploy/W4_ResNet_w4.safetensors and .onnx
+  python export.py --model_path models/W4_ResNet.pth --w_bit 4 --out deploy
+
+With 8-bit activations, ranges calibrated on training images, and uint8 images as the input
+  python export.py --model_path models/W4_ResNet.pth --w_bit 4 --a_bit 8 --with_normalize --out deploy
+
+Both files are read again and run before they get their names: outputs that are not those of the quantized network are
+an error, and nothing is left behind. Needs: pip install -r requirements-export.txt
+"""
+
+import contextlib
+import hashlib
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from utils.cli import Parser, UserError, bits, bits_or_float, count, run, seed
+
+CHECKED = 512  # images on which the files are compared with the network
+LOGIT_TOLERANCE = 1e-4
+ACTIVATION_AGREEMENT = 0.99  # least share of equal top-1 with activation quantizers
+
+
+def parse() -> Namespace:
+    p = Parser(__doc__)
+    # fmt: off
+    p.add_argument("--model_path", default="models/W4_ResNet.pth", metavar="FILE", help="checkpoint")
+    p.add_argument("--w_bit", type=bits, default=4, help="bit-width of the weights")
+    p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor",
+                   help="a step for each weight tensor, or for each of its output channels")
+    p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
+                   help="1: first and last layer too, at 8 bits if the others have fewer than 4; 0: keep them float")
+    p.add_argument("--a_bit", type=bits_or_float, default=32, help="bit-width of the activations in the .onnx file")
+    p.add_argument("--calib_images", type=count, default=1024, metavar="N",
+                   help="training images for the activations' ranges (least squared error)")
+    p.add_argument("--seed", type=seed, default=1, help="of the choice of these images")
+    p.add_argument("--with_normalize", action="store_true",
+                   help="the .onnx file takes uint8 [N, 32, 32, 3] and normalises inside")
+    p.add_argument("--dataset", default=None, choices=["cifar100", "cifar10", "digits"],
+                   help="data set (default: the one the file was trained on, cifar100 if it names none)")
+    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
+    p.add_argument("--out", default="deploy", metavar="DIR", help="folder to write to")
+    # fmt: on
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401 - looked for before anything is done
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error}: pip install -r requirements-export.txt") from None
+
+    import torch
+
+    from models import build_model
+    from quant import (
+        integer_weights,
+        load_packed,
+        mse_ranges,
+        quantize_activations,
+        quantize_weights,
+        relu_histograms,
+        save_packed,
+        to_onnx,
+    )
+    from utils.checkpoint import load_checkpoint, model_from_checkpoint
+    from utils.data import DATASETS, calibration_batches, normalize
+
+    path = Path(args.model_path)
+    checkpoint = load_checkpoint(path)
+    model = model_from_checkpoint(checkpoint, path).eval()
+    name = args.dataset or checkpoint.get("args", {}).get("dataset", "cifar100")
+    spec = DATASETS[name]
+    grid = {
+        "bits": args.w_bit, "first_last": bool(args.first_last_quant), "per_channel": args.granularity == "channel",
+    }  # fmt: skip
+    dataset = dataset_at_hand(args, name)
+    reference = quantize_weights(model, **grid)
+    deployed = reference
+    if args.a_bit != 32:
+        if dataset is None:
+            raise UserError(f"--a_bit {args.a_bit} needs training images, and there is no {name} in {args.data_dir}")
+        batches = calibration_batches(dataset.train, spec, args.calib_images, args.seed)
+        histograms = relu_histograms(model, (images for images, _ in batches))
+        deployed = quantize_activations(reference, args.a_bit, mse_ranges(histograms, args.a_bit))
+
+    if dataset:
+        images = dataset.test.images[:CHECKED]
+    else:
+        images = torch.randint(0, 256, (CHECKED, 32, 32, 3), dtype=torch.uint8)
+    floats = normalize(images, spec).contiguous()
+
+    with torch.no_grad():
+        expected, expected_deployed = reference(floats), deployed(floats)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / f"{path.stem}_w{args.w_bit}"
+    float_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    kind = "test" if dataset else "random"
+    print(f"{path}: {float_bytes} bytes of float32 parameters; checked on {len(images)} {kind} images")
+
+    facts = {
+        "arch": type(model).__name__, "num_classes": expected.shape[1], "dataset": name, "grid": grid,
+        "source": path.name, "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }  # fmt: skip
+    with checked_file(f"{stem}.safetensors") as file:
+        save_packed(file, model, facts, **grid)
+        again = load_packed(file, build_model(facts["arch"], facts["num_classes"]))
+        with torch.no_grad():
+            if not torch.equal(again(floats), expected):
+                raise UserError(f"{stem}.safetensors does not give the outputs of the quantized network: not written")
+    report(f"{stem}.safetensors", float_bytes, "outputs equal the quantized network's, bit for bit")
+
+    constants = (torch.tensor(spec.mean), torch.tensor(spec.std)) if args.with_normalize else None
+    stem = f"{stem}a{args.a_bit}" if args.a_bit != 32 else stem
+    with checked_file(f"{stem}.onnx") as file:
+        onnx.save(to_onnx(deployed, integer_weights(model, **grid), images.shape[1], constants), file)
+        logits = run_onnx(file, images if args.with_normalize else floats)
+        difference = (logits - expected_deployed).abs().max().item()
+        agreement = (logits.argmax(1) == expected_deployed.argmax(1)).float().mean().item()
+        # Where a value falls between two levels of an activation quantizer, rounding may go either way.
+        good = agreement >= ACTIVATION_AGREEMENT if args.a_bit != 32 else difference <= LOGIT_TOLERANCE
+        if not good:
+            raise UserError(
+                f"{stem}.onnx differs from the quantized network: largest logit difference {difference:.2g}, "
+                f"top-1 agreement {100 * agreement:.2f} %: not written"
+            )
+    report(f"{stem}.onnx", float_bytes,
+           f"largest logit difference {difference:.1e}, top-1 agreement {100 * agreement:.2f} %")  # fmt: skip
+
+
+def dataset_at_hand(args: Namespace, name: str):
+    """The data set if it is there without a download, else None."""
+    import torch
+
+    from utils.data import load_dataset
+
+    archive = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}.get(name)
+    folder = Path(args.data_dir)
+    if archive and not (folder / f"{name}.npz").exists() and not (folder / archive).exists():
+        return None
+    return load_dataset(name, args.data_dir, torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def checked_file(path: str):
+    """A temporary name to write to and check, renamed to `path` if the block ends well, and removed if not."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run_onnx(path: Path, images):
+    """Logits of the file at `path` by onnxruntime on the CPU, as a torch tensor."""
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def report(path: str, float_bytes: int, verdict: str) -> None:
+    size = Path(path).stat().st_size
+    print(f"{path}: {size} bytes, {float_bytes / size:.1f} times smaller; {verdict}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,121 @@
+"""Packed files: a network's integer weights at their true width, with scales and the rest in float, as .safetensors.
+
+    save_packed("w4.safetensors", model, bits=4, facts={"arch": "ResNet32"})
+    load_packed("w4.safetensors", ResNet32(100))    # outputs equal quantize_weights(model, 4), bit for bit
+
+Needs the package safetensors. Nothing in a file is executed, and nothing is allocated by what it merely claims: every
+length is checked against the network that it is loaded into.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.grid import BITS, quantize, weight_quant_max, weight_scale
+from quant.layers import layer_bits
+from quant.packing import pack_bits, unpack_bits
+
+FORMAT = "psgd-packed-1"
+
+
+def integer_weights(
+    model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False, weight_range: str = "absmax"
+) -> dict[str, tuple[Tensor, Tensor, int]]:
+    """Of every parameter that `layer_bits` names: its integers (int8, same shape), scale (float32) and bit-width.
+
+    integers * scale are the weights of `quantize_weights`, bit for bit. Raises ValueError for bits outside 2..8.
+    """
+    found = {}
+    for name, width in layer_bits(model, bits, first_last).items():
+        weight = model.get_parameter(name).detach()
+        scale = weight_scale(weight, width, per_channel, weight_range)
+        limit = weight_quant_max(width)
+        found[name] = (quantize(weight, scale, -limit, limit).to(torch.int8), scale, width)
+    return found
+
+
+def save_packed(path: str | Path, model: nn.Module, facts: dict[str, Any], **grid: Any) -> None:
+    """Writes `model`, packed, and `facts` (plain values). `grid` are keyword arguments of `integer_weights`."""
+    from safetensors.torch import save_file
+
+    integers = integer_weights(model, **grid)
+    tensors, described = {}, {}
+    for name, value in model.state_dict().items():
+        if name in integers:
+            values, scale, width = integers[name]
+            tensors[f"{name}.packed"] = pack_bits(values.contiguous(), width)
+            tensors[f"{name}.scale"] = scale.contiguous()
+            described[name] = {"bits": width, "shape": list(values.shape)}
+        else:
+            tensors[name] = value.detach().contiguous()
+    metadata = {"format": FORMAT, "tensors": json.dumps(described), "facts": json.dumps(facts)}
+    save_file({name: value.cpu() for name, value in tensors.items()}, path, metadata)
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """What `save_packed` was given as `facts`. Raises ValueError for a file that it did not write."""
+    return _open(path)[1]
+
+
+def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
+    """Fills `model`, a network of the file's architecture, and returns it in eval mode.
+
+    Raises ValueError, naming the file and what is wrong, for a file that is truncated, altered or foreign, or that does
+    not fit the network; `model` is then unchanged.
+    """
+    tensors, _, described = _open(path)
+    state = {}
+    for name, wanted in model.state_dict().items():
+        keys = [f"{name}.packed", f"{name}.scale"] if name in described else [name]
+        missing = [key for key in keys if key not in tensors]
+        if missing:
+            raise ValueError(f"{path} lacks {missing[0]}")
+        values = [tensors.pop(key) for key in keys]
+        state[name] = _unpacked(path, name, wanted, values, described[name]) if name in described else values[0]
+        if state[name].shape != wanted.shape or state[name].dtype != wanted.dtype:
+            got, need = (f"{t.dtype} {list(t.shape)}" for t in (state[name], wanted))
+            raise ValueError(f"{path}: {name} is {got} instead of {need}")
+        if state[name].is_floating_point() and not state[name].isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite")
+    if tensors:
+        raise ValueError(f"{path} has {next(iter(tensors))}, which the network does not know")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _open(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Tensors, facts and the description of the packed tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r} instead of {FORMAT!r}")
+        facts, described = json.loads(metadata["facts"]), json.loads(metadata["tensors"])
+        if not isinstance(facts, dict) or not isinstance(described, dict):
+            raise ValueError("its metadata are no mappings")
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is not a readable packed file ({error})") from None
+    return tensors, facts, described
+
+
+def _unpacked(path: str | Path, name: str, wanted: Tensor, values: list[Tensor], entry: Any) -> Tensor:
+    packed, scale = values
+    bits = entry.get("bits") if isinstance(entry, dict) else None
+    if isinstance(bits, bool) or bits not in BITS:
+        raise ValueError(f"{path}: {name} has {bits!r} bits, which is none of {BITS[0]} to {BITS[-1]}")
+    one_a_channel = (len(wanted), *[1] * (wanted.dim() - 1)) if wanted.dim() else ()
+    if scale.dtype != torch.float32 or scale.shape not in ((), one_a_channel):
+        raise ValueError(f"{path}: the scale of {name} is {scale.dtype} {list(scale.shape)}")
+    if not (scale.isfinite().all() and (scale > 0).all()):
+        raise ValueError(f"{path}: the scale of {name} is not a positive finite number")
+    try:
+        integers = unpack_bits(packed, bits, wanted.numel())
+    except ValueError as error:
+        raise ValueError(f"{path}: {name}: {error}") from None
+    return integers.view(wanted.shape).to(torch.float32) * scale

@@ -1,0 +1,121 @@
+"""ONNX graphs by onnxruntime against the quantized network, and export.py as a user runs it."""
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from models import ResNet32, vgg16_bn
+from quant import (
+    integer_weights,
+    load_packed,
+    mse_ranges,
+    quantize_activations,
+    quantize_weights,
+    read_facts,
+    relu_histograms,
+    to_onnx,
+)
+from tests.test_engine import trained_resnet
+
+
+def run(proto, images):
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return trained_resnet()
+
+
+@pytest.mark.parametrize("bits, kind", [(8, "INT8"), (6, "INT8"), (5, "INT8"), (4, "INT4"), (3, "INT4"), (2, "INT2")])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_weights_only_is_exact(resnet, bits, kind, per_channel):
+    images = torch.randn(8, 3, 32, 32)
+    proto = to_onnx(resnet, integer_weights(resnet, bits, per_channel=per_channel))
+    types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    assert types["layer2.0.conv1.weight.integers"] == getattr(onnx.TensorProto, kind)
+    with torch.no_grad():
+        expected = quantize_weights(resnet, bits, per_channel=per_channel)(images)
+    assert (run(proto, images) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert run(proto, images[:3]).shape == (3, 10)  # any batch
+
+
+@pytest.mark.parametrize("w_bit, a_bit", [(8, 8), (4, 8), (4, 4)])
+def test_activations_too(resnet, w_bit, a_bit):
+    images = torch.randn(64, 3, 32, 32)
+    ranges = mse_ranges(relu_histograms(resnet, [images]), a_bit)
+    quantized = quantize_activations(quantize_weights(resnet, w_bit), a_bit, ranges)
+    proto = to_onnx(quantized, integer_weights(resnet, w_bit))
+    kinds = [node.op_type for node in proto.graph.node]
+    assert (
+        kinds.count("QuantizeLinear") == 31 and "Relu" not in kinds and kinds.count("Clip") == (31 if a_bit < 8 else 0)
+    )
+    with torch.no_grad():
+        expected, plain = quantized(images), resnet(images)
+    found = run(proto, images)
+    # Values between two levels may be rounded the other way: far nearer than to the float network, but not exact.
+    assert (found - expected).abs().mean() < 0.2 * (plain - expected).abs().mean()
+
+
+def test_vgg16_bn_at_4_bits():
+    torch.manual_seed(0)
+    net = vgg16_bn(10).eval()
+    images = torch.randn(2, 3, 32, 32)
+    proto = to_onnx(net, integer_weights(net, 4))
+    assert len(proto.SerializeToString()) < 0.14 * 4 * sum(p.numel() for p in net.parameters())
+    with torch.no_grad():
+        expected = quantize_weights(net, 4)(images)
+    assert (run(proto, images) - expected).abs().max() < 1e-4 * expected.abs().max() + 1e-6
+
+
+def test_normalisation_inside(resnet):
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([100.0, 110, 120]), torch.tensor([50.0, 60, 70])
+    proto = to_onnx(resnet, integer_weights(resnet, 4), normalize=(mean, std))
+    with torch.no_grad():
+        expected = quantize_weights(resnet, 4)(((images.float() - mean) / std).permute(0, 3, 1, 2))
+    assert (run(proto, images) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_what_has_no_counterpart_is_named():
+    with pytest.raises(ValueError, match="1, a Tanh, cannot be exported to ONNX"):
+        to_onnx(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Tanh()), {})
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    with pytest.raises(ValueError, match=r"the operation mul \(mul\) cannot be exported"):
+        to_onnx(Doubled(), {})
+
+
+def test_export_writes_both_files(cli, tmp_path, digits_run):
+    flags = ["--model_path", digits_run, "--w_bit", "4", "--a_bit", "8", "--with_normalize", "--calib_images", "64"]
+    outcome = cli("export.py", *flags, "--out", "a/b")
+    assert outcome.code == 0, outcome.err
+    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["last_w4.safetensors", "last_w4a8.onnx"]
+    assert "bit for bit" in outcome.out and "times smaller; largest logit difference" in outcome.out
+    facts = read_facts(tmp_path / "a/b/last_w4.safetensors")
+    assert (facts["arch"], facts["num_classes"], facts["grid"]["bits"]) == ("ResNet32", 10, 4)
+    load_packed(tmp_path / "a/b/last_w4.safetensors", ResNet32(10))
+
+
+def test_files_that_fail_their_check_are_not_left_behind(cli, tmp_path, digits_run, monkeypatch):
+    import export
+
+    monkeypatch.setattr(export, "run_onnx", lambda path, images: torch.zeros(len(images), 10))
+    outcome = cli("export.py", "--model_path", digits_run, "--out", "a")
+    assert outcome.code == 2 and "last_w4.onnx differs from the quantized network: largest logit" in outcome.err
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["last_w4.safetensors"]
+
+
+def test_bad_input(rejected, digits_run, monkeypatch):
+    assert "no checkpoint at no.pth" in rejected("export.py", "--model_path", "no.pth")
+    assert "--w_bit: 32 must be from 2 to 8" in rejected("export.py", "--w_bit", "32")
+    flags = ["--model_path", digits_run, "--dataset", "cifar100", "--a_bit", "8"]
+    assert "--a_bit 8 needs training images, and there is no cifar100 in data" in rejected("export.py", *flags)
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    assert "pip install -r requirements-export.txt" in rejected("export.py", "--model_path", digits_run)

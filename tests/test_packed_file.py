@@ -1,0 +1,123 @@
+"""Packed integers and the files of them: exact, small, and suspicious of what they read."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import ResNet32
+from quant import load_packed, quantize_weights, read_facts, save_packed
+from quant.packing import pack_bits, unpack_bits
+from tests.conftest import SmallNet
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 1000])
+def test_round_trip_at_the_true_width(bits, count):
+    torch.manual_seed(0)
+    limit = 2 ** (bits - 1)
+    values = torch.randint(-limit, limit, (count,))
+    packed = pack_bits(values, bits)
+    assert packed.dtype == torch.uint8 and len(packed) == (count * bits + 7) // 8
+    assert torch.equal(unpack_bits(packed, bits, count), values.to(torch.int8))
+    # The same bits by numpy: two's complement, lowest bit first.
+    ones = ((values.numpy()[:, None] >> np.arange(bits)) & 1).astype(np.uint8).ravel()
+    assert np.array_equal(packed.numpy(), np.packbits(ones, bitorder="little"))
+
+
+def test_two_4_bit_values_a_byte():
+    assert pack_bits(torch.tensor([1, -1, 7]), 4).tolist() == [0xF1, 0x07]
+
+
+def test_values_and_lengths_that_do_not_fit():
+    with pytest.raises(ValueError, match="values from -9 to 0 do not fit 4 bits"):
+        pack_bits(torch.tensor([0, -9]), 4)
+    with pytest.raises(ValueError, match=r"3 values of 4 bits need uint8 \[2\], got torch.uint8 \[3\]"):
+        unpack_bits(torch.zeros(3, dtype=torch.uint8), 4, 3)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_file_gives_the_quantized_network_bit_for_bit(tmp_path, net, bits, per_channel):
+    path = tmp_path / "a.safetensors"
+    save_packed(path, net, {"arch": "SmallNet"}, bits=bits, per_channel=per_channel)
+    loaded = load_packed(path, SmallNet())
+    expected = quantize_weights(net, bits, per_channel=per_channel).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    assert read_facts(path) == {"arch": "SmallNet"} and not loaded.training
+
+
+def test_size_of_resnet32_at_4_bits(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_packed(path, ResNet32(100), {}, bits=4)
+    # 470,192 weights and 100 biases at half a byte; batch norm, scales and the header take the rest.
+    assert 235_146 < path.stat().st_size < 300_000
+
+
+@pytest.fixture
+def packed(tmp_path, net):
+    path = tmp_path / "a.safetensors"
+    save_packed(path, net, {"arch": "SmallNet"}, bits=4)
+    return path
+
+
+def rewrite(path, change):
+    """Writes the file again after `change` has edited its tensors and its metadata."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(path)
+    metadata["tensors"] = json.loads(metadata["tensors"])
+    change(tensors, metadata)
+    if not isinstance(metadata.get("tensors"), str):
+        metadata["tensors"] = json.dumps(metadata.get("tensors"))
+    save_file(tensors, path, metadata)
+
+
+CHANGES = {
+    "a foreign format": (lambda t, m: m.update(format="x"), "its format is 'x' instead of"),
+    "no format": (lambda t, m: m.pop("format"), "its format is None instead of"),
+    "bad metadata": (lambda t, m: m.update(facts="{"), "is not a readable packed file"),
+    "no mapping": (lambda t, m: m.update(facts="[]"), "its metadata are no mappings"),
+    "unknown bits": (lambda t, m: m["tensors"]["fc.weight"].update(bits=9), "fc.weight has 9 bits"),
+    "bits of another kind": (lambda t, m: m["tensors"].update({"fc.weight": 4}), "fc.weight has None bits"),
+    "other bits": (lambda t, m: m["tensors"]["fc.weight"].update(bits=3), "40 values of 3 bits need uint8"),
+    "a short tensor": (lambda t, m: t.update({"fc.weight.packed": t["fc.weight.packed"][:-1]}), "need uint8 [20]"),
+    "a scale of zero": (lambda t, m: t["fc.weight.scale"].zero_(), "the scale of fc.weight is not a positive"),
+    "a scale that is no number": (
+        lambda t, m: t["fc.weight.scale"].fill_(float("nan")),
+        "not a positive finite number",
+    ),
+    "scales of another shape": (lambda t, m: t.update({"fc.weight.scale": torch.ones(2)}), "the scale of fc.weight is"),
+    "a missing tensor": (lambda t, m: t.pop("fc.weight.packed"), "lacks fc.weight.packed"),
+    "a missing buffer": (lambda t, m: t.pop("bn1.running_mean"), "lacks bn1.running_mean"),
+    "a tensor too many": (lambda t, m: t.update(x=torch.ones(1)), "has x, which the network does not know"),
+    "another shape": (lambda t, m: t.update({"bn1.weight": torch.ones(3)}), "bn1.weight is torch.float32 [3]"),
+    "infinite values": (lambda t, m: t["bn1.weight"].fill_(float("inf")), "bn1.weight has values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)
+def test_altered_files(packed, change, message):
+    rewrite(packed, change)
+    net = SmallNet()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        load_packed(packed, net)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and str(packed) in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, (10**15).to_bytes(8, "little") + b"{}", None])
+def test_truncated_and_foreign_files(packed, content):
+    packed.write_bytes(packed.read_bytes()[:-10] if content is None else content)
+    with pytest.raises(ValueError, match="is not a readable packed file"):
+        load_packed(packed, SmallNet())
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="is not a readable packed file"):
+        read_facts(tmp_path / "no.safetensors")
