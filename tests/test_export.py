@@ -1,5 +1,7 @@
 """ONNX graphs by onnxruntime against the quantized network, and export.py as a user runs it."""
 
+import json
+
 import onnx
 import onnxruntime
 import pytest
@@ -119,3 +121,15 @@ def test_bad_input(rejected, digits_run, monkeypatch):
     assert "--a_bit 8 needs training images, and there is no cifar100 in data" in rejected("export.py", *flags)
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert "pip install -r requirements-export.txt" in rejected("export.py", "--model_path", digits_run)
+
+
+def test_benchmark_of_deployed_networks(cli, tmp_path, digits_run):
+    flags = ["--model_path", digits_run, "--w_bit", "4", "--rounds", "1", "--calib_images", "64", "--json", "a.json"]
+    outcome = cli("utils.benchmark_deploy", *flags)
+    assert outcome.code == 0, outcome.err
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == [
+        "torch, float32", "torch, bfloat16", "onnxruntime, float32", "onnxruntime, W4", "onnxruntime, W4A8",
+    ]  # fmt: skip
+    assert rows[0]["top1"] == pytest.approx(rows[2]["top1"], abs=0.3)  # one of 360 images
+    assert rows[3]["bytes"] < 0.2 * rows[2]["bytes"] and all(row["images_per_second_at_256"] > 0 for row in rows)

@@ -1,0 +1,137 @@
+"""Size, accuracy and speed of exported networks beside the same networks in torch, in one run on one machine.
+
+    python -m utils.benchmark_deploy --model_path models/ResNet150.pth models/W4_ResNet.pth --w_bit 8 4
+    python -m utils.benchmark_deploy --json results/deploy.json
+
+For each checkpoint: float32 and bfloat16 in torch, float32 in onnxruntime, and there each --w_bit with float and with
+8-bit activations. Images a second are medians, the kinds taking turns; compare ratios of one run.
+"""
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from utils.benchmark import alternate, machine
+from utils.cli import Parser, bits, count, run
+from utils.files import command_line, git_commit, write_json
+
+BATCHES = (1, 256)
+
+
+def main() -> None:
+    p = Parser(__doc__)
+    p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
+    p.add_argument("--w_bit", type=bits, nargs="+", default=[8, 4], metavar="B", help="weight bit-widths")
+    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
+    p.add_argument("--calib_images", type=count, default=1024, metavar="N", help="training images for activations")
+    p.add_argument("--rounds", type=count, default=20, help="times that each kind is measured at each batch size")
+    p.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
+    args = p.parse_args()
+
+    import onnxruntime
+    import torch
+
+    from utils.checkpoint import load_checkpoint, model_from_checkpoint
+    from utils.data import load_dataset
+
+    device = torch.device("cpu")
+    rows: list[dict[str, Any]] = []
+    print(f"{machine()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {args.rounds} rounds")
+    for path in args.model_path:
+        checkpoint = load_checkpoint(path)
+        dataset = load_dataset(checkpoint.get("args", {}).get("dataset", "cifar100"), args.data_dir, device)
+        model = model_from_checkpoint(checkpoint, path, None, len(dataset.classes)).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            rows += [{"model": path, **row} for row in compare(args, model, dataset, Path(folder))]
+    if args.json:
+        facts = {"command": command_line(), "commit": git_commit(), "machine": machine(), "torch": torch.__version__}
+        write_json(args.json, {**facts, "onnxruntime": onnxruntime.__version__, "rounds": args.rounds, "rows": rows})
+
+
+def compare(args, model, dataset, folder: Path) -> list[dict[str, Any]]:
+    """A row for each kind of `model`: bytes of its file (in torch of its parameters), top-1 and images a second."""
+    import torch
+
+    from utils.data import eval_batches, normalize
+
+    kinds = torch_kinds(model) | onnx_kinds(args, model, dataset, folder)
+    top1 = {}
+    for name, (_, network) in kinds.items():
+        hits = sum((network(images).argmax(1) == labels).sum().item()
+                   for images, labels in eval_batches(dataset.test, dataset.spec, 256))  # fmt: skip
+        top1[name] = 100 * hits / len(dataset.test)
+    speed: dict[str, dict[int, float]] = {name: {} for name in kinds}
+    for batch in BATCHES:
+        images = normalize(dataset.test.images[:batch], dataset.spec)
+        pieces = {name: partial(network, images) for name, (_, network) in kinds.items()}
+        for name, seconds in alternate(pieces, args.rounds, torch.device("cpu")).items():
+            speed[name][batch] = batch / seconds
+    print(f"{'':40}{'bytes':>10}{'top-1':>8}" + "".join(f"{f'images/s at {batch}':>17}" for batch in BATCHES))
+    rows = []
+    for name, (size, _) in kinds.items():
+        rows.append({"kind": name, "bytes": size, "top1": round(top1[name], 4)})
+        rows[-1] |= {f"images_per_second_at_{batch}": round(speed[name][batch], 1) for batch in BATCHES}
+        figures = "".join(f"{speed[name][batch]:17.0f}" for batch in BATCHES)
+        print(f"{name:40}{size:10d}{top1[name]:8.2f}{figures}", flush=True)
+    return rows
+
+
+def torch_kinds(model) -> dict[str, tuple[int, Callable]]:
+    """The network in torch, batch norm folded, in the two precisions: bytes of its parameters, and a function."""
+    import copy
+
+    import torch
+
+    from utils.device import autocast
+    from utils.engine import fold_batch_norm
+
+    folded = fold_batch_norm(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+
+    def network(precision: str) -> Callable:
+        @torch.inference_mode()
+        def forward(images):
+            with autocast(images.device, precision):
+                return folded(images).float()
+
+        return forward
+
+    return {"torch, float32": (size, network("fp32")), "torch, bfloat16": (size // 2, network("bf16"))}
+
+
+def onnx_kinds(args, model, dataset, folder: Path) -> dict[str, tuple[int, Callable]]:
+    """The network in onnxruntime, in float and with integer weights: bytes of its file, and a function."""
+    import onnx
+    import onnxruntime
+    import torch
+
+    from quant import integer_weights, mse_ranges, quantize_activations, quantize_weights, relu_histograms, to_onnx
+    from utils.data import calibration_batches
+
+    batches = calibration_batches(dataset.train, dataset.spec, args.calib_images, seed=1)
+    ranges = mse_ranges(relu_histograms(model, (images for images, _ in batches)), 8)
+    protos = {"onnxruntime, float32": to_onnx(model, {})}
+    for width in args.w_bit:
+        integers = integer_weights(model, width)
+        protos[f"onnxruntime, W{width}"] = to_onnx(model, integers)
+        quantized = quantize_activations(quantize_weights(model, width), 8, ranges, inplace=True)
+        protos[f"onnxruntime, W{width}A8"] = to_onnx(quantized, integers)
+    kinds = {}
+    for number, (name, proto) in enumerate(protos.items()):
+        path = folder / f"{number}.onnx"
+        onnx.save(proto, path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+        def forward(images, session=session):
+            return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
+
+        kinds[name] = (path.stat().st_size, forward)
+    return kinds
+
+
+if __name__ == "__main__":
+    run(main)
