@@ -71,7 +71,7 @@ endef
 $(foreach seed,$(SEEDS),$(foreach bits,$(W_BITS),$(eval $(call psgd_run,$(bits),$(seed)))))
 
 %/mean.pth: %/epoch_150.pth
-	$(BIN)/python -m utils.average $(@D)/epoch_*.pth --out $@
+	$(BIN)/python -m utils.average $(@D) --epochs $(AVERAGE) --out $@
 
 reproduce: $(PSGD_RUNS:%=%/mean.pth) $(RUNS:%=%/epoch_150.pth)
 	$(BIN)/python eval.py --model_path $(VANILLA) $(RUNS:%=%/epoch_150.pth) $(PSGD_RUNS:%=%/mean.pth) \

@@ -92,7 +92,7 @@ def parse() -> Namespace:
                    help="training images for calibration and --post")
     p.add_argument("--seed", type=seed, default=1, help="of the choice of calibration images")
     p.add_argument("--report", action="store_true",
-                   help="also a row for each layer of each model, at the first bit-widths, to --out DIR/layers.csv")
+                   help="also a row for each layer of each model, at the first --w_bit, to --out DIR/layers.csv")
     p.add_argument("--lambda_s", type=positive, default=150.0, help="for the record in results.json; no effect")
     p.add_argument("--out", default=None, metavar="DIR", help="folder for results.csv and results.json")
     p.add_argument("--exp_name", default=None, help="the published name of --out results/<exp_name>")
@@ -109,14 +109,18 @@ def parse() -> Namespace:
     args.out = args.out or (f"results/{args.exp_name}" if args.exp_name else None)
     if args.report and not args.out:
         raise UserError("--report writes layers.csv: name a folder with --out DIR")
+    if args.report and args.w_bit[0] == 32:
+        raise UserError("--report is about the first --w_bit, and 32 is full precision: begin with the one it is for")
     return args
 
 
 def settings(args: Namespace) -> list[tuple[int, int, str]]:
     """(w_bit, a_bit, post) of every row of a model: full precision first, then the sweep, each once."""
-    pairs = dict.fromkeys([(32, 32), *((w, a) for w in args.w_bit for a in args.a_bit)])
-    # Correcting means or roundings does nothing to weights that are not quantized.
-    return [(w, a, post) for w, a in pairs for post in dict.fromkeys(args.post) if w != 32 or post in POST[:2]]
+    rows = [(32, 32, "none"), *((32, 32, post) for post in args.post)]
+    rows += [(w, a, post) for w in args.w_bit for a in args.a_bit for post in args.post]
+    # Roundings need quantized weights, and mean outputs something that shifts them.
+    pointless = {(32, 32, "bias_correct"), *((32, a, "adaround") for a in (32, *args.a_bit))}
+    return [row for row in dict.fromkeys(rows) if row not in pointless]
 
 
 def main() -> None:
@@ -146,8 +150,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     for net in networks:
+        chosen: dict[tuple[int, int], float] = {}
         for w_bit, a_bit, post in settings(args):
-            n = clipping_range(args, net, w_bit, a_bit)
+            if (w_bit, a_bit) not in chosen:
+                chosen[w_bit, a_bit] = clipping_range(args, net, w_bit, a_bit)
+            n = chosen[w_bit, a_bit]
             result = evaluate(
                 fold_batch_norm(quantized(args, net, w_bit, a_bit, n, post)), net.test, net.spec, args.precision
             )
@@ -161,12 +168,11 @@ def main() -> None:
             }  # fmt: skip
             rows.append(row)
             print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
-        if args.report:
-            layers += layer_report(args, net)
         if args.out:  # after each model, so that a sweep that is cut off leaves what it has
             write_results(args.out, rows, torch=torch.__version__, device=str(device), settings=vars(args))
-            if layers:
-                write_csv(Path(args.out) / "layers.csv", layers)
+        if args.report:
+            layers += layer_report(args, net)
+            write_csv(Path(args.out) / "layers.csv", layers)
     if args.out:
         print(f"written: {args.out}/results.csv and results.json" + (" and layers.csv" if layers else ""))
 
@@ -246,7 +252,7 @@ def quantized(args: Namespace, net: Network, w_bit: int, a_bit: int, n: float, p
     if post == "bn_reestimate":
         return reestimate_batch_norm(network, batches)
     if post == "bias_correct":
-        return correct_bias(network, net.model, batches)
+        return correct_bias(network, net.model, batches, first_last=bool(args.first_last_quant))
     return adaround(network, net.model, batches, **weight_grid(args, w_bit), iterations=args.iterations, seed=args.seed)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from utils.cli import Parser, UserError, bits, bits_or_float, count, run, seed
 
+CLASSES = {"cifar100": 100, "cifar10": 10, "digits": 10}
 CHECKED = 512  # images on which the files are compared with the network
 LOGIT_TOLERANCE = 1e-4
 ACTIVATION_AGREEMENT = 0.99  # least share of equal top-1 with activation quantizers
@@ -73,8 +74,8 @@ def main() -> None:
 
     path = Path(args.model_path)
     checkpoint = load_checkpoint(path)
-    model = model_from_checkpoint(checkpoint, path).eval()
     name = args.dataset or checkpoint.get("args", {}).get("dataset", "cifar100")
+    model = model_from_checkpoint(checkpoint, path, num_classes=CLASSES[name]).eval()
     spec = DATASETS[name]
     grid = {
         "bits": args.w_bit, "first_last": bool(args.first_last_quant), "per_channel": args.granularity == "channel",
@@ -85,6 +86,8 @@ def main() -> None:
     if args.a_bit != 32:
         if dataset is None:
             raise UserError(f"--a_bit {args.a_bit} needs training images, and there is no {name} in {args.data_dir}")
+        if args.calib_images > len(dataset.train):
+            raise UserError(f"--calib_images {args.calib_images} is more than the {len(dataset.train)} training images")
         batches = calibration_batches(dataset.train, spec, args.calib_images, args.seed)
         histograms = relu_histograms(model, (images for images, _ in batches))
         deployed = quantize_activations(reference, args.a_bit, mse_ranges(histograms, args.a_bit))
@@ -108,30 +111,29 @@ def main() -> None:
         "arch": type(model).__name__, "num_classes": expected.shape[1], "dataset": name, "grid": grid,
         "source": path.name, "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }  # fmt: skip
-    with checked_file(f"{stem}.safetensors") as file:
-        save_packed(file, model, facts, **grid)
-        again = load_packed(file, build_model(facts["arch"], facts["num_classes"]))
+    constants = (torch.tensor(spec.mean), torch.tensor(spec.std)) if args.with_normalize else None
+    packed_path, onnx_path = f"{stem}.safetensors", f"{stem}{f'a{args.a_bit}' if args.a_bit != 32 else ''}.onnx"
+    with checked_file(packed_path) as packed, checked_file(onnx_path) as graph:
+        save_packed(packed, model, facts, **grid)
+        again = load_packed(packed, build_model(facts["arch"], facts["num_classes"]))
         with torch.no_grad():
             if not torch.equal(again(floats), expected):
-                raise UserError(f"{stem}.safetensors does not give the outputs of the quantized network: not written")
-    report(f"{stem}.safetensors", float_bytes, "outputs equal the quantized network's, bit for bit")
-
-    constants = (torch.tensor(spec.mean), torch.tensor(spec.std)) if args.with_normalize else None
-    stem = f"{stem}a{args.a_bit}" if args.a_bit != 32 else stem
-    with checked_file(f"{stem}.onnx") as file:
-        onnx.save(to_onnx(deployed, integer_weights(model, **grid), images.shape[1], constants), file)
-        logits = run_onnx(file, images if args.with_normalize else floats)
+                raise UserError(f"{packed_path} does not give the outputs of the quantized network: nothing is written")
+        onnx.save(to_onnx(deployed, integer_weights(model, **grid), images.shape[1], constants), graph)
+        logits = run_onnx(graph, images if args.with_normalize else floats)
         difference = (logits - expected_deployed).abs().max().item()
         agreement = (logits.argmax(1) == expected_deployed.argmax(1)).float().mean().item()
         # Where a value falls between two levels of an activation quantizer, rounding may go either way.
         good = agreement >= ACTIVATION_AGREEMENT if args.a_bit != 32 else difference <= LOGIT_TOLERANCE
         if not good:
             raise UserError(
-                f"{stem}.onnx differs from the quantized network: largest logit difference {difference:.2g}, "
-                f"top-1 agreement {100 * agreement:.2f} %: not written"
+                f"{onnx_path} differs from the quantized network: largest logit difference {difference:.2g}, "
+                f"top-1 agreement {100 * agreement:.2f} %: nothing is written"
             )
-    report(f"{stem}.onnx", float_bytes,
-           f"largest logit difference {difference:.1e}, top-1 agreement {100 * agreement:.2f} %")  # fmt: skip
+    verdict = f"largest logit difference {difference:.1e}, top-1 agreement {100 * agreement:.2f} %"
+    for file, words in ((packed_path, "outputs equal the quantized network's, bit for bit"), (onnx_path, verdict)):
+        size = Path(file).stat().st_size
+        print(f"{file}: {size} bytes, {float_bytes / size:.1f} times smaller; {words}")
 
 
 def dataset_at_hand(args: Namespace, name: str):
@@ -165,11 +167,6 @@ def run_onnx(path: Path, images):
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-def report(path: str, float_bytes: int, verdict: str) -> None:
-    size = Path(path).stat().st_size
-    print(f"{path}: {size} bytes, {float_bytes / size:.1f} times smaller; {verdict}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,6 @@ def build_optimizer(args: Namespace, model, device):
     groups = psg_param_groups(model, *weight_grid(args)) if args.psg else model.parameters()
     common = {"weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
     if args.adam:
-        common["capturable"] = device.type == "cuda"
         optimizer = torch.optim.Adam(groups, lr=args.lr * (0.01 * lambda_s if args.psg else 1), **common)
     else:
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, **common)
@@ -220,6 +219,9 @@ def main() -> None:
     batches = TrainBatches(train_split, dataset.spec, args.batch_size, args.seed)
     graphed = None
     if device.type == "cuda" and args.cuda_graph and not args.deterministic:
+        for group in optimizer.param_groups:
+            if "capturable" in group:  # as Adam needs it, also in a run that was begun elsewhere
+                group["capturable"] = True
         graphed = GraphedTraining(model, optimizer, batches, args.precision)
     print(f"step: {'CUDA graph' if graphed else 'plain loop'}", flush=True)
     for epoch in range(done + 1, args.epoch + 1):

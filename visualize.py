@@ -21,7 +21,6 @@ Needs no display. In a histogram a column is a network, the upper row its float 
 quantized; thin lines mark the points of the grid, up to 5 bits.
 """
 
-import csv
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -121,17 +120,14 @@ def bits_figures(args: Namespace) -> list:
 
 def curve_figures(args: Namespace) -> list:
     from utils.figures import training_curves
+    from utils.table import read_rows
 
     runs = {}
     for label, folder in zip(args.labels, args.runs, strict=True):
-        path = Path(folder) / "metrics.csv"
-        if not path.is_file():
-            raise UserError(f"no {path}: --runs needs folders that train.py wrote")
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or "grid_share" not in rows[0]:
-            raise UserError(f"{path} is no metrics.csv of train.py")
-        runs[label] = {key: [float(row[key]) for row in rows] for key in rows[0]}
+        columns = ("epoch", "fp_top1", "grid_share")
+        rows = read_rows(Path(folder) / "metrics.csv", columns, "metrics.csv of train.py")
+        whole = [row for row in rows if all(row.values())]  # a run that was cut off may leave half a row
+        runs[label] = {key: [float(row[key]) for row in whole] for key in rows[0]}
     return [("curves", 1, partial(training_curves, runs))]
 
 
@@ -155,6 +151,8 @@ def report_figures(args: Namespace) -> list:
     models: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         models.setdefault(row["model"], []).append(row)
+    if len({tuple(row["layer"] for row in rows) for rows in models.values()}) > 1:
+        raise UserError(f"{args.results} has networks with different layers: report them one by one")
     return [("report", 1, partial(layer_bars, models))]
 
 

@@ -63,7 +63,9 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
     for name in relu_names(model):
         if name not in ranges:
             raise ValueError(f"no activation range is given for {name}")
-        quantized.set_submodule(name, ActivationQuantizer(bits, ranges[name]))
+        # On the model's device: a GPU divides by a scalar of the CPU's in another way, and ties fall differently.
+        quantizer = ActivationQuantizer(bits, ranges[name]).to(next(model.parameters()).device)
+        quantized.set_submodule(name, quantizer)
     return quantized
 
 

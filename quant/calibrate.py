@@ -33,11 +33,11 @@ def relu_histograms(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Hi
     counts: dict[str, Tensor] = {}
 
     def observe(name: str, output: Tensor) -> None:
-        bins = torch.histc(output.float(), BINS, 0, tops[name] or 1.0).double()
+        bins = torch.histc(output.float(), BINS, 0, tops[name] or 1.0).cpu().double()
         counts[name] = counts[name] + bins if name in counts else bins
 
     _watch(model, batches, observe)
-    return {name: Histogram(bins.cpu(), tops[name]) for name, bins in counts.items()}
+    return {name: Histogram(bins, tops[name]) for name, bins in counts.items()}
 
 
 def minmax_ranges(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:

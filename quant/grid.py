@@ -51,7 +51,7 @@ def weight_scale(weight: Tensor, bits: int, per_channel: bool = False, weight_ra
     if weight_range == "absmax":
         return scale
     best, least = scale, torch.full_like(scale, float("inf"))
-    for part in torch.arange(100, 19, -1) / 100:
+    for part in torch.arange(100, 0, -1) / 100:
         tried = scale * part
         error = quantize(weight, tried, -quant_max, quant_max).mul_(tried).sub_(weight).square_()
         error = error.sum(dim=dims, keepdim=len(dims) < weight.dim())

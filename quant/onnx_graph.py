@@ -7,7 +7,6 @@ kernels. Needs the package onnx.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -82,7 +81,7 @@ class _Builder:
         from onnx import numpy_helper
 
         if all(tensor.name != name for tensor in self.initializers):
-            array = np.ascontiguousarray(value.detach().cpu().numpy())
+            array = value.detach().cpu().contiguous().numpy()
             self.initializers.append(numpy_helper.from_array(array, name))
         return name
 

@@ -44,7 +44,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mod
 
 
 @torch.no_grad()
-def correct_bias(quantized: nn.Module, model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+def correct_bias(
+    quantized: nn.Module, model: nn.Module, batches: Iterable[Tensor], first_last: bool = True
+) -> nn.Module:
     """`quantized` itself, in eval mode, with a bias in every quantized layer that restores its mean output in `model`.
 
     Layer by layer, in the order in which they run, the mean of each output channel over `batches` is brought back to
@@ -52,7 +54,7 @@ def correct_bias(quantized: nn.Module, model: nn.Module, batches: Iterable[Tenso
     images instead of batch-norm statistics). A convolution without a bias gets one.
     """
     batches = list(batches)
-    for name in layers_in_order(model, batches[0]):
+    for name in layers_in_order(model, batches[0], first_last):
         layer = quantized.get_submodule(name)
         shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
         layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
@@ -80,9 +82,7 @@ def adaround(
     batches = list(batches)
     widths = layer_bits(model, bits, first_last)
     generator = torch.Generator().manual_seed(seed)
-    for name in layers_in_order(model, batches[0]):
-        if f"{name}.weight" not in widths:
-            continue
+    for name in layers_in_order(model, batches[0], first_last):
         width = widths[f"{name}.weight"]
         layer, source = quantized.get_submodule(name), model.get_submodule(name)
         inputs = torch.cat(capture(quantized, name, batches, output=False))
@@ -148,13 +148,13 @@ def capture(model: nn.Module, name: str, batches: Iterable[Tensor], output: bool
 def _mean_output(model: nn.Module, name: str, batches: list[Tensor]) -> Tensor:
     """Mean of each output channel of the layer `name` over `batches` [C]."""
     outputs = capture(model, name, batches, output=True)
-    sums = [part.transpose(0, 1).flatten(1).double().sum(1) for part in outputs]
-    return (sum(sums) / sum(part.numel() // part.shape[1] for part in outputs)).to(outputs[0].dtype)
+    sums = [part.transpose(0, 1).flatten(1).cpu().double().sum(1) for part in outputs]
+    return (sum(sums) / sum(part.numel() // part.shape[1] for part in outputs)).to(outputs[0])
 
 
-def layers_in_order(model: nn.Module, images: Tensor) -> list[str]:
+def layers_in_order(model: nn.Module, images: Tensor, first_last: bool = True) -> list[str]:
     """Names of the layers that `layer_bits` quantizes, in the order in which they run."""
-    names = {key.rpartition(".")[0] for key in layer_bits(model, bits=8)}
+    names = {key.rpartition(".")[0] for key in layer_bits(model, 8, first_last)}
     order: list[str] = []
     handles = [
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name)) for name in names

@@ -28,11 +28,9 @@ def layer_rows(
     """
     batches = list(batches)
     widths = layer_bits(model, bits, first_last)
-    for name in layers_in_order(model, batches[0]):
+    for name in layers_in_order(model, batches[0], first_last):
         layer = model.get_submodule(name)
         keys = [key for key in ("weight", "bias") if f"{name}.{key}" in widths]
-        if not keys:
-            continue
         width = widths[f"{name}.weight"]
         before = {key: layer.get_parameter(key).detach().clone() for key in keys}
         weight = before["weight"]

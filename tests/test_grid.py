@@ -108,7 +108,7 @@ def test_mse_range_is_the_best_of_its_candidates(per_channel):
         error = (fake_quantize(weight, scale, -quant_max, quant_max) - weight).square()
         return error.sum(1, keepdim=True) if per_channel else error.sum()
 
-    candidates = torch.stack([errors(absmax * part / 100) for part in range(20, 101)])
+    candidates = torch.stack([errors(absmax * part / 100) for part in range(1, 101)])
     assert torch.allclose(errors(best), candidates.min(0).values, rtol=1e-5)
     assert best.shape == absmax.shape and (best <= absmax).all() and (best < absmax).any()
     quantized = fake_quantize_weight(weight, 4, per_channel, "mse")

@@ -100,24 +100,26 @@ def test_adaround_on_a_network(net):
 
 
 @pytest.fixture(scope="module")
-def epochs(tmp_path_factory):
-    """Files of three epochs of a real PSG run on the digits."""
+def three_epochs(tmp_path_factory):
+    """Folder of a real PSG run of three epochs on the digits, with a file of each; the grid is per channel."""
     import subprocess
     import sys
 
     from tests.conftest import ROOT
 
     folder = tmp_path_factory.mktemp("mean")
-    command = "--dataset digits --epoch 3 --save_epochs 1 2 3 --batch_size 64 --lr 0.05 --exp_name v --precision fp32"
-    subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
-    return [folder / f"runs/v/epoch_{number}.pth" for number in (3, 1, 2)]
+    command = "--dataset digits --epoch 3 --save_epochs 1-3 --batch_size 64 --lr 0.05 --exp_name v --precision fp32"
+    flags = [*command.split(), "--granularity", "channel"]
+    subprocess.run([sys.executable, ROOT / "train.py", *flags], cwd=folder, check=True)
+    return folder / "runs/v"
 
 
 @pytest.mark.parametrize("width", [32, 4])
-def test_mean_of_a_run(cli, tmp_path, epochs, width):
-    outcome = cli("utils.average", *epochs, "--out", "mean.pth", "--w_bit", width, "--calib_images", 512)
+def test_mean_of_a_run(cli, tmp_path, three_epochs, width):
+    flags = ["--epochs", "1-3", "--out", "mean.pth", "--w_bit", width, "--calib_images", 512]
+    outcome = cli("utils.average", three_epochs, *flags)
     assert outcome.code == 0 and "the mean of 3 epochs, 1 to 3" in outcome.out, outcome.err
-    states = [load_checkpoint(path)["state_dict"] for path in epochs]
+    states = [load_checkpoint(three_epochs / f"epoch_{epoch}.pth")["state_dict"] for epoch in (1, 2, 3)]
     checkpoint = load_checkpoint(tmp_path / "mean.pth")
     assert "optimizer" not in checkpoint and checkpoint["averaged_epochs"] == [1, 3] and checkpoint["epoch"] == 3
     model = model_from_checkpoint(checkpoint, "mean.pth")
@@ -125,16 +127,18 @@ def test_mean_of_a_run(cli, tmp_path, epochs, width):
         assert torch.allclose(parameter, sum(state[name] for state in states) / 3, atol=1e-6), name
     digits = load_dataset("digits", "", torch.device("cpu"))
     images = [batch for batch, _ in calibration_batches(digits.train, digits.spec, 512, seed=1)]
-    expected = reestimate_batch_norm(quantize_weights(model, width), images).state_dict()
+    expected = reestimate_batch_norm(quantize_weights(model, width, per_channel=True), images).state_dict()
     for name, value in model.named_buffers():
         assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5), name
     outcome = cli("eval.py", "--model_path", "mean.pth")
-    assert "PSGD W4 mean" in outcome.out and "1-3" in outcome.out
+    assert "PSGD W4 channel mean" in outcome.out and "1-3" in outcome.out
 
 
-def test_bad_input_of_average(rejected, epochs, digits_run):
-    message = "must be different epochs of one run"
-    assert message in rejected("utils.average", epochs[0], epochs[0], "--out", "a.pth")
-    assert message in rejected("utils.average", epochs[0], digits_run, "--out", "a.pth")
-    too_many = ["--out", "a.pth", "--calib_images", "5000"]
-    assert "--calib_images 5000 is more than the 1437" in rejected("utils.average", *epochs, *too_many)
+def test_bad_input_of_average(rejected, three_epochs):
+    flags = ["--out", "a.pth", "--epochs"]
+    assert "epoch_4.pth is not there: train with --save_epochs 2-4" in rejected(
+        "utils.average", three_epochs, *flags, "2-4"
+    )
+    assert "runs/no/epoch_1.pth is not there" in rejected("utils.average", "runs/no", *flags, "1")
+    too_many = [*flags, "1-3", "--calib_images", "5000"]
+    assert "--calib_images 5000 is more than the 1437" in rejected("utils.average", three_epochs, *too_many)

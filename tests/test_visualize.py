@@ -106,9 +106,10 @@ def test_bars_of_a_report(cli, tmp_path):
 
 
 def test_bad_input_of_figures(rejected, tmp_path):
-    assert "no runs/vanilla/metrics.csv" in rejected("visualize.py", "--figure", "curves")
-    (tmp_path / "metrics.csv").write_text("epoch\n")
-    assert "is no metrics.csv of train.py" in rejected("visualize.py", "--figure", "curves", "--runs", ".")
+    assert "runs/vanilla/metrics.csv cannot be read" in rejected("visualize.py", "--figure", "curves")
+    (tmp_path / "metrics.csv").write_text("epoch\n1\n")
+    flags = ["--figure", "curves", "--runs", "."]
+    assert "metrics.csv lacks the column fp_top1: it is no metrics.csv" in rejected("visualize.py", *flags)
     assert "r.csv cannot be read" in rejected("visualize.py", "--figure", "1a", "--results", "r.csv")
     (tmp_path / "r.csv").write_text("trained,epoch,seed,w_bit,a_bit,post,top1\nPSGD W4,150,1,4,32,none,68\n")
     assert "has no row of a network trained with SGD" in rejected(

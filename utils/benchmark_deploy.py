@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.benchmark import alternate, machine
-from utils.cli import Parser, bits, count, run
+from utils.cli import Parser, UserError, bits, count, run
 from utils.files import command_line, git_commit, write_json
 
 BATCHES = (1, 256)
@@ -30,7 +30,10 @@ def main() -> None:
     p.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
     args = p.parse_args()
 
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{error}: pip install -r requirements-export.txt") from None
     import torch
 
     from utils.checkpoint import load_checkpoint, model_from_checkpoint

@@ -193,7 +193,8 @@ def calibration_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images, no augmentation, and labels of `count` examples of `split` drawn with `seed`."""
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
-    for where in chosen.to(split.images.device).split(batch_size):
+    # In parts of nearly equal size: batch-norm statistics average over batches.
+    for where in chosen.to(split.images.device).tensor_split(-(-len(chosen) // batch_size)):
         yield normalize(split.images[where], spec), split.labels[where]
 
 

@@ -25,6 +25,9 @@ def select_device(name: str | None, cu_num: int) -> tuple[torch.device, str]:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and libraries follow the current device
+        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions in float32, as the published code's were
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return device, f"device: {device} ({kind})"
 

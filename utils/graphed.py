@@ -93,10 +93,12 @@ class GraphedTraining:
     def _capture(self) -> None:
         self._replay = None  # an old graph's memory is free before a new one takes its own
         graph = torch.cuda.CUDAGraph()
+        now = torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.graph(graph):
+            # The outer context puts the stream back even where a capture that CUDA ended leaves its own in place.
+            with torch.cuda.stream(now), torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):
                 self._step(len(self.window))
         except RuntimeError as error:
-            self.failure = str(error).splitlines()[0]
+            self.failure = (str(error) or type(error).__name__).splitlines()[0]
             return
         self._replay = graph.replay

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from utils.cli import Parser, UserError, run
 
+SAME = ("trained", "epoch", "post", "arch", "dataset", "split", "weight_range", "granularity")  # of one cell's rows
 NEEDED = ("trained", "epoch", "post", "seed", "w_bit", "a_bit", "top1")
 
 
@@ -43,15 +44,24 @@ def cell(values: list[float]) -> str:
 
 def markdown(rows: list[dict[str, str]]) -> str:
     """The table of `rows` in Markdown, networks in the order of their first row."""
-    cells: dict[tuple[str, str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    cells: dict[tuple[str, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    seen: set[tuple[str, ...]] = set()
     for row in rows:
-        if row["a_bit"] == "32":
-            cells[row["trained"], row["epoch"], row["post"]][int(row["w_bit"])].append(float(row["top1"]))
+        if row["a_bit"] != "32":
+            continue
+        one = tuple(row.get(name, "") for name in (*SAME, "seed", "w_bit"))
+        if one in seen:
+            name = row["trained"] or "unnamed"
+            raise UserError(
+                f"two networks are both {name}, seed {row['seed']}: evaluate them into folders of their own"
+            )
+        seen.add(one)
+        cells[tuple(row.get(name, "") for name in SAME)][int(row["w_bit"])].append(float(row["top1"]))
     widths = sorted({width for by_width in cells.values() for width in by_width}, reverse=True)
     names = ["FP" if width == 32 else f"W{width}" for width in widths]
     lines = [["trained", "epoch", "after training", *names], ["---"] * (3 + len(names))]
     for key, by_width in cells.items():
-        lines.append([*key, *(cell(by_width[width]) if width in by_width else "" for width in widths)])
+        lines.append([*key[:3], *(cell(by_width[width]) if width in by_width else "" for width in widths)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
