@@ -134,6 +134,17 @@ def test_mean_of_a_run(cli, tmp_path, three_epochs, width):
     assert "PSGD W4 channel mean" in outcome.out and "1-3" in outcome.out
 
 
+def test_one_epoch_keeps_its_weights(cli, tmp_path, three_epochs):
+    flags = ["--epochs", "2", "--out", "bn.pth", "--w_bit", "4", "--calib_images", "256"]
+    assert cli("utils.average", three_epochs, *flags).code == 0
+    before, after = (
+        load_checkpoint(path)["state_dict"] for path in (three_epochs / "epoch_2.pth", tmp_path / "bn.pth")
+    )
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+    assert "PSGD W4 channel bn " in cli("eval.py", "--model_path", "bn.pth").out
+
+
 def test_bad_input_of_average(rejected, three_epochs):
     flags = ["--out", "a.pth", "--epochs"]
     assert "epoch_4.pth is not there: train with --save_epochs 2-4" in rejected(

@@ -1,7 +1,8 @@
 """The mean of a run's weights over epochs, with batch-norm statistics taken anew: a better network from the same run.
 
     python train.py --exp_name w4 --save_epochs 103-150
-    python -m utils.average runs/w4 --epochs 103-150 --out models/W4_ResNet_mean.pth
+    python -m utils.average runs/w4 --epochs 103-150 --out w4_mean.pth
+    python -m utils.average runs/w4 --epochs 150 --w_bit 4 --out w4_bn.pth    # new statistics alone
 
 Weights that sit on the grid have sat on the same point for epochs, so their mean sits there too; the others lose their
 noise (stochastic weight averaging, Izmailov et al. 2018; its use on PSG runs is ours). The statistics come from

@@ -96,8 +96,8 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
     """How a network was trained, as columns of a results table: trained, seed and epoch; empty where not known.
 
     `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-Adam W4"; then
-    " channel" for grids of output channels, and " mean" for the mean of a run's weights (utils.average), of which
-    `epoch` is the first and the last.
+    " channel" for grids of output channels. Files of utils.average have " mean" added and the first and the last epoch
+    as `epoch`, or " bn" if they are of one epoch and differ from its file in the batch-norm statistics alone.
     """
     args = checkpoint.get("args", {})
     facts = {"trained": "", "seed": str(args.get("seed", "")), "epoch": str(checkpoint.get("epoch", ""))}
@@ -108,7 +108,10 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
             facts["trained"] += " channel"
     if "averaged_epochs" in checkpoint:
         first, last = checkpoint["averaged_epochs"]
-        facts |= {"trained": f"{facts['trained']} mean", "epoch": f"{first}-{last}"}
+        if first == last:
+            facts["trained"] += " bn"
+        else:
+            facts |= {"trained": f"{facts['trained']} mean", "epoch": f"{first}-{last}"}
     return facts
 
 
