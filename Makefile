@@ -2,7 +2,7 @@
 # make test         the tests
 # make reproduce    CIFAR-100 from nothing to table and figures: vanilla, PSGD for each bit-width, Adam, evaluation,
 #                   figures. Days on 2 cores, about an hour on a GPU; goes on where it was cut off, and make -j4 runs
-#                   four at a time. SEEDS="1 2 3" and W_BITS="4 3" choose the runs, AVERAGE the epochs of the means.
+#                   four at a time. SEEDS="1 2 3" and W_BITS="4 3" choose the runs.
 # make lint         ruff
 # Each sets up .venv by itself, from requirements-dev.txt.
 
@@ -41,9 +41,8 @@ quickstart: $(READY)
 
 SEEDS ?= 1
 W_BITS ?= 4 3 2 5 6 8
-AVERAGE ?= 103-150
 VANILLA := runs/vanilla/epoch_82.pth
-STAGE := --load_pretrained $(VANILLA) --decay_epoch 123 --save_epochs $(AVERAGE) 150
+STAGE := --load_pretrained $(VANILLA) --decay_epoch 123 --save_epochs 150
 PSGD_RUNS := $(foreach seed,$(SEEDS),$(foreach bits,$(W_BITS),runs/cifar100/$(bits)bits_seed$(seed)))
 ADAM_RUNS := runs/cifar100/adam_seed1 runs/cifar100/adam_4bits_seed1
 RUNS := runs/vanilla $(PSGD_RUNS) $(ADAM_RUNS)
@@ -67,15 +66,15 @@ runs/cifar100/adam_4bits_seed1/epoch_150.pth: | $(VANILLA)
 define psgd_run
 runs/cifar100/$(1)bits_seed$(2)/epoch_150.pth: | $(VANILLA)
 	$$(call train,$$(@D),150,$(STAGE) --w_bit $(1) --seed $(2))
+
+runs/cifar100/$(1)bits_seed$(2)/bn.pth: runs/cifar100/$(1)bits_seed$(2)/epoch_150.pth
+	$(BIN)/python -m utils.average $$(@D) --epochs 150 --w_bit $(1) --out $$@
 endef
 $(foreach seed,$(SEEDS),$(foreach bits,$(W_BITS),$(eval $(call psgd_run,$(bits),$(seed)))))
 
-%/mean.pth: %/epoch_150.pth
-	$(BIN)/python -m utils.average $(@D) --epochs $(AVERAGE) --out $@
-
-reproduce: $(PSGD_RUNS:%=%/mean.pth) $(RUNS:%=%/epoch_150.pth)
-	$(BIN)/python eval.py --model_path $(VANILLA) $(RUNS:%=%/epoch_150.pth) $(PSGD_RUNS:%=%/mean.pth) \
-		--w_bit 8 6 5 4 3 2 --post none bn_reestimate --calib_images 10240 --out results/reproduce
+reproduce: $(PSGD_RUNS:%=%/bn.pth) $(RUNS:%=%/epoch_150.pth)
+	$(BIN)/python eval.py --model_path $(VANILLA) $(RUNS:%=%/epoch_150.pth) $(PSGD_RUNS:%=%/bn.pth) \
+		--w_bit 8 6 5 4 3 2 --post none bn_reestimate --calib_images 4096 --out results/reproduce
 	$(BIN)/python -m utils.table results/reproduce/results.csv
 	$(BIN)/python visualize.py --figure 1a --results results/reproduce/results.csv --out results/reproduce
 	$(BIN)/python visualize.py --figure curves --runs runs/vanilla $(PSGD_RUNS) \
