@@ -55,7 +55,7 @@ def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
         ("cifar100/adam_seed1", 0, 1, 4, 1), ("cifar100/adam_4bits_seed1", 1, 1, 4, 1),
     }  # fmt: skip
     assert {args.exp_name for args in runs if args.resume} == {name for name, *_ in started}
-    renewed = re.findall(r"python -m utils\.average runs/cifar100/(\d)bits_seed\d --epochs 150 --w_bit (\d) --out ", text)
+    renewed = re.findall(r"utils\.average runs/cifar100/(\d)bits_seed\d --epochs 150 --w_bit (\d) --out ", text)
     assert len(renewed) == 4 and all(bits == width for bits, width in renewed)
 
 
