@@ -11,7 +11,8 @@ The paper's figure 1a, weight error and test error over bit-widths, from the res
   python visualize.py --figure 1a --results results/cifar100/results.csv --out fig
 
 Accuracy and share of weights near the grid over the epochs of runs
-  python visualize.py --figure curves --runs runs/vanilla runs/cifar100/4bits --labels SGD PSGD --out fig
+  python visualize.py --figure curves --runs results/runs/vanilla_seed1 results/runs/w4_psgd_seed1 \\
+                      --labels SGD PSGD --out fig
 
 Top-1 over weight and activation bit-widths, and what each layer contributes, from eval.py
   python visualize.py --figure grid --results results/activations/results.csv --out fig
@@ -35,7 +36,7 @@ def parse() -> Namespace:
                    help="layers: weight histograms; 1a: errors over bit-widths; curves: runs over epochs; grid: top-1 "
                    "over weight and activation bit-widths; report: layer by layer")
     p.add_argument("--model_path", nargs="+", metavar="FILE",
-                   default=["models/ResNet82.pth", "models/W4_ResNet.pth"], help="layers: checkpoints")
+                   default=["models/ResNet150.pth", "models/W4_ResNet.pth"], help="layers: checkpoints")
     p.add_argument("--w_bit", type=bits, default=4, help="layers: bit-width of the quantized histograms and the grid")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="layers: 1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")

@@ -62,7 +62,8 @@ def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
 @pytest.fixture
 def workshop(tmp_path):
     """An empty folder with the shipped models and a CIFAR-100 of 1,024 images of noise."""
-    shutil.copytree(ROOT / "models", tmp_path / "models")
+    for name in ("models", "results"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "data").mkdir()
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (1024, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, 1024)
