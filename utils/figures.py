@@ -73,7 +73,7 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]):
     bars.set_ylabel("top-1 test error in percent (bars)")
     bars.set_ylim(0, 112)
     lines.set_yscale("log")
-    lines.set_ylabel("mean-squared quantization error of the weights (lines)")
+    lines.set_ylabel("mean-squared error of the weights (lines)")
     handles = [pair for axis in (bars, lines) for pair in zip(*axis.get_legend_handles_labels())]
     lines.legend(*zip(*handles), loc="upper left", fontsize="small", ncols=2)
     return figure
