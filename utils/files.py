@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,8 +66,12 @@ def command_line() -> str:
     return shlex.join(["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
 
 
+@cache
 def git_commit() -> str:
-    """Commit of the code, with "+changes" if tracked files differ from it; "unknown" outside a checkout."""
+    """Commit of the code, with "+changes" if tracked files differ from it; "unknown" outside a checkout.
+
+    As it was at the first call: results that this process writes over older ones are no changes to its code.
+    """
 
     def git(*words: str) -> str:
         here = Path(__file__).parent
