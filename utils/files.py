@@ -54,10 +54,9 @@ def write_csv(path: str | Path, rows: list[dict[str, Any]]) -> None:
 
 def write_results(folder: str | Path, rows: list[dict[str, Any]], **facts: Any) -> None:
     """results.csv (the rows) and results.json (command, commit, `facts` and the rows) in an existing folder."""
+    content = {"command": command_line(), "commit": git_commit(), **facts, "rows": rows}
     write_csv(Path(folder) / "results.csv", rows)
-    write_json(
-        Path(folder) / "results.json", {"command": command_line(), "commit": git_commit(), **facts, "rows": rows}
-    )
+    write_json(Path(folder) / "results.json", content)
 
 
 def command_line() -> str:
