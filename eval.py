@@ -37,7 +37,8 @@ COLUMNS = {  # name: (least width on screen, format); without a width only in th
     "loss": (8, ".4f"), "weight_mse": (11, ".3e"), "bytes": (9, "d"),
 }  # fmt: skip
 POST = ["none", "bn_reestimate", "bias_correct", "adaround"]
-ACT_RANGES = ["bn", "bn_published", "minmax", "percentile", "mse"]
+BN_RANGES = ["bn", "bn_published"]
+ACT_RANGES = [*BN_RANGES, "minmax", "percentile", "mse"]
 SEARCHED = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0]  # values of --clipping_range search
 
 
@@ -183,11 +184,11 @@ def load_networks(args: Namespace, device) -> list[Network]:
 
     from quant import relu_histograms
     from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
-    from utils.data import calibration_batches, load_dataset
+    from utils.data import calibration_batches, check_calib_images, load_dataset
 
     datasets, networks = {}, []
     quantizes = any(a_bit != 32 for a_bit in args.a_bit)
-    by_batch_norm = args.act_range in ("bn", "bn_published")
+    by_batch_norm = args.act_range in BN_RANGES
     searches = by_batch_norm and len(args.clipping_range) > 1
     needs_images = args.report or set(args.post) != {"none"} or (quantizes and (searches or not by_batch_norm))
     for path in args.model_path:
@@ -199,8 +200,8 @@ def load_networks(args: Namespace, device) -> list[Network]:
         model = model_from_checkpoint(checkpoint, path, args.arch, len(dataset.classes))
         model.to(device, memory_format=torch.channels_last).eval()
         train, test, split_name = dataset.splits(args.val_split)
-        if needs_images and args.calib_images > len(train):
-            raise UserError(f"--calib_images {args.calib_images} is more than the {len(train)} training images")
+        if needs_images:
+            check_calib_images(args.calib_images, train)
 
         def images(train=train, spec=dataset.spec):
             return calibration_batches(train, spec, args.calib_images, args.seed)
@@ -260,7 +261,7 @@ def clipping_range(args: Namespace, net: Network, w_bit: int, a_bit: int) -> flo
     """n of the bn ranges: of several the one of least loss on the calibration images; 0 if no bn range is used."""
     from utils.engine import evaluate_batches, fold_batch_norm
 
-    if a_bit == 32 or args.act_range not in ("bn", "bn_published"):
+    if a_bit == 32 or args.act_range not in BN_RANGES:
         return 0.0
     if len(args.clipping_range) == 1:
         return args.clipping_range[0]

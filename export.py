@@ -72,7 +72,7 @@ def main() -> None:
         to_onnx,
     )
     from utils.checkpoint import load_checkpoint, model_from_checkpoint
-    from utils.data import DATASETS, calibration_batches, normalize
+    from utils.data import DATASETS, calibration_batches, check_calib_images, normalize
 
     path = Path(args.model_path)
     checkpoint = load_checkpoint(path)
@@ -88,8 +88,7 @@ def main() -> None:
     if args.a_bit != 32:
         if dataset is None:
             raise UserError(f"--a_bit {args.a_bit} needs training images, and there is no {name} in {args.data_dir}")
-        if args.calib_images > len(dataset.train):
-            raise UserError(f"--calib_images {args.calib_images} is more than the {len(dataset.train)} training images")
+        check_calib_images(args.calib_images, dataset.train)
         batches = calibration_batches(dataset.train, spec, args.calib_images, args.seed)
         histograms = relu_histograms(model, (images for images, _ in batches))
         deployed = quantize_activations(reference, args.a_bit, mse_ranges(histograms, args.a_bit))

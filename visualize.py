@@ -15,7 +15,7 @@ Accuracy and share of weights near the grid over the epochs of runs
                       --labels SGD PSGD --out fig
 
 Top-1 over weight and activation bit-widths, and what each layer contributes, from eval.py
-  python visualize.py --figure grid --results results/activations/results.csv --out fig
+  python visualize.py --figure grid --results results/activations/mse/results.csv --out fig
   python visualize.py --figure report --results results/report/layers.csv --out fig
 
 Needs no display. In a histogram a column is a network, the upper row its float weights, the lower row the same weights

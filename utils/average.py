@@ -33,7 +33,7 @@ def main() -> None:
 
     from quant import quantize_weights, reestimate_batch_norm
     from utils.checkpoint import RUN_STATE, load_checkpoint, model_from_checkpoint, save_checkpoint
-    from utils.data import calibration_batches, load_dataset
+    from utils.data import calibration_batches, check_calib_images, load_dataset
     from utils.device import select_device
 
     device, device_line = select_device(args.device, args.cu_num)
@@ -55,8 +55,7 @@ def main() -> None:
     settings = last["args"]
     dataset = load_dataset(settings["dataset"], args.data_dir, device)
     train, _, _ = dataset.splits(settings["val_split"])
-    if args.calib_images > len(train):
-        raise UserError(f"--calib_images {args.calib_images} is more than the {len(train)} training images")
+    check_calib_images(args.calib_images, train)
     mean.to(device, memory_format=torch.channels_last)
     per_channel = settings.get("granularity") == "channel"
     deployed = quantize_weights(mean, args.w_bit, bool(settings["first_last_quant"]), per_channel)

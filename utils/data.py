@@ -188,6 +188,12 @@ def eval_batches(split: Split, spec: DataSpec, batch_size: int) -> Iterator[tupl
         yield normalize(part.images, spec), part.labels
 
 
+def check_calib_images(count: int, split: Split) -> None:
+    """Raises UserError if `split` has fewer than `count` images: look before the work that comes before calibration."""
+    if count > len(split):
+        raise UserError(f"--calib_images {count} is more than the {len(split)} training images")
+
+
 def calibration_batches(
     split: Split, spec: DataSpec, count: int, seed: int, batch_size: int = 256
 ) -> Iterator[tuple[Tensor, Tensor]]:
