@@ -14,6 +14,10 @@ Weights and activations, with data-free ranges, and with ranges calibrated on tr
 Post-training methods on training images, each beside the plain network
   python eval.py --w_bit 4 3 --post none bn_reestimate bias_correct adaround
 
+One-shot magnitude pruning, alone and with quantized weights
+  python eval.py --model_path models/ResNet150.pth --sparsity 0.5 0.7 0.8 0.9 0.95 0.98 --out results/pruning
+  python eval.py --sparsity 0.5 0.7 --w_bit 32 4 --prune layer
+
 What each layer contributes, at the first --w_bit, to results/report/layers.csv
   python eval.py --w_bit 4 --report --out results/report
 
@@ -24,17 +28,31 @@ which is the first row of every model.
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from utils.cli import Parser, UserError, bits_or_float, count, index, percent, positive, positive_or, run, seed
+from utils.cli import (
+    Parser,
+    UserError,
+    bits_or_float,
+    count,
+    index,
+    percent,
+    positive,
+    positive_or,
+    run,
+    seed,
+    sparsity,
+)
 
 COLUMNS = {  # name: (least width on screen, format); without a width only in the files
     "model": (5, "s"), "arch": (0, "s"), "dataset": (0, "s"), "split": (0, "s"), "trained": (12, "s"),
-    "seed": (5, "s"), "epoch": (7, "s"), "w_bit": (6, "d"), "weight_range": (0, "s"), "granularity": (0, "s"),
-    "a_bit": (6, "d"), "act_range": (13, "s"), "clipping_range": (0, "s"), "post": (14, "s"), "top1": (7, ".2f"),
-    "loss": (8, ".4f"), "weight_mse": (11, ".3e"), "bytes": (9, "d"),
+    "seed": (5, "s"), "epoch": (7, "s"), "sparsity": (8, "g"), "prune": (6, "s"), "nonzero": (8, "d"),
+    "w_bit": (6, "d"), "weight_range": (0, "s"), "granularity": (0, "s"), "a_bit": (6, "d"), "act_range": (13, "s"),
+    "clipping_range": (0, "s"), "post": (14, "s"), "top1": (7, ".2f"), "loss": (8, ".4f"), "weight_mse": (11, ".3e"),
+    "bytes": (9, "d"),
 }  # fmt: skip
 POST = ["none", "bn_reestimate", "bias_correct", "adaround"]
 BN_RANGES = ["bn", "bn_published"]
@@ -65,13 +83,19 @@ def parse() -> Namespace:
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
     p.add_argument("--val_split", type=index, default=0, metavar="N",
                    help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
-    p.add_argument("--w_bit", type=bits_or_float, nargs="+", default=[4], metavar="B", help="weight bit-widths")
+    p.add_argument("--sparsity", type=sparsity, nargs="+", default=[0.0], metavar="S",
+                   help="shares of zero weights: those of the smallest magnitude, cut before --w_bit is applied")
+    p.add_argument("--prune", choices=["global", "layer"], default="global",
+                   help="the share is one of all weights together, or of each layer by itself")
+    p.add_argument("--w_bit", type=bits_or_float, nargs="+", default=None, metavar="B",
+                   help="weight bit-widths (default: 4, or 32 with --sparsity)")
     p.add_argument("--weight_range", choices=["absmax", "mse"], default="absmax",
                    help="grid of the weights: up to the largest, or the range of the least squared error")
     p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor",
                    help="a step for each weight tensor, or for each of its output channels")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
-                   help="1: first and last layer too, at 8 bits if the others have fewer than 4; 0: keep them float")
+                   help="1: quantize and prune the first and last layer too, at 8 bits if the others have fewer "
+                   "than 4; 0: keep them float and whole")
     p.add_argument("--a_bit", type=bits_or_float, nargs="+", default=None, metavar="B",
                    help="activation bit-widths (default: 8 with --act_quant 1, else 32)")
     p.add_argument("--act_quant", type=int, choices=[0, 1], default=None,
@@ -102,6 +126,7 @@ def parse() -> Namespace:
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="of the forward pass")
     # fmt: on
     args = p.parse_args()
+    args.w_bit = args.w_bit or ([32] if any(args.sparsity) else [4])
     if args.act_quant is None:
         args.act_quant = int(args.a_bit is not None)
     args.a_bit = (args.a_bit or [8]) if args.act_quant else [32]
@@ -115,13 +140,26 @@ def parse() -> Namespace:
     return args
 
 
-def settings(args: Namespace) -> list[tuple[int, int, str]]:
-    """(w_bit, a_bit, post) of every row of a model: full precision first, then the sweep, each once."""
-    rows = [(32, 32, "none"), *((32, 32, post) for post in args.post)]
-    rows += [(w, a, post) for w in args.w_bit for a in args.a_bit for post in args.post]
+@dataclass(frozen=True)
+class Setting:
+    """How a row's network is deployed."""
+
+    w_bit: int = 32
+    a_bit: int = 32
+    sparsity: float = 0.0
+    post: str = "none"
+
+
+def settings(args: Namespace) -> list[Setting]:
+    """Every row of a model: full precision first, then the sweep, each once."""
+    rows = [Setting(), *(Setting(post=post) for post in args.post)]
+    rows += [Setting(*row) for row in product(args.w_bit, args.a_bit, args.sparsity, args.post)]
     # Roundings need quantized weights, and mean outputs something that shifts them.
-    pointless = {(32, 32, "bias_correct"), *((32, a, "adaround") for a in (32, *args.a_bit))}
-    return [row for row in dict.fromkeys(rows) if row not in pointless]
+    return [
+        row
+        for row in dict.fromkeys(rows)
+        if not (row.post == "adaround" and row.w_bit == 32) and row != Setting(post="bias_correct")
+    ]
 
 
 def main() -> None:
@@ -129,7 +167,7 @@ def main() -> None:
 
     import torch
 
-    from quant import packed_bytes, weight_mse
+    from quant import nonzero_weights, packed_bytes, weight_mse
     from utils.device import keep_freed_memory, resolve_precision, select_device
     from utils.engine import evaluate, fold_batch_norm
     from utils.files import write_csv, write_results
@@ -151,21 +189,23 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     for net in networks:
-        chosen: dict[tuple[int, int], float] = {}
-        for w_bit, a_bit, post in settings(args):
-            if (w_bit, a_bit) not in chosen:
-                chosen[w_bit, a_bit] = clipping_range(args, net, w_bit, a_bit)
-            n = chosen[w_bit, a_bit]
-            result = evaluate(
-                fold_batch_norm(quantized(args, net, w_bit, a_bit, n, post)), net.test, net.spec, args.precision
-            )
-            grid = weight_grid(args, w_bit)
+        chosen: dict[Setting, float] = {}
+        for setting in settings(args):
+            plain = replace(setting, post="none")
+            if plain not in chosen:
+                chosen[plain] = clipping_range(args, net, plain)
+            n = chosen[plain]
+            network = deployed(args, net, setting, n)
+            nonzero = nonzero_weights(network, bool(args.first_last_quant))
+            result = evaluate(fold_batch_norm(network), net.test, net.spec, args.precision)
+            grid = weight_grid(args, setting.w_bit)
             row = net.facts | {
-                "w_bit": w_bit, "weight_range": args.weight_range, "granularity": args.granularity, "a_bit": a_bit,
-                "act_range": "none" if a_bit == 32 else args.act_range, "clipping_range": f"{n:g}" if n else "",
-                "post": post, "top1": round(result.top1, 4), "loss": round(result.loss, 6),
-                "weight_mse": weight_mse(net.model, **grid),
-                "bytes": packed_bytes(net.model, w_bit, grid["first_last"], grid["per_channel"]),
+                "sparsity": setting.sparsity, "prune": args.prune if setting.sparsity else "none", "nonzero": nonzero,
+                "w_bit": setting.w_bit, "weight_range": args.weight_range, "granularity": args.granularity,
+                "a_bit": setting.a_bit, "act_range": "none" if setting.a_bit == 32 else args.act_range,
+                "clipping_range": f"{n:g}" if n else "", "post": setting.post, "top1": round(result.top1, 4),
+                "loss": round(result.loss, 6), "weight_mse": weight_mse(net.model, **grid),
+                "bytes": packed_bytes(net.model, setting.w_bit, grid["first_last"], grid["per_channel"]),
             }  # fmt: skip
             rows.append(row)
             print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
@@ -240,38 +280,52 @@ def activation_ranges(args: Namespace, net: Network, a_bit: int, n: float) -> di
     return bn_ranges(net.model, n, shortcut=args.act_range == "bn")
 
 
-def quantized(args: Namespace, net: Network, w_bit: int, a_bit: int, n: float, post: str = "none"):
-    """A copy of the network with quantized weights and activations, and --post applied."""
-    from quant import adaround, correct_bias, quantize_activations, quantize_weights, reestimate_batch_norm
+def deployed(args: Namespace, net: Network, setting: Setting, n: float):
+    """A copy of the network, pruned, with quantized weights and activations, and with the post-training method."""
+    from quant import (
+        adaround,
+        correct_bias,
+        prune_weights,
+        quantize_activations,
+        quantize_weights,
+        reestimate_batch_norm,
+    )
 
-    network = quantize_weights(net.model, **weight_grid(args, w_bit))
+    first_last, grid, a_bit = bool(args.first_last_quant), weight_grid(args, setting.w_bit), setting.a_bit
+    network = prune_weights(net.model, setting.sparsity, args.prune, first_last)
+    network = quantize_weights(network, **grid, inplace=True)
     if a_bit != 32:
         network = quantize_activations(network, a_bit, activation_ranges(args, net, a_bit, n), inplace=True)
-    if post == "none":
+    if setting.post == "none":
         return network
     batches = (images for images, _ in net.images())
-    if post == "bn_reestimate":
+    if setting.post == "bn_reestimate":
         return reestimate_batch_norm(network, batches)
-    if post == "bias_correct":
-        return correct_bias(network, net.model, batches, first_last=bool(args.first_last_quant))
-    return adaround(network, net.model, batches, **weight_grid(args, w_bit), iterations=args.iterations, seed=args.seed)
+    if setting.post == "bias_correct":
+        return correct_bias(network, net.model, batches, first_last)
+    pruned = prune_weights(net.model, setting.sparsity, args.prune, first_last)  # whose weights are to be rounded
+    return adaround(network, pruned, batches, **grid, iterations=args.iterations, seed=args.seed)
 
 
-def clipping_range(args: Namespace, net: Network, w_bit: int, a_bit: int) -> float:
+def clipping_range(args: Namespace, net: Network, setting: Setting) -> float:
     """n of the bn ranges: of several the one of least loss on the calibration images; 0 if no bn range is used."""
     from utils.engine import evaluate_batches, fold_batch_norm
 
-    if a_bit == 32 or args.act_range not in BN_RANGES:
+    if setting.a_bit == 32 or args.act_range not in BN_RANGES:
         return 0.0
     if len(args.clipping_range) == 1:
         return args.clipping_range[0]
     losses = {
-        n: evaluate_batches(fold_batch_norm(quantized(args, net, w_bit, a_bit, n)), net.images(), args.precision).loss
+        n: evaluate_batches(fold_batch_norm(deployed(args, net, setting, n)), net.images(), args.precision).loss
         for n in args.clipping_range
     }
     curve = ", ".join(f"{n:g}: {loss:.4f}" for n, loss in losses.items())
     best = min(losses, key=losses.get)
-    print(f"W{w_bit}A{a_bit}: training loss by clipping range {curve}; taken: {best:g}", flush=True)
+    pruned = f", sparsity {setting.sparsity:g}" if setting.sparsity else ""
+    print(
+        f"W{setting.w_bit}A{setting.a_bit}{pruned}: training loss by clipping range {curve}; taken: {best:g}",
+        flush=True,
+    )
     return best
 
 

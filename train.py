@@ -7,6 +7,10 @@ The paper's 4-bit ResNet-32: PSGD from the vanilla network after its first learn
 The vanilla network itself
   python train.py --psg 0 --lr 0.1 --decay_epoch 82 123 --epoch 150 --save_epochs 82 150 --exp_name vanilla
 
+Sparse training: PSGD with target zero, for pruning without fine-tuning; and with an L1 penalty instead
+  python train.py --target zero --sparsity 0.9 --exp_name sparse
+  python train.py --target zero --psg 0 --l1 1e-4 --load_pretrained models/ResNet82.pth --exp_name l1
+
 PSGD from scratch, on the embedded digits
   python train.py --dataset digits --lr 0.05 --epoch 10 --decay_epoch 8 --exp_name digits
 
@@ -16,7 +20,6 @@ Go on with a run that was cut off; its settings come from its folder
 Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth and the epochs of --save_epochs.
 """
 
-import copy
 import time
 from argparse import Namespace
 
@@ -33,11 +36,14 @@ from utils.cli import (
     positive_or,
     run,
     seed,
+    sparsity,
 )
 from utils.files import command_line, git_commit
 from utils.runs import RunFolder
 
 PRETRAINED = "models/ResNet82.pth"
+DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
+GRID_ONLY = {"lambda_s": "auto", "granularity": "channel"}  # settings that have no meaning with --target zero
 # Settings that a resumed run may change: where it runs and how long, but not what it computes.
 FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "epoch", "save_epochs", "cuda_graph"}
 
@@ -52,12 +58,17 @@ def parser() -> Parser:
                    help="hold N training images out and evaluate on them instead of the test set")
     p.add_argument("--seed", type=seed, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
-    p.add_argument("--w_bit", type=bits, default=4, help="target bit-width of the weights, 2 to 8")
+    p.add_argument("--target", choices=["grid", "zero"], default="grid",
+                   help="what the weights are trained for, and evaluated at after each epoch: grid: --w_bit bits; "
+                   "zero: pruning to --sparsity")
+    p.add_argument("--w_bit", type=bits, default=None, help="target bit-width of the weights, 2 to 8 (default: 4)")
+    p.add_argument("--sparsity", type=sparsity, default=None, metavar="S",
+                   help="share of zero weights with --target zero, by magnitude over all layers (default: 0.9)")
     p.add_argument("--lambda_s", type=positive_or("auto"), default=150.0,
                    help="strength of the gradient scaling; auto: 150, rising while too few weights are near the grid")
     p.add_argument("--eps", type=non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
-                   help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")
+                   help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out, also of pruning")
     p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor",
                    help="a grid for each weight tensor, or for each of its output channels")
     p.add_argument("--a_bit", type=bits, default=4, help="target bit-width of activations; no effect in training")
@@ -74,6 +85,10 @@ def parser() -> Parser:
                    help="1: Adam; with PSG its learning rate is multiplied by 0.01 * lambda_s, as published")
     p.add_argument("--w_decay", type=non_negative, default=None,
                    help="weight decay (default: 1e-4, or 0 with --psg 1 --w_bit 2)")
+    p.add_argument("--l1", type=non_negative, default=0.0, metavar="W",
+                   help="adds W times the sum of the weights' magnitudes to the loss")
+    p.add_argument("--grad_l1", type=non_negative, default=0.0, metavar="W",
+                   help="adds W times the sum of the magnitudes of the weights' gradients to the loss")
     p.add_argument("--batch_size", type=count, default=128, help="images a step")
     p.add_argument("--exp_name", default="cifar100/4bits", help="run folder, under runs/")
     p.add_argument("--resume", action="store_true", help="go on with the run in runs/<exp_name>")
@@ -97,6 +112,7 @@ def parse() -> tuple[Namespace, RunFolder | None]:
         if args.load_pretrained is None:
             as_published = args.psg and args.arch == "ResNet32" and args.dataset == "cifar100"
             args.load_pretrained = PRETRAINED if as_published else ""
+        resolve_target(args)
         if args.w_decay is None:
             args.w_decay = 0.0 if args.psg and args.w_bit == 2 else 1e-4
         return args, None
@@ -114,41 +130,42 @@ def parse() -> tuple[Namespace, RunFolder | None]:
     return args, folder
 
 
-def weight_grid(args: Namespace) -> tuple[int, bool, bool]:
-    """The grid of the weights: bits, first_last and per_channel, as quant's functions take them."""
-    return args.w_bit, bool(args.first_last_quant), args.granularity == "channel"
+def resolve_target(args: Namespace) -> None:
+    """Fills in --w_bit or --sparsity; UserError if a flag of the other target is given."""
+    used, other = ("sparsity", "w_bit") if args.target == "zero" else ("w_bit", "sparsity")
+    foreign = [f"--{other} {getattr(args, other)}"] if getattr(args, other) is not None else []
+    if args.target == "zero":
+        foreign += [f"--{key} {word}" for key, word in GRID_ONLY.items() if getattr(args, key) == word]
+    if foreign:
+        raise UserError(f"{foreign[0]} does not go with --target {args.target}: leave one of them out")
+    if getattr(args, used) is None:
+        setattr(args, used, DEFAULT_GOALS[used])
 
 
-def build_optimizer(args: Namespace, model, device):
+def build_goal(args: Namespace):
+    """What the weights are trained for."""
+    from quant import GridGoal, SparseGoal
+
+    first_last = bool(args.first_last_quant)
+    if args.target == "zero":
+        return SparseGoal(args.sparsity, first_last)
+    return GridGoal(args.w_bit, first_last, per_channel=args.granularity == "channel")
+
+
+def build_optimizer(args: Namespace, model, goal, device):
     """SGD with momentum or Adam, inside PSGD with --psg 1."""
     import torch
 
-    from quant import AUTO_START, PSGD, psg_param_groups
+    from quant import AUTO_START, PSGD
 
     lambda_s = AUTO_START if args.lambda_s == "auto" else args.lambda_s
-    groups = psg_param_groups(model, *weight_grid(args)) if args.psg else model.parameters()
+    groups = goal.param_groups(model) if args.psg else model.parameters()
     common = {"weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
     if args.adam:
         optimizer = torch.optim.Adam(groups, lr=args.lr * (0.01 * lambda_s if args.psg else 1), **common)
     else:
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, **common)
     return PSGD(optimizer, lambda_s=lambda_s, eps=args.eps) if args.psg else optimizer
-
-
-def low_bit_metrics(args: Namespace, model, split, spec) -> dict[str, float]:
-    """Loss and top-1 at full precision and at --w_bit, and how far the weights are from the grid of --w_bit."""
-    from quant import grid_share, quantize_weights, weight_mse
-    from utils.engine import evaluate, fold_batch_norm
-
-    target = weight_grid(args)
-    # In float32 at every --precision, as eval.py: bfloat16 is off by up to a tenth of a point.
-    full = evaluate(fold_batch_norm(copy.deepcopy(model)), split, spec)
-    low = evaluate(fold_batch_norm(quantize_weights(model, *target)), split, spec)
-    name = f"w{args.w_bit}"
-    return {
-        "fp_loss": full.loss, "fp_top1": full.top1, f"{name}_loss": low.loss, f"{name}_top1": low.top1,
-        f"{name}_mse": weight_mse(model, *target), "grid_share": grid_share(model, *target),
-    }  # fmt: skip
 
 
 def main() -> None:
@@ -158,11 +175,11 @@ def main() -> None:
     from tqdm import tqdm
 
     from models import build_model
-    from quant import steer_lambda_s
+    from quant import build_penalty, steer_lambda_s
     from utils.checkpoint import load_checkpoint, load_run, model_from_checkpoint, save_checkpoint
     from utils.data import TrainBatches, load_dataset
     from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
-    from utils.engine import NonFiniteError, train_epoch
+    from utils.engine import NonFiniteError, evaluate_goal, train_epoch
     from utils.graphed import GraphedTraining
 
     device, device_line = select_device(args.device, args.cu_num)
@@ -188,7 +205,8 @@ def main() -> None:
     if args.epoch < first_epoch:
         raise UserError(f"--epoch {args.epoch} is before the first epoch, {first_epoch}: nothing to train")
     model.to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(args, model, device)
+    goal = build_goal(args)
+    optimizer = build_optimizer(args, model, goal, device)
     milestones = [epoch - first_epoch for epoch in args.decay_epoch]
     first_decay = min((epoch for epoch in args.decay_epoch if epoch > first_epoch), default=args.epoch + 1)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
@@ -210,19 +228,21 @@ def main() -> None:
     folder.start_logging(after_epoch=done)
 
     print(f"{device_line}, precision: {args.precision}, run folder: {folder.path}")
-    method = f"PSG for {args.w_bit} bits, lambda_s {str(args.lambda_s).removesuffix('.0')}" if args.psg else "no PSG"
+    method = f"PSG for {goal.name}, lambda_s {str(args.lambda_s).removesuffix('.0')}" if args.psg else "no PSG"
+    method += "".join(f", {flag} {getattr(args, flag):g}" for flag in ("l1", "grad_l1") if getattr(args, flag))
     origin = f"from {args.load_pretrained}" if args.load_pretrained else "from scratch"
     why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
     print(f"{args.arch} on {args.dataset} {origin}, {method}, weight decay {args.w_decay:g}{why}")
     print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images", flush=True)
 
+    penalty = build_penalty(model, args.l1, args.grad_l1, bool(args.first_last_quant))
     batches = TrainBatches(train_split, dataset.spec, args.batch_size, args.seed)
     graphed = None
     if device.type == "cuda" and args.cuda_graph and not args.deterministic:
         for group in optimizer.param_groups:
             if "capturable" in group:  # as Adam needs it, also in a run that was begun elsewhere
                 group["capturable"] = True
-        graphed = GraphedTraining(model, optimizer, batches, args.precision)
+        graphed = GraphedTraining(model, optimizer, batches, args.precision, penalty)
     print(f"step: {'CUDA graph' if graphed else 'plain loop'}", flush=True)
     for epoch in range(done + 1, args.epoch + 1):
         started = time.perf_counter()
@@ -234,7 +254,7 @@ def main() -> None:
             else:
                 name = f"epoch {epoch}/{args.epoch}"
                 progress = tqdm(batches.epoch(epoch), name, len(batches), leave=False, disable=None)
-                trained = train_epoch(model, optimizer, progress, args.precision)
+                trained = train_epoch(model, optimizer, progress, args.precision, penalty)
         except NonFiniteError as error:
             raise UserError(
                 f"{error} of epoch {epoch}; last good checkpoint: {last_good}; try a smaller --lr or --lambda_s"
@@ -245,7 +265,7 @@ def main() -> None:
         scheduler.step()
         trained_at = time.perf_counter()
         row = {"epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1}
-        row |= low_bit_metrics(args, model, eval_split, dataset.spec)
+        row |= evaluate_goal(model, goal, eval_split, dataset.spec)
         if args.lambda_s == "auto" and args.psg:
             row["lambda_s"] = optimizer.param_groups[0]["lambda_s"]
             steer_lambda_s(optimizer, row["grid_share"], (epoch - first_epoch + 1) / (first_decay - first_epoch))
@@ -262,8 +282,9 @@ def main() -> None:
         last_good = folder.last_checkpoint
         print(
             f"epoch {epoch:3d}  lr {lr:.4g}  loss {trained.loss:.4f}  train {trained.top1:.2f}  "
-            f"FP {row['fp_top1']:.2f}  W{args.w_bit} {row[f'w{args.w_bit}_top1']:.2f}  "
-            f"on grid {100 * row['grid_share']:.1f} %  {row['train_seconds']:.1f} + {row['eval_seconds']:.1f} s",
+            f"FP {row['fp_top1']:.2f}  {goal.name} {row[f'{goal.name.lower()}_top1']:.2f}  "
+            + (f"on grid {100 * row['grid_share']:.1f} %  " if "grid_share" in row else "")
+            + f"{row['train_seconds']:.1f} + {row['eval_seconds']:.1f} s",
             flush=True,
         )
 

@@ -104,11 +104,17 @@ def layer_figures(args: Namespace) -> list:
     return [(name, len(layers), partial(layer_histograms, name, weights[name], widths[0][name])) for name in layers]
 
 
-def bits_figures(args: Namespace) -> list:
-    from utils.figures import errors_over_bits
+def dense_rows(path: str) -> list[dict[str, str]]:
+    """The rows of a results.csv of networks that were neither pruned nor changed after training."""
     from utils.table import read_results
 
-    rows = [row for row in read_results(args.results) if row["a_bit"] == "32" and row["post"] == "none"]
+    return [row for row in read_results(path) if row["post"] == "none" and not float(row.get("sparsity") or 0)]
+
+
+def bits_figures(args: Namespace) -> list:
+    from utils.figures import errors_over_bits
+
+    rows = [row for row in dense_rows(args.results) if row["a_bit"] == "32"]
     last = max((int(row["epoch"]) for row in rows if row["trained"] == "SGD" and row["epoch"].isdigit()), default=None)
     if last is None:
         raise UserError(f"{args.results} has no row of a network trained with SGD: evaluate one beside the others")
@@ -134,13 +140,11 @@ def curve_figures(args: Namespace) -> list:
 
 def grid_figures(args: Namespace) -> list:
     from utils.figures import accuracy_grids
-    from utils.table import read_results
 
     groups: dict[str, dict[tuple[int, int], float]] = {}
-    for row in read_results(args.results):
-        if row["post"] == "none":
-            cells = groups.setdefault(f"{row['trained']} {row['epoch']}".strip(), {})
-            cells[int(row["w_bit"]), int(row["a_bit"])] = float(row["top1"])
+    for row in dense_rows(args.results):
+        cells = groups.setdefault(f"{row['trained']} {row['epoch']}".strip(), {})
+        cells[int(row["w_bit"]), int(row["a_bit"])] = float(row["top1"])
     return [("grid", 1, partial(accuracy_grids, groups))]
 
 

@@ -3,22 +3,28 @@
 from quant.activations import ActivationQuantizer, bn_ranges, quantize_activations
 from quant.auto import AUTO_START, steer_lambda_s
 from quant.calibrate import minmax_ranges, mse_ranges, percentile_ranges, relu_histograms
+from quant.goals import GridGoal, SparseGoal
 from quant.grid import FLOAT_BITS, fake_quantize, fake_quantize_weight, quantize, weight_scale
 from quant.layers import layer_bits
 from quant.network import grid_share, packed_bytes, quantize_weights, weight_mse
 from quant.onnx_graph import to_onnx
 from quant.packed_file import integer_weights, load_packed, read_facts, save_packed
+from quant.penalty import build_penalty
 from quant.post import adaround, correct_bias, reestimate_batch_norm
 from quant.psgd import PSGD, psg_multipliers, psg_param_groups
 from quant.report import layer_rows
+from quant.sparsity import nonzero_weights, prunable_weights, prune_weights, pruning_mse, sparse_param_groups
 
 __all__ = [
     "AUTO_START",
     "FLOAT_BITS",
     "PSGD",
     "ActivationQuantizer",
+    "GridGoal",
+    "SparseGoal",
     "adaround",
     "bn_ranges",
+    "build_penalty",
     "correct_bias",
     "fake_quantize",
     "fake_quantize_weight",
@@ -29,8 +35,12 @@ __all__ = [
     "load_packed",
     "minmax_ranges",
     "mse_ranges",
+    "nonzero_weights",
     "packed_bytes",
     "percentile_ranges",
+    "prunable_weights",
+    "prune_weights",
+    "pruning_mse",
     "psg_multipliers",
     "psg_param_groups",
     "quantize",
@@ -40,6 +50,7 @@ __all__ = [
     "reestimate_batch_norm",
     "relu_histograms",
     "save_packed",
+    "sparse_param_groups",
     "steer_lambda_s",
     "to_onnx",
     "weight_mse",

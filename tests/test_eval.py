@@ -12,8 +12,10 @@ from quant import (
     bn_ranges,
     fake_quantize_weight,
     mse_ranges,
+    nonzero_weights,
     packed_bytes,
     percentile_ranges,
+    prune_weights,
     quantize_activations,
     quantize_weights,
     reestimate_batch_norm,
@@ -26,8 +28,9 @@ from utils.data import DATASETS, calibration_batches, load_dataset
 from utils.engine import evaluate, evaluate_batches, fold_batch_norm
 
 COLUMNS = [
-    "model", "arch", "dataset", "split", "trained", "seed", "epoch", "w_bit", "weight_range", "granularity", "a_bit",
-    "act_range", "clipping_range", "post", "top1", "loss", "weight_mse", "bytes",
+    "model", "arch", "dataset", "split", "trained", "seed", "epoch", "sparsity", "prune", "nonzero", "w_bit",
+    "weight_range", "granularity", "a_bit", "act_range", "clipping_range", "post", "top1", "loss", "weight_mse",
+    "bytes",
 ]  # fmt: skip
 
 
@@ -162,6 +165,40 @@ def test_post_training_methods(cli, tmp_path, digits_run):
     assert float(written[3]["loss"]) < float(written[1]["loss"])
 
 
+def test_sparsity_sweep(cli, tmp_path, digits_run, network, digits):
+    """Pruned first, then quantized; full precision and dense in the first row, no other bit-width unless asked for."""
+    common = ["--model_path", digits_run, "--sparsity", "0", "0.5", "0.9"]
+    assert cli("eval.py", *common, "--prune", "layer", "--out", "a").code == 0
+    assert cli("eval.py", *common, "--w_bit", "32", "3", "--first_last_quant", "0", "--out", "b").code == 0
+    a, b = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert [(row["sparsity"], row["prune"], row["w_bit"]) for row in a] == [
+        ("0.0", "none", "32"), ("0.5", "layer", "32"), ("0.9", "layer", "32"),
+    ]  # fmt: skip
+    assert [(row["sparsity"], row["w_bit"]) for row in b] == [
+        (s, w) for w in ("32", "3") for s in ("0.0", "0.5", "0.9")
+    ]
+    expected = prune_weights(network, 0.9, "layer")
+    assert int(a[2]["nonzero"]) == nonzero_weights(expected)
+    assert float(a[2]["loss"]) == pytest.approx(evaluate(expected, digits.test, DATASETS["digits"]).loss, rel=1e-3)
+    expected = quantize_weights(prune_weights(network, 0.5, first_last=False), 3, first_last=False)
+    assert int(b[4]["nonzero"]) == nonzero_weights(expected, first_last=False) < int(b[1]["nonzero"])
+    assert float(b[4]["loss"]) == pytest.approx(evaluate(expected, digits.test, DATASETS["digits"]).loss, rel=1e-3)
+
+
+def test_post_training_methods_on_a_pruned_network(cli, tmp_path, digits_run):
+    """Pruned weights stay zero, and mean outputs are brought back to those of the whole network."""
+    flags = ["--sparsity", "0.7", "--w_bit", "32", "3", "--post", "none", "bias_correct", "adaround", "--out", "a"]
+    flags += ["--calib_images", "64", "--iterations", "20"]
+    assert cli("eval.py", "--model_path", digits_run, *flags).code == 0
+    written = rows(tmp_path / "a")
+    assert [(row["sparsity"], row["w_bit"], row["post"]) for row in written] == [
+        ("0.0", "32", "none"), ("0.7", "32", "none"), ("0.7", "32", "bias_correct"),
+        ("0.7", "3", "none"), ("0.7", "3", "bias_correct"), ("0.7", "3", "adaround"),
+    ]  # fmt: skip
+    pruned = int(written[1]["nonzero"])
+    assert all(int(row["nonzero"]) <= pruned for row in written[2:]) and written[1]["loss"] != written[2]["loss"]
+
+
 def test_report(cli, tmp_path, digits_run, network, digits):
     flags = ["--w_bit", "2", "--report", "--calib_images", "64", "--out", "a"]
     outcome = cli("eval.py", "--model_path", digits_run, *flags)
@@ -204,6 +241,9 @@ BAD = [
     (["--act_range", "kl"], "--act_range: invalid choice: 'kl'"),
     (["--report"], "--report writes layers.csv: name a folder with --out DIR"),
     (["--post", "magic"], "--post: invalid choice: 'magic'"),
+    (["--sparsity", "1"], "--sparsity: 1 must be less than 1 (0.9 prunes 90 percent)"),
+    (["--sparsity", "0.5", "-0.1"], "--sparsity: -0.1 must be 0 or greater"),
+    (["--prune", "channel"], "--prune: invalid choice: 'channel'"),
     (["--val_split", "-1"], "--val_split: -1 must be 0 or greater"),
     (["--calib_images", "0"], "--calib_images: 0 must be 1 or greater"),
 ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, training_facts
 
 QUICK = ["--dataset", "digits", "--batch_size", "256", "--lr", "0.05", "--deterministic", "--device", "cpu"]
 
@@ -24,8 +24,9 @@ def metrics(folder):
         ["--load_pretrained", "", "--w_bit", "3", "--granularity", "channel"],
         ["--load_pretrained", "", "--adam", "1", "--lambda_s", "100", "--lr", "1e-3"],
         ["--psg", "0", "--arch", "vgg16_bn", "--precision", "bf16"],  # dropout: the RNG is resumed too
+        ["--target", "zero", "--load_pretrained", "", "--lr", "0.01", "--l1", "1e-5"],
     ],
-    ids=["PSGD", "PSG with Adam", "vanilla vgg16_bn in bf16"],
+    ids=["PSGD", "PSG with Adam", "vanilla vgg16_bn in bf16", "sparse"],
 )
 def test_resumed_run_equals_the_uninterrupted_one(cli, tmp_path, flags):
     epochs, cut = (3, 1) if "vgg16_bn" not in flags else (2, 1)
@@ -107,6 +108,33 @@ def test_adam_learning_rate_is_the_published_one(cli, tmp_path):
     assert metrics(tmp_path / "runs/a")[0]["lr"] == pytest.approx(1e-4 * 0.01 * 150)
 
 
+def test_sparse_training(cli, tmp_path, digits_run):
+    """Target zero scales by |w| and is watched pruned; its columns name the sparsity."""
+    flags = [*QUICK, "--target", "zero", "--sparsity", "0.75", "--lambda_s", "20", "--load_pretrained", digits_run]
+    outcome = cli("train.py", *flags, "--epoch", "4", "--exp_name", "a")
+    assert outcome.code == 0 and "PSG for S75, lambda_s 20" in outcome.out and "  S75 " in outcome.out
+    (row,) = metrics(tmp_path / "runs/a")
+    assert "s75_top1" in row and "grid_share" not in row
+    checkpoint = load_checkpoint(tmp_path / "runs/a/last.pth")
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert [group.get("target") for group in groups] == ["zero", None] and len(groups[0]["params"]) == 34
+    assert training_facts(checkpoint)["trained"] == "PSGD sparse"
+    assert cli("eval.py", "--model_path", "runs/a/last.pth", "--sparsity", "0.75", "--out", "b").code == 0
+    with open(tmp_path / "b/results.csv", newline="") as file:
+        evaluated = list(csv.DictReader(file))
+    assert float(evaluated[1]["top1"]) == pytest.approx(row["s75_top1"], abs=1e-3)
+
+
+@pytest.mark.parametrize("flags, name", [(["--l1", "1e-4"], "SGD L1"), (["--grad_l1", "1e-2"], "SGD grad-L1")])
+def test_penalties_change_the_run_and_are_named(cli, tmp_path, digits_run, flags, name):
+    common = [*QUICK, "--psg", "0", "--load_pretrained", digits_run, "--epoch", "4", "--lr", "0.01"]
+    assert cli("train.py", *common, "--exp_name", "plain").code == 0
+    assert cli("train.py", *common, *flags, "--exp_name", "penalised").code == 0
+    plain, penalised = (load_checkpoint(tmp_path / f"runs/{run}/last.pth") for run in ("plain", "penalised"))
+    assert training_facts(penalised)["trained"] == name and training_facts(plain)["trained"] == "SGD"
+    assert not torch.equal(plain["state_dict"]["conv1.weight"], penalised["state_dict"]["conv1.weight"])
+
+
 def test_validation_split_keeps_the_test_set_out(cli):
     outcome = cli("train.py", *QUICK, "--psg", "0", "--val_split", "200", "--epoch", "1")
     assert "200 validation images" in outcome.out
@@ -131,6 +159,13 @@ BAD = [
     (["--w_bit", "1"], "--w_bit: 1 must be from 2 to 8"),
     (["--w_bit", "9"], "--w_bit: 9 must be from 2 to 8"),
     (["--w_bit", "4.5"], "'4.5' is not a whole number"),
+    (["--target", "one"], "--target: invalid choice: 'one'"),
+    (["--target", "zero", "--w_bit", "4"], "--w_bit 4 does not go with --target zero"),
+    (["--target", "zero", "--lambda_s", "auto"], "--lambda_s auto does not go with --target zero"),
+    (["--target", "zero", "--granularity", "channel"], "--granularity channel does not go with --target zero"),
+    (["--sparsity", "0.9"], "--sparsity 0.9 does not go with --target grid"),
+    (["--target", "zero", "--sparsity", "1"], "--sparsity: 1 must be less than 1"),
+    (["--l1", "-1"], "--l1: -1 must be 0 or greater"),
     (["--lambda_s", "0"], "--lambda_s: 0 must be greater than 0"),
     (["--lambda_s", "-150"], "--lambda_s: -150 must be greater than 0"),
     (["--lambda_s", "much"], "--lambda_s: 'much' is not a number, or auto"),

@@ -78,6 +78,14 @@ def percent(text: str) -> float:
     return value
 
 
+def sparsity(text: str) -> float:
+    """Argument type: a share of zero weights, 0 or more and less than 1."""
+    value = non_negative(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be less than 1 (0.9 prunes 90 percent)")
+    return value
+
+
 def non_negative(text: str) -> float:
     """Argument type: a finite number >= 0."""
     value = _number(text)

@@ -1,5 +1,6 @@
 """The training and evaluation loops. Nothing is read back from the device inside an epoch."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from quant.activations import trace
+from quant.goals import GridGoal, SparseGoal
+from quant.penalty import Penalty
 from utils.data import DataSpec, Split, eval_batches
 from utils.device import autocast
 
@@ -30,14 +33,22 @@ class NonFiniteError(ArithmeticError):
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, precision: str
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    precision: str,
+    penalty: Penalty | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step on a batch; returns the sum of its losses and the number of its correct answers, 0-d, on the device."""
+    """One step on a batch; returns the sum of its losses and the number of its correct answers, 0-d, on the device.
+
+    `penalty` of the loss is added to what is minimised, not to what is returned.
+    """
     with autocast(images.device, precision):
         logits = model(images)
         loss = cross_entropy(logits, labels)
     optimizer.zero_grad()
-    loss.backward()
+    (loss + penalty(loss) if penalty else loss).backward()
     optimizer.step()
     return loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()
 
@@ -59,7 +70,11 @@ def epoch_result(model: nn.Module, losses: Tensor, hits: Tensor, images_seen: in
 
 
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]], precision: str
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: str,
+    penalty: Penalty | None = None,
 ) -> Result:
     """One pass over `batches`; returns loss and accuracy over the images as they were trained on.
 
@@ -68,7 +83,7 @@ def train_epoch(
     model.train()
     sums, images_seen = [], 0
     for images, labels in batches:
-        sums.append(train_step(model, optimizer, images, labels, precision))
+        sums.append(train_step(model, optimizer, images, labels, precision, penalty))
         images_seen += len(labels)
     losses, hits = map(torch.stack, zip(*sums))
     return epoch_result(model, losses, hits, images_seen)
@@ -114,3 +129,17 @@ def evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
         count += len(labels)
     loss = torch.stack(loss_sum).cpu().double().sum().item() / count
     return Result(loss, 100 * torch.stack(hits).sum().item() / count)
+
+
+def evaluate_goal(model: nn.Module, goal: GridGoal | SparseGoal, split: Split, spec: DataSpec) -> dict[str, float]:
+    """Loss and top-1 of `model` as it is and as `goal` deploys it, and how far its weights are from that; by column.
+
+    In float32, as eval.py: bfloat16 is off by up to a tenth of a point.
+    """
+    full = evaluate(fold_batch_norm(copy.deepcopy(model)), split, spec)
+    low = evaluate(fold_batch_norm(goal.deployed(model)), split, spec)
+    name = goal.name.lower()
+    return {
+        "fp_loss": full.loss, "fp_top1": full.top1, f"{name}_loss": low.loss, f"{name}_top1": low.top1,
+        **goal.distances(model),
+    }  # fmt: skip

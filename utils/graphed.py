@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from quant.penalty import Penalty
 from utils.data import TrainBatches
 from utils.engine import Result, epoch_result, train_step
 
@@ -28,9 +29,15 @@ class GraphedTraining:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, batches: TrainBatches, precision: str
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: TrainBatches,
+        precision: str,
+        penalty: Penalty | None = None,
     ) -> None:
-        self.model, self.optimizer, self.batches, self.precision = model, optimizer, batches, precision
+        self.model, self.optimizer, self.batches = model, optimizer, batches
+        self.precision, self.penalty = precision, penalty
         self.device = batches.split.images.device
         count, steps = len(batches.split), len(batches)
         self.plan = tuple(torch.empty_like(part) for part in batches.plan(0))
@@ -63,7 +70,7 @@ class GraphedTraining:
         order, shifts, mirrored = self.plan
         where = self.position + self.window[:size]
         images, labels = self.batches.batch(order[where], shifts[:, where], mirrored[where])
-        loss, hits = train_step(self.model, self.optimizer, images, labels, self.precision)
+        loss, hits = train_step(self.model, self.optimizer, images, labels, self.precision, self.penalty)
         self.losses.index_copy_(0, self.step_index, loss[None].float())
         self.hits.index_copy_(0, self.step_index, hits[None])
         self.position.add_(size)

@@ -1,4 +1,5 @@
-"""A results table for people: trained networks down, bit-widths across, top-1 in percent, mean and sd over seeds.
+"""A results table for people: trained networks down, bit-widths and sparsities across, top-1 in percent, mean and sd
+over seeds.
 
     python -m utils.table results/cifar100/results.csv
 
@@ -42,26 +43,35 @@ def cell(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f} ({len(values)})"
 
 
+def column_name(sparsity: float, by_layer: bool, minus_width: int) -> str:
+    """FP, W4, "90 %", "90 % by layer W4", ..."""
+    pruned = f"{100 * sparsity:g} %" + (" by layer" if by_layer else "") if sparsity else ""
+    width = "" if minus_width == -32 else f"W{-minus_width}"
+    return f"{pruned} {width}".strip() or "FP"
+
+
 def markdown(rows: list[dict[str, str]]) -> str:
     """The table of `rows` in Markdown, networks in the order of their first row."""
-    cells: dict[tuple[str, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    cells: dict[tuple[str, ...], dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
     seen: set[tuple[str, ...]] = set()
     for row in rows:
         if row["a_bit"] != "32":
             continue
-        one = tuple(row.get(name, "") for name in (*SAME, "seed", "w_bit"))
+        # Pruned share, whether layer by layer, and minus the bit-width: sorted, full precision is the first.
+        column = (float(row.get("sparsity") or 0), row.get("prune") == "layer", -int(row["w_bit"]))
+        one = (*(row.get(name, "") for name in (*SAME, "seed")), *column)
         if one in seen:
             name = row["trained"] or "unnamed"
             raise UserError(
                 f"two networks are both {name}, seed {row['seed']}: evaluate them into folders of their own"
             )
         seen.add(one)
-        cells[tuple(row.get(name, "") for name in SAME)][int(row["w_bit"])].append(float(row["top1"]))
-    widths = sorted({width for by_width in cells.values() for width in by_width}, reverse=True)
-    names = ["FP" if width == 32 else f"W{width}" for width in widths]
+        cells[tuple(row.get(name, "") for name in SAME)][column].append(float(row["top1"]))
+    columns = sorted({column for by_column in cells.values() for column in by_column})
+    names = [column_name(*column) for column in columns]
     lines = [["trained", "epoch", "after training", *names], ["---"] * (3 + len(names))]
-    for key, by_width in cells.items():
-        lines.append([*key[:3], *(cell(by_width[width]) if width in by_width else "" for width in widths)])
+    for key, by_column in cells.items():
+        lines.append([*key[:3], *(cell(by_column[column]) if column in by_column else "" for column in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

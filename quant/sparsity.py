@@ -1,0 +1,82 @@
+"""Sparse training and pruning: parameter groups whose target is zero, and one-shot magnitude pruning.
+
+Only the weights of convolutions and linear layers are pruned; biases and normalisation never are. The first and the
+last layer are pruned like the others (first_last=True), or kept whole and left out of the count (first_last=False).
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant.layers import layer_bits
+
+SCOPES = ("global", "layer")
+
+
+def prunable_weights(model: nn.Module, first_last: bool = True) -> dict[str, nn.Parameter]:
+    """The weights that pruning may set to zero, by state_dict name: those that `layer_bits` names, without biases."""
+    named = {name: model.get_parameter(name) for name in layer_bits(model, 8, first_last)}
+    return {name: weight for name, weight in named.items() if weight.dim() > 1}
+
+
+def sparse_param_groups(model: nn.Module, first_last: bool = True) -> list[dict[str, Any]]:
+    """Parameter groups for sparse training with PSGD: the prunable weights with target "zero", then all others.
+
+    Parameters that do not require a gradient are left out. Raises ValueError for a model with nothing to prune.
+    """
+    prunable = {id(weight) for weight in prunable_weights(model, first_last).values()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    others = [parameter for parameter in trained if id(parameter) not in prunable]
+    groups = [{"params": [parameter for parameter in trained if id(parameter) in prunable], "target": "zero"}]
+    return groups + ([{"params": others}] if others else [])
+
+
+@torch.no_grad()
+def prune_weights(
+    model: nn.Module, sparsity: float, scope: str = "global", first_last: bool = True, inplace: bool = False
+) -> nn.Module:
+    """A copy of `model` whose prunable weights of the smallest magnitude are zero.
+
+    The share `sparsity`, 0 <= sparsity < 1, rounded to whole weights, is taken of all weights together (scope "global")
+    or of each layer by itself ("layer"). No fine-tuning. inplace=True changes `model` itself and returns it.
+
+    Raises ValueError for another sparsity or scope, and for a weight that is not finite.
+    Source: paper, section 4, which leaves the scope open.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be from 0 to less than 1, got {sparsity!r}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
+    pruned = model if inplace else copy.deepcopy(model)
+    weights = prunable_weights(pruned, first_last)
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite: it cannot be pruned")
+    for group in [[*weights.values()]] if scope == "global" else [[weight] for weight in weights.values()]:
+        _prune_smallest(group, sparsity)
+    return pruned
+
+
+def _prune_smallest(weights: list[Tensor], sparsity: float) -> None:
+    magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
+    kept = torch.ones_like(magnitudes)
+    kept[magnitudes.topk(round(sparsity * len(magnitudes)), largest=False).indices] = 0
+    for weight, mask in zip(weights, kept.split([weight.numel() for weight in weights])):
+        weight.mul_(mask.view(weight.shape))
+
+
+def nonzero_weights(model: nn.Module, first_last: bool = True) -> int:
+    """Number of prunable weights that are not zero."""
+    return sum(int(weight.count_nonzero()) for weight in prunable_weights(model, first_last).values())
+
+
+@torch.no_grad()
+def pruning_mse(model: nn.Module, sparsity: float, scope: str = "global", first_last: bool = True) -> float:
+    """Mean squared change of the prunable weights by `prune_weights`: of the whole it is the part that pruning cuts."""
+    before, after = (
+        prunable_weights(net, first_last).values() for net in (model, prune_weights(model, sparsity, scope, first_last))
+    )
+    change = sum((a - b).double().square().sum().item() for a, b in zip(before, after))
+    return change / sum(weight.numel() for weight in before)

@@ -1,0 +1,30 @@
+"""The warped space in which plain gradient descent does what PSG does (paper, section 3.1 and appendix)."""
+
+import torch
+from torch import Tensor
+
+
+def warp(x: Tensor, scale: Tensor | float, lambda_s: float, eps: float = 0.0) -> Tensor:
+    """f(x), element by element, with slope (lambda_s * |x - t| + eps)^(-1/2); t is the nearest multiple of `scale`.
+
+    A step of gradient descent on the loss as a function of f(x) moves x by the PSG step, to first order in the learning
+    rate. f is increasing, continuous and odd; with eps = 0 its slope is infinite at each t, and a weight stays there.
+    """
+    target = torch.round(x / scale)
+    offset = x - target * scale
+    return 2 * target * _stretched(torch.as_tensor(scale) / 2, lambda_s, eps) + offset.sign() * _stretched(
+        offset.abs(), lambda_s, eps
+    )
+
+
+def unwarp(y: Tensor, scale: Tensor | float, lambda_s: float, eps: float = 0.0) -> Tensor:
+    """The x with warp(x) = y."""
+    cell = 2 * _stretched(torch.as_tensor(scale) / 2, lambda_s, eps)
+    target = torch.round(y / cell)
+    offset = y - target * cell
+    return target * scale + offset * (lambda_s * offset.abs() / 4 + eps**0.5)
+
+
+def _stretched(distance: Tensor, lambda_s: float, eps: float) -> Tensor:
+    """The integral of (lambda_s * d + eps)^(-1/2) from 0 to `distance`."""
+    return 2 / lambda_s * ((lambda_s * distance + eps).sqrt() - eps**0.5)

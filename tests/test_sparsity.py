@@ -1,0 +1,151 @@
+"""Pruning against torch.nn.utils.prune, and sparse training against powerpropagation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from models import ResNet32
+from quant import (
+    PSGD,
+    build_penalty,
+    nonzero_weights,
+    prunable_weights,
+    prune_weights,
+    pruning_mse,
+    sparse_param_groups,
+)
+
+
+def pruned_by_torch(model, sparsity, scope):
+    """The same network pruned by torch's own functions."""
+    twin = copy.deepcopy(model)
+    layers = [(module, "weight") for module in twin.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    if scope == "global":
+        prune.global_unstructured(layers, prune.L1Unstructured, amount=sparsity)
+    for module, name in layers:
+        if scope == "layer":
+            prune.l1_unstructured(module, name, sparsity)
+        prune.remove(module, name)
+    return twin
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9, 0.98])
+def test_prune_weights_is_torch_s_magnitude_pruning(scope, sparsity):
+    torch.manual_seed(0)
+    model = ResNet32(10)
+    expected = dict(pruned_by_torch(model, sparsity, scope).named_parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pruned = prune_weights(model.to(memory_format=torch.channels_last), sparsity, scope)
+    for name, parameter in pruned.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    total = sum(weight.numel() for weight in prunable_weights(model).values())
+    assert nonzero_weights(pruned) == pytest.approx((1 - sparsity) * total, abs=34)
+
+
+def test_first_and_last_layer_can_be_kept(net):
+    pruned = prune_weights(net, 0.75, first_last=False)
+    assert torch.equal(pruned.conv1.weight, net.conv1.weight) and torch.equal(pruned.fc.weight, net.fc.weight)
+    assert (pruned.conv2.weight == 0).sum() == round(0.75 * net.conv2.weight.numel())
+    assert nonzero_weights(pruned, first_last=False) == 144 and list(prunable_weights(net, False)) == ["conv2.weight"]
+    assert torch.equal(pruned.conv2.bias, net.conv2.bias)
+
+
+def test_shared_weights_count_once(net):
+    net.conv3 = nn.Conv2d(8, 8, 3)
+    net.conv3.weight = net.conv2.weight
+    pruned = prune_weights(net, 0.5, "layer")
+    assert pruned.conv3.weight is pruned.conv2.weight
+    assert (pruned.conv2.weight == 0).sum() == net.conv2.weight.numel() // 2
+
+
+def test_inplace(net):
+    assert prune_weights(net, 0.5, inplace=True) is net
+    assert nonzero_weights(net) == sum(weight.numel() for weight in prunable_weights(net).values()) / 2
+
+
+def test_pruning_mse():
+    model = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 4))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -2.0, 3.0, -4.0]]))
+        model[1].weight.copy_(torch.tensor([[0.5], [6.0], [7.0], [-8.0]]))
+    assert pruning_mse(model, 0.375) == pytest.approx((0.25 + 1 + 4) / 8)
+    assert pruning_mse(model, 0.25, "layer") == pytest.approx((0.25 + 1) / 8)
+    assert pruning_mse(model, 0) == 0
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1, 90, float("nan")])
+def test_bad_sparsity(net, sparsity):
+    with pytest.raises(ValueError, match="sparsity must be from 0 to less than 1"):
+        prune_weights(net, sparsity)
+
+
+def test_bad_scope_and_broken_weights(net):
+    with pytest.raises(ValueError, match="scope must be one of global, layer, got 'channel'"):
+        prune_weights(net, 0.5, "channel")
+    net.conv2.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="conv2.weight has values that are not finite"):
+        prune_weights(net, 0.5)
+
+
+@pytest.mark.parametrize("first_last", [True, False])
+def test_sparse_param_groups(net, first_last):
+    net.bn2.weight.requires_grad_(False)
+    groups = sparse_param_groups(net, first_last)
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    scaled = ["conv1.weight", "conv2.weight", "fc.weight"] if first_last else ["conv2.weight"]
+    assert [names[id(parameter)] for parameter in groups[0]["params"]] == scaled
+    optimizer = PSGD(torch.optim.SGD(groups, lr=1.0), lambda_s=3)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    net(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in net.named_parameters() if parameter.requires_grad}
+    optimizer.step()
+    for name, gradient in gradients.items():
+        multiplier = 3 * before[name].abs() if name in scaled else 1
+        assert torch.allclose(net.get_parameter(name), before[name] - multiplier * gradient, atol=1e-6), name
+
+
+def test_psg_to_zero_is_powerpropagation_to_first_order():
+    """Powerpropagation (Schwarz et al. 2021) with exponent 2 trains p in w = p * |p|; that is PSG with lambda_s = 4."""
+    torch.manual_seed(0)
+    root, start = torch.randn(20, 20, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+
+    def loss(weight):
+        return (root @ weight - 1).square().mean()
+
+    def gap(lr):
+        weight = nn.Parameter(start.clone())
+        optimizer = PSGD(torch.optim.SGD([{"params": [weight], "target": "zero"}], lr=lr), lambda_s=4)
+        loss(weight).backward()
+        optimizer.step()
+        power = (start.sign() * start.abs().sqrt()).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(power * power.abs()), power)
+        power = (power - lr * gradient).detach()
+        assert (weight - start).abs().max() > lr
+        return (power * power.abs() - weight.detach()).abs().max().item()
+
+    assert gap(1e-4) / gap(5e-5) == pytest.approx(4, rel=0.05)
+
+
+def test_penalty_adds_its_gradient(net):
+    """L1: strength * sign(w), on the prunable weights alone; none without a strength."""
+    assert build_penalty(net) is None
+    penalty = build_penalty(net, l1=0.3, first_last=False)
+    penalty(torch.zeros(())).backward()
+    assert torch.allclose(net.conv2.weight.grad, 0.3 * net.conv2.weight.sign())
+    assert net.fc.weight.grad is None and net.conv2.bias.grad is None
+
+
+def test_gradient_penalty_on_a_closed_form():
+    """For loss = sum(a * w^2) / 2, the gradient is a * w, and its L1 norm's gradient is a * sign(a * w)."""
+    layer = nn.Linear(5, 3, bias=False)
+    a = torch.randn(3, 5)
+    loss = (a * layer.weight.square()).sum() / 2
+    penalty = build_penalty(layer, grad_l1=0.2)(loss)
+    assert penalty.item() == pytest.approx(0.2 * (a * layer.weight).abs().sum().item(), rel=1e-5)
+    penalty.backward()
+    assert torch.allclose(layer.weight.grad, 0.2 * a * (a * layer.weight).sign(), atol=1e-6)
