@@ -18,6 +18,11 @@ Top-1 over weight and activation bit-widths, and what each layer contributes, fr
   python visualize.py --figure grid --results results/activations/mse/results.csv --out fig
   python visualize.py --figure report --results results/report/layers.csv --out fig
 
+The paper's figures 2 (a toy loss in the warped space), 3 (a sparse network's weights) and 4 (curvature)
+  python visualize.py --figure 2 --out fig
+  python visualize.py --figure 3 --model_path models/ResNet150.pth runs/sparse/last.pth --labels SGD PSGD
+  python visualize.py --figure 4 --results results/hessian --out fig
+
 Needs no display. In a histogram a column is a network, the upper row its float weights, the lower row the same weights
 quantized; thin lines mark the points of the grid, up to 5 bits.
 """
@@ -26,7 +31,7 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from utils.cli import Parser, UserError, bits, run
+from utils.cli import Parser, UserError, bits, run, sparsity
 
 
 def parse() -> Namespace:
@@ -34,16 +39,18 @@ def parse() -> Namespace:
     # fmt: off
     p.add_argument("--figure", choices=list(FIGURES), default="layers",
                    help="layers: weight histograms; 1a: errors over bit-widths; curves: runs over epochs; grid: top-1 "
-                   "over weight and activation bit-widths; report: layer by layer")
+                   "over weight and activation bit-widths; report: layer by layer; 2, 3, 4: the paper's")
     p.add_argument("--model_path", nargs="+", metavar="FILE",
-                   default=["models/ResNet150.pth", "models/W4_ResNet.pth"], help="layers: checkpoints")
+                   default=["models/ResNet150.pth", "models/W4_ResNet.pth"], help="layers, 3: checkpoints")
     p.add_argument("--w_bit", type=bits, default=4, help="layers: bit-width of the quantized histograms and the grid")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="layers: 1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")
     p.add_argument("--layers", nargs="+", default=None, metavar="NAME",
                    help="layers: state_dict names (default: all weights)")
     p.add_argument("--results", default="results/cifar100/results.csv", metavar="FILE",
-                   help="1a, grid: results.csv of eval.py; report: layers.csv of eval.py --report")
+                   help="1a, grid: results.csv of eval.py; report: layers.csv of eval.py --report; "
+                   "4: folder of utils.hessian")
+    p.add_argument("--sparsity", type=sparsity, default=0.9, metavar="S", help="3: share of weights to mark")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
                    help="curves: run folders, or any folders with a metrics.csv")
     p.add_argument("--labels", nargs="+", default=None, metavar="NAME",
@@ -52,7 +59,7 @@ def parse() -> Namespace:
     p.add_argument("--out", default="visualizations", metavar="DIR", help="folder for the pictures")
     # fmt: on
     args = p.parse_args()
-    flag = {"layers": "model_path", "curves": "runs"}.get(args.figure)
+    flag = {"layers": "model_path", "3": "model_path", "curves": "runs"}.get(args.figure)
     if flag:
         named = getattr(args, flag)
         if args.labels is None:
@@ -85,15 +92,19 @@ def main() -> None:
         print(f"{number}/{count}  {out / name}.png", flush=True)
 
 
+def load_networks(args: Namespace) -> dict:
+    from utils.checkpoint import load_checkpoint, model_from_checkpoint
+
+    pairs = zip(args.labels, args.model_path, strict=True)
+    return {label: model_from_checkpoint(load_checkpoint(path), path) for label, path in pairs}
+
+
 def layer_figures(args: Namespace) -> list:
     """(name, number of pictures, drawing function) for each layer."""
     from quant import layer_bits
-    from utils.checkpoint import load_checkpoint, model_from_checkpoint
     from utils.figures import layer_histograms
 
-    networks = {}
-    for label, path in zip(args.labels, args.model_path, strict=True):
-        networks[label] = model_from_checkpoint(load_checkpoint(path), path)
+    networks = load_networks(args)
     widths = [layer_bits(network, args.w_bit, bool(args.first_last_quant)) for network in networks.values()]
     shared = [name for name in widths[0] if name.endswith("weight") and all(name in names for names in widths)]
     unknown = [name for name in args.layers or [] if name not in shared]
@@ -131,8 +142,7 @@ def curve_figures(args: Namespace) -> list:
 
     runs = {}
     for label, folder in zip(args.labels, args.runs, strict=True):
-        columns = ("epoch", "fp_top1", "grid_share")
-        rows = read_rows(Path(folder) / "metrics.csv", columns, "metrics.csv of train.py")
+        rows = read_rows(Path(folder) / "metrics.csv", ("epoch", "fp_top1"), "metrics.csv of train.py")
         whole = [row for row in rows if all(row.values())]  # a run that was cut off may leave half a row
         runs[label] = {key: [float(row[key]) for row in whole] for key in rows[0]}
     return [("curves", 1, partial(training_curves, runs))]
@@ -161,12 +171,53 @@ def report_figures(args: Namespace) -> list:
     return [("report", 1, partial(layer_bars, models))]
 
 
+def warp_figures(args: Namespace) -> list:
+    from utils.paper_figures import warped_space
+
+    return [("figure2", 1, warped_space)]
+
+
+def sparse_figures(args: Namespace) -> list:
+    import torch
+
+    from quant import prunable_weights
+    from utils.paper_figures import sparse_histograms
+
+    weights = {
+        label: torch.cat([weight.detach().flatten() for weight in prunable_weights(network).values()])
+        for label, network in load_networks(args).items()
+    }
+    return [("figure3", 1, partial(sparse_histograms, weights, args.sparsity))]
+
+
+def curvature_figures(args: Namespace) -> list:
+    from utils.paper_figures import curvature
+    from utils.table import read_rows
+
+    def columns(name: str, by: str, *wanted: str) -> dict[str, list[list[float]]]:
+        read: dict[str, list[list[float]]] = {}
+        for row in read_rows(Path(args.results) / name, (by, *wanted), f"{name} of utils.hessian"):
+            held = read.setdefault(row[by], [[] for _ in wanted])
+            for values, key in zip(held, wanted):
+                values.append(float(row[key]))
+        return read
+
+    digits = columns("digits.csv", "network", "weight", "eigenvalue")
+    spectra = {}
+    if (Path(args.results) / "spectrum.csv").exists():
+        spectra = columns("spectrum.csv", "trained", "eigenvalue", "share")
+    return [("figure4", 1, partial(curvature, digits, spectra))]
+
+
 FIGURES = {
     "layers": layer_figures,
     "1a": bits_figures,
     "curves": curve_figures,
     "grid": grid_figures,
     "report": report_figures,
+    "2": warp_figures,
+    "3": sparse_figures,
+    "4": curvature_figures,
 }
 
 

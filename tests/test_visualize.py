@@ -1,11 +1,13 @@
 """visualize.py: one readable picture a layer, without a display."""
 
 import matplotlib.image
+import numpy
 import pytest
 import torch
 
 from quant import fake_quantize_weight
 from utils.figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
+from utils.paper_figures import sparse_histograms, toy_trajectories
 
 
 def test_a_picture_for_each_layer(cli, tmp_path, digits_run, monkeypatch):
@@ -78,6 +80,27 @@ def test_training_curves(cli, tmp_path):
     assert [list(line.get_ydata()) for line in top.lines] == [[60, 61], [1, 2]]
     assert list(bottom.lines[0].get_ydata()) == [20, 40]
     assert [text.get_text() for text in top.get_legend().get_texts()] == ["mine, float", "mine, 3 bits"]
+    sparse = training_curves({"mine": {"epoch": [1], "fp_top1": [60], "s90_top1": [50]}})
+    assert [text.get_text() for text in sparse.axes[0].get_legend().get_texts()] == ["mine, float", "mine, 90 % zeros"]
+
+
+def test_figure_2(cli, tmp_path):
+    """PSGD goes where gradient descent in the warped space goes, to the grid; gradient descent goes elsewhere."""
+    paths = toy_trajectories()
+    plain, psgd, warped = (paths[name] for name in ("gradient descent", "PSGD", "gradient descent in the warped space"))
+    assert numpy.abs(psgd - warped).max() < 0.01 < numpy.abs(psgd - plain).max()
+    assert numpy.abs(psgd[-1] - (0, 1)).max() < 0.01 and numpy.abs(plain[-1] - (0.62, 0.42)).max() < 1e-6
+    assert cli("visualize.py", "--figure", "2", "--out", "p").code == 0
+    assert (tmp_path / "p/figure2.png").stat().st_size > 20_000
+
+
+def test_figure_3(cli, tmp_path, digits_run):
+    flags = ["--model_path", digits_run, digits_run, "--labels", "SGD", "PSGD", "--sparsity", "0.75", "--out", "p"]
+    assert cli("visualize.py", "--figure", "3", *flags).code == 0
+    assert (tmp_path / "p/figure3.png").stat().st_size > 10_000
+    (axis,) = sparse_histograms({"mine": torch.tensor([-4.0, 1.0, 2.0, -3.0])}, 0.75).axes
+    assert axis.get_yscale() == "log" and axis.get_title() == "mine: 75 % are within ±3"
+    assert sum(patch.get_height() for patch in axis.patches[:201]) == 4
 
 
 def test_grid_of_bit_widths(cli, tmp_path, digits_run):

@@ -80,25 +80,29 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]):
 
 
 def training_curves(runs: dict[str, dict[str, list[float]]]):
-    """Top-1 (solid: float, dashed: at the run's bit-width) and share of weights near the grid, over epochs.
+    """Top-1 (solid: float, dashed: at the run's bit-width or sparsity) and share of weights near the grid, over epochs.
 
     `runs` holds the columns of each run's metrics.csv by label.
     """
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6.4), sharex=True, layout="constrained")
     for position, (label, columns) in enumerate(runs.items()):
         color = color_of(label, position)
-        low = next(key for key in columns if key.startswith("w") and key.endswith("_top1"))
+        low = next(key for key in columns if key[0] in "ws" and key.endswith("_top1"))
         top.plot(columns["epoch"], columns["fp_top1"], color=color, label=f"{label}, float")
-        bits_label = f"{label}, {low.removeprefix('w').removesuffix('_top1')} bits"
-        top.plot(columns["epoch"], columns[low], "--", color=color, linewidth=1.2, label=bits_label)
-        bottom.plot(columns["epoch"], [100 * share for share in columns["grid_share"]], color=color, label=label)
+        number = low[1:].removesuffix("_top1")
+        low_label = f"{label}, {number} bits" if low[0] == "w" else f"{label}, {number} % zeros"
+        top.plot(columns["epoch"], columns[low], "--", color=color, linewidth=1.2, label=low_label)
+        if "grid_share" in columns:
+            bottom.plot(columns["epoch"], [100 * share for share in columns["grid_share"]], color=color, label=label)
     top.set_ylabel("top-1 accuracy in percent")
     bottom.set_ylabel("weights within a tenth of\na step of the grid, percent")
     bottom.set_ylim(0, 100)
     bottom.set_xlabel("epoch")
+    bottom.set_visible(bool(bottom.lines))  # sparse runs alone have no grid
     for axis in (top, bottom):
-        axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
     return figure
 
 

@@ -1,0 +1,193 @@
+"""Curvature at the solutions of SGD and PSGD: the data of figure 4, into a folder of results.
+
+    python -m utils.hessian --out results/hessian
+
+A small fully connected network on the embedded digits, trained once by SGD and once by PSGD from the same start, with
+all eigenvalues of its exact Hessian (digits.csv: weights and eigenvalues); and trained checkpoints, whose Hessian is
+too large to write down, with the density of its eigenvalues by stochastic Lanczos quadrature (spectrum.csv: Ritz values
+and their shares, for each random start). The Hessian is that of the mean loss on training images without augmentation;
+for checkpoints with respect to the weights of convolutions and linear layers, the network in eval mode.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
+
+from quant import PSGD, GridGoal, grid_share, prunable_weights, quantize_weights
+from utils.cli import Parser, count, index, run, seed
+from utils.data import TrainBatches, calibration_batches, check_calib_images, load_dataset, normalize
+
+BITS, LAMBDA_S, LR, EPOCHS, DECAY, BATCH_SIZE = 4, 20.0, 0.1, 300, 250, 128  # of the small network
+
+
+class SmallNet(nn.Sequential):
+    """64-16-10, on images averaged to 8 x 8 gray ones (which is what the digits were)."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(adaptive_avg_pool2d(images.mean(1, keepdim=True), 8))
+
+
+def hessian_product(loss: Tensor, weights: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """The product of the Hessian of `loss` (0-d, its graph kept) with a vector [n], n the number of all weights."""
+    flat = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, weights, create_graph=True)])
+
+    def product(vector: Tensor) -> Tensor:
+        parts = torch.autograd.grad(flat, weights, vector, retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
+
+    return product
+
+
+@torch.no_grad()
+def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Ritz values [k] of a symmetric operator on vectors [n], ascending, and the weights [k] of each in `start`.
+
+    k is `steps`, or less if the space of `start` is exhausted; the weights sum to 1. The largest Ritz values are close
+    to the largest eigenvalues; all together, averaged over random starts, they approximate the eigenvalue density
+    (Golub and Welsch 1969; Ghorbani et al. 2019). Vectors are orthogonalised against all earlier ones, in float64.
+    """
+    basis = [start.double() / start.double().norm()]
+    diagonal, beside = [], []
+    for _ in range(min(steps, len(start))):
+        vector = product(basis[-1].to(start)).double()
+        diagonal.append(vector @ basis[-1])
+        known = torch.stack(basis)
+        for _ in range(2):  # once is not enough in floating point
+            vector = vector - (known @ vector) @ known
+        length = vector.norm()
+        if length < 1e-6 * max(abs(d) for d in diagonal):
+            break
+        beside.append(length)
+        basis.append(vector / length)
+    k = len(diagonal)
+    matrix = torch.diag(torch.stack(diagonal))
+    if k > 1:
+        off = torch.stack(beside[: k - 1])
+        matrix += torch.diag(off, 1) + torch.diag(off, -1)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors[0].square()
+
+
+def train_small(dataset, psg: bool, seed: int) -> SmallNet:
+    """The small network after EPOCHS epochs on the digits, without augmentation."""
+    torch.manual_seed(seed)
+    network = SmallNet()
+    groups = GridGoal(BITS).param_groups(network) if psg else network.parameters()
+    optimizer = torch.optim.SGD(groups, lr=LR, momentum=0.9, weight_decay=1e-4)
+    if psg:
+        optimizer = PSGD(optimizer, lambda_s=LAMBDA_S)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [DECAY])
+    images, labels = normalize(dataset.train.images, dataset.spec), dataset.train.labels
+    batches = TrainBatches(dataset.train, dataset.spec, BATCH_SIZE, seed)
+    for epoch in range(EPOCHS):
+        for chosen in batches.plan(epoch)[0].split(BATCH_SIZE):
+            loss = cross_entropy(network(images[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scheduler.step()
+    return network
+
+
+def exact_eigenvalues(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """All eigenvalues, ascending, of the Hessian of the mean loss with respect to all parameters, in float64."""
+    network = copy.deepcopy(network).double()
+    parameters = [*network.parameters()]
+    product = hessian_product(cross_entropy(network(images.double()), labels), parameters)
+    unit_vectors = torch.eye(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
+    return torch.linalg.eigvalsh(torch.stack([product(vector) for vector in unit_vectors]))
+
+
+def digits_rows(seed: int) -> tuple[list[dict], list[dict]]:
+    """For the small network, by SGD and by PSGD: a row for each weight with an eigenvalue, and a row of facts."""
+    from utils.engine import evaluate
+
+    dataset = load_dataset("digits", "", torch.device("cpu"))
+    rows, facts = [], []
+    for name in ("SGD", "PSGD"):
+        network = train_small(dataset, name == "PSGD", seed)
+        images, labels = normalize(dataset.train.images, dataset.spec), dataset.train.labels
+        eigenvalues = exact_eigenvalues(network, images, labels)
+        weights = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+        rows += [
+            {"network": name, "weight": w, "eigenvalue": e} for w, e in zip(weights.tolist(), eigenvalues.tolist())
+        ]
+        facts.append({
+            "network": name, "parameters": len(weights),
+            "train_loss": evaluate(network, dataset.train, dataset.spec).loss,
+            "fp_top1": evaluate(network, dataset.test, dataset.spec).top1,
+            f"w{BITS}_top1": evaluate(quantize_weights(network, BITS), dataset.test, dataset.spec).top1,
+            "grid_share": grid_share(network, BITS), "largest_eigenvalue": eigenvalues[-1].item(),
+            "trace": eigenvalues.sum().item(),
+        })  # fmt: skip
+    return rows, facts
+
+
+def spectrum_rows(path: str, args) -> tuple[list[dict], dict]:
+    """For a checkpoint: a row for each Ritz value of each random start, and its facts."""
+    from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
+    from utils.device import select_device
+
+    checkpoint = load_checkpoint(path)
+    device, _ = select_device(args.device, args.cu_num)
+    dataset = load_dataset(checkpoint["args"]["dataset"], args.data_dir, device)
+    check_calib_images(args.images, dataset.train)
+    model = model_from_checkpoint(checkpoint, path, num_classes=len(dataset.classes)).to(device).eval()
+    weights = [*prunable_weights(model).values()]
+    ((images, labels),) = calibration_batches(dataset.train, dataset.spec, args.images, args.seed, args.images)
+    loss = cross_entropy(model(images), labels)
+    product = hessian_product(loss, weights)
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = []
+    for probe in range(args.probes):
+        start = torch.randn(sum(weight.numel() for weight in weights), generator=generator).to(device)
+        values, shares = lanczos(product, start, args.steps)
+        rows += [
+            {"model": path, **training_facts(checkpoint), "probe": probe, "eigenvalue": value, "share": share}
+            for value, share in zip(values.tolist(), shares.tolist())
+        ]
+        print(f"{path}: start {probe + 1} of {args.probes}, largest eigenvalue {values[-1]:.4g}", flush=True)
+    largest = max(row["eigenvalue"] for row in rows)
+    return rows, {"model": path, **training_facts(checkpoint), "train_loss": loss.item(), "largest_eigenvalue": largest}
+
+
+def main() -> None:
+    from utils.files import command_line, git_commit, write_csv, write_json
+
+    p = Parser(__doc__)
+    # fmt: off
+    p.add_argument("--model_path", nargs="*", default=["models/ResNet150.pth", "models/W4_ResNet.pth"], metavar="FILE",
+                   help="checkpoints for spectrum.csv")
+    p.add_argument("--images", type=count, default=512, metavar="N",
+                   help="training images that the loss is the mean of")
+    p.add_argument("--steps", type=count, default=60, help="of Lanczos, for each start")
+    p.add_argument("--probes", type=count, default=1, help="random starts")
+    p.add_argument("--seed", type=seed, default=1, help="of the small network, the images and the starts")
+    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
+    p.add_argument("--cu_num", type=index, default=0, help="GPU number")
+    p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
+    p.add_argument("--out", default="results/hessian", metavar="DIR", help="folder to write")
+    # fmt: on
+    args = p.parse_args()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    rows, facts = digits_rows(args.seed)
+    write_csv(Path(args.out) / "digits.csv", rows)
+    for fact in facts:
+        print(f"digits, {fact['network']}: largest eigenvalue {fact['largest_eigenvalue']:.4g}", flush=True)
+    spectra = [spectrum_rows(path, args) for path in args.model_path]
+    if spectra:
+        write_csv(Path(args.out) / "spectrum.csv", [row for rows, _ in spectra for row in rows])
+    origin = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__}
+    results = {"digits": facts, "checkpoints": [fact for _, fact in spectra]}
+    write_json(Path(args.out) / "results.json", origin | results)
+
+
+if __name__ == "__main__":
+    run(main)

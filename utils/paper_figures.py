@@ -1,0 +1,144 @@
+"""The drawing of the paper's figures 2, 3 and 4; plain values in, matplotlib figures out. See utils/figures.py."""
+
+import numpy
+import torch
+from matplotlib import pyplot
+
+from quant import PSGD
+from quant.warp import unwarp, warp
+from utils.figures import color_of
+
+# Figure 2: a loss of two weights that is zero at three points, of which one lies on the grid (its step is 1).
+MINIMA = ((0.0, 1.0), (0.62, 0.42), (-0.55, -0.6))
+START = (-0.3, 0.2)
+LAMBDA_S, EPS = 4.0, 0.02
+LEARNING_RATE, STEPS = 4e-3, 3000
+GRID_HOLDER = 3.0  # a third weight that the loss does not depend on: at 3 bits it holds the grid's step at 1
+
+
+def toy_loss(x, y):
+    """Product of the squared distances from MINIMA; numpy arrays or tensors of one shape."""
+    product = 1.0
+    for a, b in MINIMA:
+        product = product * ((x - a) ** 2 + (y - b) ** 2)
+    return product
+
+
+def toy_trajectories() -> dict[str, numpy.ndarray]:
+    """Points [STEPS + 1, 2] of gradient descent, of the same in the warped space, and of PSGD, from START."""
+    return {
+        "gradient descent": _descend(lambda weight: torch.optim.SGD([weight], lr=LEARNING_RATE)),
+        "PSGD": _descend(
+            lambda weight: PSGD(
+                torch.optim.SGD([{"params": [weight], "bits": 3}], lr=LEARNING_RATE), lambda_s=LAMBDA_S, eps=EPS
+            )
+        ),
+        "gradient descent in the warped space": _descend_warped(),
+    }
+
+
+def _descend(build_optimizer) -> numpy.ndarray:
+    weight = torch.nn.Parameter(torch.tensor([*START, GRID_HOLDER], dtype=torch.float64))
+    optimizer = build_optimizer(weight)
+    points = [weight.detach()[:2].clone()]
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        toy_loss(weight[0], weight[1]).backward()
+        optimizer.step()
+        points.append(weight.detach()[:2].clone())
+    return torch.stack(points).numpy()
+
+
+def _descend_warped() -> numpy.ndarray:
+    warped = warp(torch.tensor(START, dtype=torch.float64), 1.0, LAMBDA_S, EPS).requires_grad_()
+    points = [torch.tensor(START, dtype=torch.float64)]
+    for _ in range(STEPS):
+        (gradient,) = torch.autograd.grad(toy_loss(*unwarp(warped, 1.0, LAMBDA_S, EPS)), warped)
+        warped = (warped - LEARNING_RATE * gradient).detach().requires_grad_()
+        points.append(unwarp(warped.detach(), 1.0, LAMBDA_S, EPS))
+    return torch.stack(points).numpy()
+
+
+def warped_space():
+    """Figure 2: the toy loss in the original and in the warped space, and where each method goes."""
+    paths = toy_trajectories()
+    figure, axes = pyplot.subplots(1, 2, figsize=(11.6, 5.6), layout="constrained")
+    low, high = numpy.array([-1.25, -1.25]), numpy.array([1.25, 1.45])
+    for axis, title, through in zip(axes, ("original space", "warped space"), (numpy.asarray, _warped)):
+        x, y = (numpy.linspace(a, b, 301) for a, b in zip(low, high))
+        loss = toy_loss(*numpy.meshgrid(x, y))
+        axis.contourf(through(x), through(y), numpy.log10(loss + 1e-4), levels=24, cmap="Greys_r", alpha=0.75)
+        for point in (-1.0, 0.0, 1.0):
+            axis.axvline(through(numpy.array(point)), color="white", linewidth=0.8)
+            axis.axhline(through(numpy.array(point)), color="white", linewidth=0.8)
+        for name, color, width in (("gradient descent", "SGD", 2.2), ("PSGD", "PSGD", 4.0)):
+            axis.plot(*through(paths[name]).T, color=color_of(color, 0), linewidth=width, label=name)
+        name = "gradient descent in the warped space"
+        axis.plot(*through(paths[name]).T, ":", color="black", linewidth=1.8, label=name)
+        for a, b in MINIMA:
+            on_grid = (a, b) == (round(a), round(b))
+            axis.plot(*through(numpy.array([a, b])), "o", markersize=9, markeredgecolor="black", zorder=4,
+                      color="white" if on_grid else "black")  # fmt: skip
+        axis.plot(*through(numpy.array(START)), "s", color="gold", markeredgecolor="black", markersize=8, zorder=5)
+        axis.set(title=title, xlabel="weight 1", aspect="equal")
+    axes[0].set_ylabel("weight 2")
+    axes[0].plot([], [], "s", color="0.85", label="darker: lower loss; white lines: grid")
+    axes[0].plot([], [], "o", color="white", markeredgecolor="black", label="minimum on the grid")
+    axes[0].plot([], [], "o", color="black", label="minimum off the grid")
+    axes[0].plot([], [], "s", color="gold", markeredgecolor="black", label="start")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    return figure
+
+
+def _warped(x: numpy.ndarray) -> numpy.ndarray:
+    return warp(torch.as_tensor(x, dtype=torch.float64), 1.0, LAMBDA_S, EPS).numpy()
+
+
+def sparse_histograms(weights: dict[str, torch.Tensor], sparsity: float):
+    """Figure 3: all prunable weights of each network on a logarithmic count axis, and where pruning cuts."""
+    limit = max(float(values.abs().max()) for values in weights.values()) * 1.02
+    figure, axes = pyplot.subplots(
+        1, len(weights), figsize=(1 + 4.8 * len(weights), 3.8), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for position, (axis, (label, values)) in enumerate(zip(axes[0], weights.items())):
+        axis.hist(values.numpy(), bins=numpy.linspace(-limit, limit, 202), color=color_of(label, position))
+        cut = values.abs().kthvalue(max(1, round(sparsity * len(values)))).values.item()
+        axis.axvspan(-cut, cut, color="0.5", alpha=0.25, linewidth=0, label=f"{100 * sparsity:g} % of the weights")
+        axis.set_yscale("log")
+        axis.set(title=f"{label}: {100 * sparsity:g} % are within ±{cut:.2g}", xlabel="weight")
+        axis.legend(loc="upper right", fontsize="small")
+    axes[0][0].set_ylabel("weights in a bin")
+    return figure
+
+
+def curvature(digits: dict[str, list[list[float]]], spectra: dict[str, list[list[float]]]):
+    """Figure 4: weights and Hessian eigenvalues of the small network, and eigenvalue densities of large ones.
+
+    `digits` holds weights and eigenvalues by method, `spectra` Ritz values and their shares (of all random starts) by
+    network; without `spectra` there are two panels.
+    """
+    figure, axes = pyplot.subplots(1, 3 if spectra else 2, figsize=(15 if spectra else 10, 4.4), layout="constrained")
+    limit = max(numpy.abs(weights).max() for weights, _ in digits.values())
+    edges = numpy.linspace(-limit, limit, 102)
+    for position, (label, (weights, eigenvalues)) in enumerate(digits.items()):
+        style = {"color": color_of(label, position), "label": label}
+        axes[0].hist(weights, bins=edges, alpha=0.6, **style)
+        positive = sorted((value for value in eigenvalues if value > 1e-6), reverse=True)
+        axes[1].plot(range(1, len(positive) + 1), positive, **style)
+    axes[0].set(title="small network on the digits: weights", xlabel="weight", ylabel="weights in a bin")
+    axes[1].set(
+        title="the same: positive eigenvalues of the exact Hessian", xlabel="rank", ylabel="eigenvalue", yscale="log"
+    )
+    for position, (label, (values, shares)) in enumerate(spectra.items()):
+        at = numpy.linspace(min(min(v) for v, _ in spectra.values()), max(max(v) for v, _ in spectra.values()), 1200)
+        width = (at[-1] - at[0]) / 150
+        bumps = numpy.exp(-(((at[:, None] - numpy.array(values)) / width) ** 2) / 2) / (width * (2 * numpy.pi) ** 0.5)
+        density = bumps @ numpy.array(shares) / sum(shares)
+        axes[2].plot(at, density, color=color_of(label.split()[0], position), label=label)
+    if spectra:
+        axes[2].set(title="ResNet-32: density of the Hessian's eigenvalues", xlabel="eigenvalue", ylabel="density",
+                    yscale="log", ylim=(1e-7, 10))  # fmt: skip
+    for axis in axes:
+        axis.legend(fontsize="small")
+    return figure
