@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from models.resnet import ResNet32
-from models.vgg import vgg16_bn
+from .resnet import ResNet32
+from .vgg import vgg16_bn
 
 ARCHITECTURES = {"ResNet32": ResNet32, "vgg16_bn": vgg16_bn}
 

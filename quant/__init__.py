@@ -1,19 +1,23 @@
-"""The method: quantization grids, the PSGD optimizer and quantized copies of networks. Needs torch alone."""
+"""The method: quantization grids, the PSGD optimizer, and quantized and pruned copies of networks.
 
-from quant.activations import ActivationQuantizer, bn_ranges, quantize_activations
-from quant.auto import AUTO_START, steer_lambda_s
-from quant.calibrate import minmax_ranges, mse_ranges, percentile_ranges, relu_histograms
-from quant.goals import GridGoal, SparseGoal
-from quant.grid import FLOAT_BITS, fake_quantize, fake_quantize_weight, quantize, weight_scale
-from quant.layers import layer_bits
-from quant.network import grid_share, packed_bytes, quantize_weights, weight_mse
-from quant.onnx_graph import to_onnx
-from quant.packed_file import integer_weights, load_packed, read_facts, save_packed
-from quant.penalty import build_penalty
-from quant.post import adaround, correct_bias, reestimate_batch_norm
-from quant.psgd import PSGD, psg_multipliers, psg_param_groups
-from quant.report import layer_rows
-from quant.sparsity import nonzero_weights, prunable_weights, prune_weights, pruning_mse, sparse_param_groups
+Needs torch alone. In a checkout this package is `quant`; installed, it is `psgd`.
+"""
+
+from .activations import ActivationQuantizer, bn_ranges, quantize_activations
+from .auto import AUTO_START, steer_lambda_s
+from .calibrate import calibrate, minmax_ranges, mse_ranges, percentile_ranges, relu_histograms
+from .export import export
+from .goals import GridGoal, SparseGoal
+from .grid import FLOAT_BITS, fake_quantize, fake_quantize_weight, quantize, weight_scale
+from .layers import layer_bits
+from .network import grid_share, packed_bytes, quantize_weights, weight_mse
+from .onnx_graph import to_onnx
+from .packed_file import integer_weights, load_packed, read_facts, save_packed
+from .penalty import build_penalty
+from .post import adaround, correct_bias, reestimate_batch_norm
+from .psgd import PSGD, psg_multipliers, psg_param_groups
+from .report import layer_rows
+from .sparsity import nonzero_weights, prunable_weights, prune_weights, pruning_mse, sparse_param_groups
 
 __all__ = [
     "AUTO_START",
@@ -25,7 +29,9 @@ __all__ = [
     "adaround",
     "bn_ranges",
     "build_penalty",
+    "calibrate",
     "correct_bias",
+    "export",
     "fake_quantize",
     "fake_quantize_weight",
     "grid_share",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from quant.grid import FLOAT_BITS, activation_quant_max, fake_quantize, nonzero_scale
+from .grid import FLOAT_BITS, activation_quant_max, fake_quantize, nonzero_scale
 
 
 class ActivationQuantizer(nn.Module):

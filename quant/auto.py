@@ -2,7 +2,7 @@
 
 from torch.optim import Optimizer
 
-from quant.psgd import is_scaled
+from .psgd import is_scaled
 
 AUTO_START = 150.0  # the paper's lambda_s for 4 bits
 AUTO_SHARE = (0.2, 0.95)  # planned shares at progress 0 (a network not trained for a grid) and 1

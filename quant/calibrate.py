@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quant.activations import relu_names
-from quant.grid import activation_quant_max
+from .activations import relu_names
+from .grid import activation_quant_max
 
 BINS = 2048
+RULES = ("minmax", "percentile", "mse")
 CANDIDATES = 100  # ranges that mse tries: k/100 of the largest value
 
 
@@ -21,6 +22,21 @@ class Histogram(NamedTuple):
 
     counts: Tensor
     top: float
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Tensor], bits: int, rule: str = "mse", percentile: float = 99.99
+) -> dict[str, float]:
+    """Ranges for `quantize_activations` at `bits` bits from `batches` of images, by one of RULES.
+
+    Raises ValueError for another rule, bits outside 2..8, and if `batches` is empty.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if rule == "minmax":
+        return minmax_ranges(model, batches)
+    histograms = relu_histograms(model, batches)
+    return mse_ranges(histograms, bits) if rule == "mse" else percentile_ranges(histograms, percentile)
 
 
 def relu_histograms(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Histogram]:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from quant.grid import check_bits
+from .grid import check_bits
 
 WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 FIRST_LAST_BITS = 8  # of the first and the last layer when the others have fewer than 4

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from quant.grid import FLOAT_BITS, fake_quantize_weight, weight_scale
-from quant.layers import WEIGHT_LAYERS, layer_bits
+from .grid import FLOAT_BITS, fake_quantize_weight, weight_scale
+from .layers import WEIGHT_LAYERS, layer_bits
 
 
 @torch.no_grad()

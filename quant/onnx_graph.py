@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quant.activations import ActivationQuantizer, trace
-from quant.packing import pack_bits
+from .activations import ActivationQuantizer, trace
+from .packing import pack_bits
 
 OPSET, OPSET_INT2 = 21, 25  # INT4 came with the first, INT2 with the second
 IR_VERSION, IR_VERSION_INT2 = 10, 13
@@ -138,10 +138,12 @@ class _Builder:
             return self.activation(name, module, inputs)
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             return self.emit("GlobalAveragePool", inputs)
-        if isinstance(module, nn.MaxPool2d) and module.padding in (0, (0, 0)) and not module.ceil_mode:
-            pair = [[value] * 2 if isinstance(value, int) else list(value)
-                    for value in (module.kernel_size, module.stride)]  # fmt: skip
-            return self.emit("MaxPool", inputs, kernel_shape=pair[0], strides=pair[1])
+        if isinstance(module, nn.MaxPool2d) and module.dilation in (1, (1, 1)) and not module.ceil_mode:
+            kernel, strides, pads = ([value] * 2 if isinstance(value, int) else list(value)
+                                     for value in (module.kernel_size, module.stride, module.padding))  # fmt: skip
+            return self.emit("MaxPool", inputs, kernel_shape=kernel, strides=strides, pads=pads * 2)
+        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+            return self.emit("Flatten", inputs, axis=1)
         if isinstance(module, (nn.Dropout, nn.Identity)):
             return inputs[0]
         raise ValueError(f"{name}, a {type(module).__name__}, cannot be exported to ONNX")

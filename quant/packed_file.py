@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.grid import BITS, quantize, weight_quant_max, weight_scale
-from quant.layers import layer_bits
-from quant.packing import pack_bits, unpack_bits
+from .grid import BITS, quantize, weight_quant_max, weight_scale
+from .layers import layer_bits
+from .packing import pack_bits, unpack_bits
 
 FORMAT = "psgd-packed-1"
 

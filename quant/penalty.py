@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from quant.sparsity import prunable_weights
+from .sparsity import prunable_weights
 
 Penalty = Callable[[Tensor], Tensor]  # of a batch's loss, 0-d, to what is added to it, 0-d
 

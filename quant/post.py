@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from quant.grid import weight_quant_max, weight_scale
-from quant.layers import layer_bits
+from .grid import weight_quant_max, weight_scale
+from .layers import layer_bits
 
 # AdaRound (Nagel et al. 2020): a rounding is a stretched sigmoid, and its regulariser sharpens from BETA[0] to BETA[1].
 STRETCH = (-0.1, 1.1)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quant.grid import check_bits, nonzero_scale, weight_quant_max, weight_scale
-from quant.layers import layer_bits
+from .grid import check_bits, nonzero_scale, weight_quant_max, weight_scale
+from .layers import layer_bits
 
 TARGETS = ("grid", "zero")
 # Settings of a scaled group. It is psg_eps because Adam and others have an eps of their own in the same dict.

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.grid import fake_quantize_weight, weight_scale
-from quant.layers import layer_bits
-from quant.post import capture, layers_in_order
+from .grid import fake_quantize_weight, weight_scale
+from .layers import layer_bits
+from .post import capture, layers_in_order
 
 
 def layer_rows(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.layers import layer_bits
+from .layers import layer_bits
 
 SCOPES = ("global", "layer")
 

@@ -1,0 +1,37 @@
+"""One call that writes a network as integers, by the suffix of the file: packed (.safetensors) or ONNX (.onnx)."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .network import quantize_weights
+from .onnx_graph import to_onnx
+from .packed_file import integer_weights, save_packed
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    bits: int,
+    first_last: bool = True,
+    per_channel: bool = False,
+    image_size: int = 32,
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Writes `model`, its weights at `bits` bits, to `path`.
+
+    A .safetensors file holds packed integers and `facts` (plain values); `load_packed` reads it. An .onnx file takes
+    normalised float32 images [N, 3, image_size, image_size]. They need the package safetensors or onnx. Raises
+    ValueError for another suffix, bits outside 2..8, or an operation that has no ONNX counterpart here.
+    """
+    grid = {"bits": bits, "first_last": first_last, "per_channel": per_channel}
+    suffix = Path(path).suffix
+    if suffix == ".safetensors":
+        save_packed(path, model, facts or {}, **grid)
+    elif suffix == ".onnx":
+        import onnx
+
+        onnx.save(to_onnx(quantize_weights(model, **grid), integer_weights(model, **grid), image_size), path)
+    else:
+        raise ValueError(f"{path} must end in .safetensors or .onnx")

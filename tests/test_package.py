@@ -1,0 +1,68 @@
+"""The installed package psgd: quant/ under its own name, with nothing of the scripts and no import that is not used."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with psgd in it, installed by pip from a copy of the sources; pip builds in the source folder."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "quant", source / "quant")
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", target, source]
+    subprocess.run([sys.executable, "-m", "pip", "install", *flags], check=True)
+    return target
+
+
+def run(code, path):
+    done = subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_is_quant_under_another_name(installed):
+    assert {path.name for path in installed.iterdir() if "dist-info" not in path.name} == {"psgd"}
+    assert {p.name for p in (installed / "psgd").glob("*.*")} == {p.name for p in (ROOT / "quant").glob("*.*")}
+    code = "import psgd; print(psgd.__file__); print([n for n in psgd.__all__ if not hasattr(psgd, n)])"
+    place, missing = run(code, installed).splitlines()
+    assert place.startswith(str(installed)) and missing == "[]"
+
+
+def test_it_needs_torch_alone(installed):
+    code = "import sys, psgd; print([n for n in ('tensorboard', 'seaborn', 'matplotlib', 'onnx', 'onnxruntime',"
+    code += " 'safetensors', 'torchvision', 'sklearn', 'quant', 'utils', 'models') if n in sys.modules])"
+    assert run(code, installed).strip() == "[]"
+
+
+def test_it_trains_quantizes_and_exports(installed, tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(installed)!r})
+import psgd, torch
+
+def build():
+    from torch import nn
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+
+torch.manual_seed(0)
+model = build()
+optimizer = psgd.PSGD(torch.optim.SGD(psgd.psg_param_groups(model, bits=4), lr=0.01), lambda_s=150)
+images = torch.randn(8, 3, 8, 8)
+model(images).square().mean().backward()
+optimizer.step()
+ranges = psgd.calibrate(model, [images], bits=8)
+network = psgd.quantize_activations(psgd.quantize_weights(model, 4), 8, ranges)
+psgd.export(model, "a.safetensors", bits=4, image_size=8)
+psgd.export(model, "a.onnx", bits=4, image_size=8)
+again = psgd.load_packed("a.safetensors", build())
+assert torch.equal(again(images), psgd.quantize_weights(model, 4)(images))
+print(sorted(ranges))
+"""
+    assert run(code, tmp_path) == "['1']\n" and (tmp_path / "a.onnx").stat().st_size > 500
