@@ -2,13 +2,11 @@
 
 import copy
 import io
-import math
 import pickle
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
 
 from quant import PSGD, fake_quantize_weight, layer_bits, psg_param_groups
 from tests.conftest import needs_cuda
@@ -137,38 +135,6 @@ def test_empty_tensor_is_no_error():
     PSGD(torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.1)).step()
 
 
-@pytest.mark.parametrize("eps", [0.0, 0.05])
-def test_is_gradient_descent_in_the_warped_space(eps):
-    """With f(x) = 2/lam * sign(x-t) * (sqrt(lam*|x-t| + eps) - sqrt(eps)), a gradient step on y = f(x) moves x as PSGD
-    does, to first order: the difference falls with the square of the learning rate (paper, section 3.1)."""
-    lam = 20.0
-    generator = torch.Generator().manual_seed(1)
-    start = torch.randn(200, dtype=torch.float64, generator=generator)
-    gradient = torch.randn(200, dtype=torch.float64, generator=generator)
-    target = fake_quantize_weight(start, 4)
-
-    def warp(x):
-        return 2 / lam * (x - target).sign() * ((lam * (x - target).abs() + eps).sqrt() - math.sqrt(eps))
-
-    def unwarp(y):
-        return target + y.sign() * ((lam * y.abs() / 2 + math.sqrt(eps)).square() - eps) / lam
-
-    off_grid = (start - target).abs() > 1e-3  # the warp's slope at the grid point itself is infinite when eps = 0
-    # The warp's slope by central differences: nothing of the closed form's derivative is assumed.
-    slope = (warp(start + 1e-7) - warp(start - 1e-7)) / 2e-7
-
-    def gap(lr):
-        weight = nn.Parameter(start.clone())
-        weight.grad = gradient.clone()
-        PSGD(torch.optim.SGD([{"params": [weight], "bits": 4}], lr=lr), lambda_s=lam, eps=eps).step()
-        warped = unwarp(warp(start) - lr * gradient / slope)
-        return (weight.detach() - warped)[off_grid].norm().item(), (weight.detach() - start)[off_grid].norm().item()
-
-    (coarse, moved), (fine, _) = gap(1e-4), gap(5e-5)
-    assert coarse < 0.01 * moved
-    assert coarse / fine == pytest.approx(4, rel=0.05)
-
-
 # --- parameter groups ---------------------------------------------------------------------------------------------
 
 
@@ -233,34 +199,6 @@ def test_bad_settings(net):
 
 
 # --- the wrapper's contract ---------------------------------------------------------------------------------------
-
-BASES = {
-    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True),
-    "SGD fused": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=True),
-    "SGD foreach": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, foreach=True),
-    "Adam": lambda groups: torch.optim.Adam(groups, lr=1e-3),
-    "AdamW fused": lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True),
-    "AdamW tensor lr": lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(1e-3), foreach=False),
-    "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=1e-3),
-    "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=1e-2),
-    "NAdam": lambda groups: torch.optim.NAdam(groups, lr=1e-3),
-}
-
-
-@pytest.mark.parametrize("name", BASES)
-def test_any_base_steps_on_the_scaled_gradient(net, name):
-    reference = copy.deepcopy(net)
-    optimizer = PSGD(BASES[name](psg_param_groups(net, 4)), lambda_s=50)
-    plain = BASES[name](psg_param_groups(reference, 4))
-    for step in range(3):
-        fill_gradients(net, step)
-        optimizer.step()
-        fill_gradients(reference, step)
-        for key, width in layer_bits(reference, 4).items():
-            parameter = reference.get_parameter(key)
-            parameter.grad *= twin_multiplier(parameter.detach(), width, 50)
-        plain.step()
-    assert same(weights(net), weights(reference))
 
 
 def test_shares_groups_and_state_with_the_base(net):
@@ -328,40 +266,6 @@ def test_deepcopy_and_pickle(net, clone):
     assert same(weights(net), weights(other_net))
 
 
-SCHEDULERS = {
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2]),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2]
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(net, name, recwarn):
-    other = copy.deepcopy(net)
-    optimizer, plain = PSGD(sgd(net)), sgd(other)
-    ours, theirs = SCHEDULERS[name](optimizer), SCHEDULERS[name](plain)
-    for step in range(4):
-        run(net, optimizer, 1, step)
-        run(other, plain, 1, step)
-        ours.step()
-        theirs.step()
-        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in plain.param_groups]
-    assert optimizer.base.param_groups[0]["lr"] != 0.01
-    assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]
-
-
-def test_reduce_on_plateau(net):
-    optimizer = PSGD(sgd(net))
-    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-    for _ in range(3):
-        scheduler.step(1.0)
-    assert optimizer.base.param_groups[0]["lr"] < 0.01
-
-
 def test_closure_is_evaluated_first_and_its_loss_returned(net):
     reference = copy.deepcopy(net)
     optimizer, other = PSGD(sgd(net)), PSGD(sgd(reference))
@@ -376,53 +280,6 @@ def test_closure_is_evaluated_first_and_its_loss_returned(net):
     fill_gradients(reference, 0)
     assert other.step() is None
     assert same(weights(net), weights(reference))
-
-
-def test_base_that_needs_a_closure(net):
-    parameter = nn.Parameter(torch.tensor([1.0, 0.55, -0.31]))
-    goal = torch.tensor([0.9, 0.7, -0.2])
-    optimizer = PSGD(torch.optim.LBFGS([{"params": [parameter], "bits": 4}], lr=0.1), lambda_s=20)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (parameter - goal).square().sum()
-        loss.backward()
-        return loss
-
-    first = optimizer.step(closure).item()
-    assert optimizer.step(closure).item() < first
-    assert parameter[0] == 1.0  # the largest weight is a grid point
-
-
-def test_grad_scaler(net):
-    reference = copy.deepcopy(net)
-    optimizer, plain = PSGD(sgd(net)), PSGD(sgd(reference))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    images = torch.randn(4, 3, 8, 8)
-    scaler.scale(net(images).square().sum()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    reference(images).square().sum().backward()
-    plain.step()
-    for a, b in zip(net.parameters(), reference.parameters()):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
-    before = weights(net)
-    scaler.scale(net(images).sum() * float("inf")).backward()
-    scaler.step(optimizer)
-    assert same(weights(net), before)  # an overflow skips the step
-
-
-def test_gradient_accumulation(net):
-    """Scaling happens once, in step, on the sum of the gradients of three backward passes."""
-    optimizer = PSGD(torch.optim.SGD(psg_param_groups(net, 4), lr=0.01), lambda_s=20)
-    for seed in range(3):
-        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-        net(images).square().sum().backward()
-    before, accumulated = weights(net), {name: p.grad.clone() for name, p in net.named_parameters()}
-    optimizer.step()
-    for name, width in layer_bits(net, 4).items():
-        expected = before[name] - 0.01 * accumulated[name] * twin_multiplier(before[name], width, 20)
-        assert torch.allclose(net.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
 
 
 def test_parameters_without_gradient_are_skipped(net):
@@ -467,37 +324,6 @@ def test_no_host_synchronisation():
     weight = nn.Parameter(torch.empty(8, 8, device="meta"))
     weight.grad = torch.empty(8, 8, device="meta")
     PSGD(torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.1, momentum=0.9)).step()
-
-
-def test_compiled_step(net):
-    reference = copy.deepcopy(net)
-    optimizer, other = PSGD(sgd(net)), PSGD(sgd(reference))
-    compiled = torch.compile(optimizer.step, backend="aot_eager")
-    for step in range(2):
-        fill_gradients(net, step)
-        compiled()
-        run(reference, other, 1, step)
-    for a, b in zip(net.parameters(), reference.parameters()):
-        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
-
-
-def test_distributed_data_parallel(net, tmp_path):
-    reference = copy.deepcopy(net)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(net)
-        optimizer = PSGD(sgd(net))
-        for step in range(2):
-            backward(wrapped, step)
-            optimizer.step()
-    finally:
-        torch.distributed.destroy_process_group()
-    other = PSGD(sgd(reference))
-    for step in range(2):
-        backward(reference, step)
-        other.step()
-    for a, b in zip(net.parameters(), reference.parameters()):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 @needs_cuda

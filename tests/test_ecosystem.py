@@ -1,0 +1,245 @@
+"""PSGD with what people use beside an optimizer: every optimizer and scheduler of torch, AMP, EMA, DDP, FSDP2."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
+
+from quant import PSGD, layer_bits, psg_param_groups
+from tests.test_psgd import backward, fill_gradients, run, same, sgd, twin_multiplier, weights
+
+BASES = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True),
+    "SGD fused": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, fused=True),
+    "SGD foreach": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, foreach=True),
+    "Adam": lambda groups: torch.optim.Adam(groups, lr=1e-3),
+    "Adam amsgrad": lambda groups: torch.optim.Adam(groups, lr=1e-3, amsgrad=True),
+    "AdamW fused": lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True),
+    "AdamW tensor lr": lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(1e-3), foreach=False),
+    "Adamax": lambda groups: torch.optim.Adamax(groups, lr=1e-3),
+    "Adadelta": lambda groups: torch.optim.Adadelta(groups, lr=1.0),
+    "Adafactor": lambda groups: torch.optim.Adafactor(groups, lr=1e-2),
+    "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=1e-2),
+    "ASGD": lambda groups: torch.optim.ASGD(groups, lr=1e-2),
+    "NAdam": lambda groups: torch.optim.NAdam(groups, lr=1e-3),
+    "RAdam": lambda groups: torch.optim.RAdam(groups, lr=1e-3),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=1e-3),
+    "Rprop": lambda groups: torch.optim.Rprop(groups, lr=1e-3),
+}
+ELSEWHERE = {"Optimizer", "SparseAdam", "LBFGS", "Muon"}  # the base class, sparse gradients alone, tests of their own
+
+
+def test_no_optimizer_of_torch_is_forgotten():
+    classes = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
+    assert classes - ELSEWHERE == {name.split()[0] for name in BASES}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_any_base_steps_on_the_scaled_gradient(net, name):
+    reference = copy.deepcopy(net)
+    optimizer = PSGD(BASES[name](psg_param_groups(net, 4)), lambda_s=50)
+    plain = BASES[name](psg_param_groups(reference, 4))
+    for step in range(3):
+        fill_gradients(net, step)
+        optimizer.step()
+        fill_gradients(reference, step)
+        for key, width in layer_bits(reference, 4).items():
+            parameter = reference.get_parameter(key)
+            parameter.grad *= twin_multiplier(parameter.detach(), width, 50)
+        plain.step()
+    assert same(weights(net), weights(reference))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon(net):
+    """Muon takes matrices alone."""
+    groups = [{"params": [net.fc.weight], "bits": 4}]
+    twin = copy.deepcopy(net)
+    optimizer = PSGD(torch.optim.Muon(groups, lr=0.01), lambda_s=50)
+    plain = torch.optim.Muon([twin.fc.weight], lr=0.01)
+    for model in (net, twin):
+        fill_gradients(model, 0)
+    twin.fc.weight.grad *= twin_multiplier(twin.fc.weight.detach(), 4, 50)
+    optimizer.step()
+    plain.step()
+    assert torch.equal(net.fc.weight, twin.fc.weight)
+
+
+def test_base_that_needs_a_closure():
+    parameter = nn.Parameter(torch.tensor([1.0, 0.55, -0.31]))
+    goal = torch.tensor([0.9, 0.7, -0.2])
+    optimizer = PSGD(torch.optim.LBFGS([{"params": [parameter], "bits": 4}], lr=0.1), lambda_s=20)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (parameter - goal).square().sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure).item()
+    assert optimizer.step(closure).item() < first
+    assert parameter[0] == 1.0  # the largest weight is a grid point
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 8),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.1, step_size_up=3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=10),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+    ),
+    "SWALR": lambda o: SWALR(o, swa_lr=0.05, anneal_epochs=3),
+}
+
+
+def test_no_scheduler_of_torch_is_forgotten():
+    assert set(lr_scheduler.__all__) - {"LRScheduler", "ReduceLROnPlateau"} == set(SCHEDULERS) - {"SWALR"}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(net, name, recwarn):
+    other = copy.deepcopy(net)
+    optimizer, plain = PSGD(sgd(net)), sgd(other)
+    ours, theirs = SCHEDULERS[name](optimizer), SCHEDULERS[name](plain)
+    rates = []
+    for step in range(4):
+        run(net, optimizer, 1, step)
+        run(other, plain, 1, step)
+        ours.step()
+        theirs.step()
+        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in plain.param_groups]
+        assert [g["momentum"] for g in optimizer.param_groups] == [g["momentum"] for g in plain.param_groups]
+        rates.append(optimizer.base.param_groups[0]["lr"])
+    assert set(rates) != {0.01}
+    assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]
+    again = SCHEDULERS[name](PSGD(sgd(net)))
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert again.state_dict().keys() == ours.state_dict().keys()
+
+
+def test_reduce_on_plateau(net):
+    optimizer = PSGD(sgd(net))
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    for _ in range(3):
+        scheduler.step(1.0)
+    assert optimizer.base.param_groups[0]["lr"] < 0.01
+
+
+def test_grad_scaler(net):
+    reference = copy.deepcopy(net)
+    optimizer, plain = PSGD(sgd(net)), PSGD(sgd(reference))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    images = torch.randn(4, 3, 8, 8)
+    scaler.scale(net(images).square().sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    reference(images).square().sum().backward()
+    plain.step()
+    for a, b in zip(net.parameters(), reference.parameters()):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    before = weights(net)
+    scaler.scale(net(images).sum() * float("inf")).backward()
+    scaler.step(optimizer)
+    assert same(weights(net), before)  # an overflow skips the step
+
+
+def test_gradient_accumulation(net):
+    """Scaling happens once, in step, on the sum of the gradients of three backward passes."""
+    optimizer = PSGD(torch.optim.SGD(psg_param_groups(net, 4), lr=0.01), lambda_s=20)
+    for seed in range(3):
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        net(images).square().sum().backward()
+    before, accumulated = weights(net), {name: p.grad.clone() for name, p in net.named_parameters()}
+    optimizer.step()
+    for name, width in layer_bits(net, 4).items():
+        expected = before[name] - 0.01 * accumulated[name] * twin_multiplier(before[name], width, 20)
+        assert torch.allclose(net.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
+
+
+def test_clipping_comes_before_the_step(net):
+    """clip_grad_norm_ sees the loss's own gradients; PSGD then scales the clipped ones."""
+    optimizer = PSGD(torch.optim.SGD(psg_param_groups(net, 4), lr=0.01), lambda_s=20)
+    backward(net)
+    before, raw = weights(net), {name: p.grad.clone() for name, p in net.named_parameters()}
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    assert norm.item() == pytest.approx(torch.cat([g.flatten() for g in raw.values()]).norm().item(), rel=1e-5)
+    optimizer.step()
+    for name, width in layer_bits(net, 4).items():
+        clipped = raw[name] * 0.5 / norm
+        expected = before[name] - 0.01 * clipped * twin_multiplier(before[name], width, 20)
+        assert torch.allclose(net.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
+
+
+def test_moving_average_of_the_weights(net):
+    """An EMA sees PSGD's weights after each step, as it does the bare optimizer's."""
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer, expected = PSGD(sgd(net)), None
+    for step in range(3):
+        run(net, optimizer, 1, step)
+        average.update_parameters(net)
+        now = net.conv2.weight.detach().clone()
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+    assert torch.allclose(average.module.conv2.weight, expected, atol=1e-7)
+
+
+def test_compiled_step(net):
+    reference = copy.deepcopy(net)
+    optimizer, other = PSGD(sgd(net)), PSGD(sgd(reference))
+    compiled = torch.compile(optimizer.step, backend="aot_eager")
+    for step in range(2):
+        fill_gradients(net, step)
+        compiled()
+        run(reference, other, 1, step)
+    for a, b in zip(net.parameters(), reference.parameters()):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+def distributed(rank, ranks, store, wrap):
+    """Three steps of `wrap`ped training, every rank on its part of the batch, against the same in one process."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    reference = copy.deepcopy(model)
+    wrapped = wrap(model)
+    optimizer, other = (PSGD(sgd(net), lambda_s=50) for net in (model, reference))
+    for step in range(3):
+        images = torch.randn(4 * ranks, 6, generator=torch.Generator().manual_seed(step))
+        for net, batch, chosen in ((wrapped, images[4 * rank : 4 * rank + 4], optimizer), (reference, images, other)):
+            chosen.zero_grad()
+            net(batch).square().mean().backward()
+            chosen.step()
+    for parameter, expected in zip(model.parameters(), reference.parameters()):
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        assert torch.allclose(whole, expected, rtol=1e-5, atol=1e-7)
+    torch.distributed.barrier()  # a rank that leaves early may take the other down with it
+    torch.distributed.destroy_process_group()
+
+
+def sharded(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, sharded], ids=["DDP", "FSDP2"])
+def test_two_processes_equal_one(tmp_path, wrap):
+    """Also with the weights sharded: the grid is that of the whole weight."""
+    torch.multiprocessing.spawn(distributed, (2, tmp_path / "store", wrap), nprocs=2)
