@@ -1,6 +1,8 @@
 """Shared fixtures. Scripts run in the test's own process, in an empty folder, as `python <script> ...` would."""
 
 import importlib
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +95,21 @@ def net():
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """Path of a checkpoint of a real three-epoch vanilla run on the digits, trained once for all tests."""
-    import subprocess
-
     folder = tmp_path_factory.mktemp("digits")
     command = (
         "--psg 0 --dataset digits --lr 0.1 --epoch 3 --decay_epoch 3 --batch_size 64 --exp_name v --precision fp32"
     )
     subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
     return folder / "runs" / "v" / "last.pth"
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """A folder with psgd in it, installed by pip from a copy of the sources; pip builds in the source folder."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "quant", source / "quant")
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", target, source]
+    subprocess.run([sys.executable, "-m", "pip", "install", *flags], check=True)
+    return target

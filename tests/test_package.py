@@ -1,24 +1,9 @@
 """The installed package psgd: quant/ under its own name, with nothing of the scripts and no import that is not used."""
 
-import shutil
 import subprocess
 import sys
 
-import pytest
-
 from tests.conftest import ROOT
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder with psgd in it, installed by pip from a copy of the sources; pip builds in the source folder."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "quant", source / "quant")
-    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", target, source]
-    subprocess.run([sys.executable, "-m", "pip", "install", *flags], check=True)
-    return target
 
 
 def run(code, path):

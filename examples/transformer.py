@@ -1,0 +1,68 @@
+"""PSGD on a transformer: linear layers go to the grid, embeddings and LayerNorm are left alone. AdamW as the base.
+
+    python examples/transformer.py
+
+scikit-learn's digits as sequences of eight rows.
+"""
+
+import torch
+from psgd import PSGD, grid_share, layer_bits, psg_param_groups, quantize_weights
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+torch.manual_seed(0)
+digits = load_digits()
+rows = torch.tensor(digits.images, dtype=torch.float32) / 16
+labels = torch.tensor(digits.target)
+train, test = slice(0, 1437), slice(1437, None)
+
+
+class Block(nn.Module):
+    """Pre-norm self-attention and feed-forward."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        query, key, value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.project(scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return x + self.feed_forward(self.norm2(x))
+
+
+class Classifier(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Linear(8, width), nn.Embedding(8, width)
+        self.blocks = nn.Sequential(Block(width, 4), Block(width, 4))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x):
+        x = self.embed(x) + self.position.weight
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+model = Classifier()
+left_alone = [name for name, _ in model.named_parameters() if name not in layer_bits(model, 4)]
+print(f"left alone: {', '.join(left_alone)}")
+optimizer = PSGD(torch.optim.AdamW(psg_param_groups(model, bits=4), lr=3e-3, weight_decay=0.01), lambda_s=150)
+
+for _ in range(30):
+    for chosen in torch.randperm(1437).split(64):
+        loss = cross_entropy(model(rows[train][chosen]), labels[train][chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def accuracy(network: nn.Module) -> float:
+    with torch.no_grad():
+        return 100 * (network(rows[test]).argmax(1) == labels[test]).float().mean().item()
+
+
+print(f"weights within a tenth of a step of the 4-bit grid: {100 * grid_share(model, 4):.1f} %")
+print(f"test accuracy: float {accuracy(model):.2f}, 4 bits {accuracy(quantize_weights(model, 4)):.2f}")

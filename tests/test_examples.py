@@ -1,0 +1,36 @@
+"""The examples as a user runs them, with psgd installed, in an empty folder."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def output(name, installed, folder):
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, ROOT / "examples" / name]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "torchvision_model.py"])
+def test_trained_examples_keep_their_accuracy_at_4_bits(installed, tmp_path, name):
+    text = output(name, installed, tmp_path)
+    share = float(re.search(r"4-bit grid: ([\d.]+) %", text)[1])
+    full, low = map(float, re.search(r"float ([\d.]+), 4 bits ([\d.]+)", text).groups())
+    assert share > 40 and full > 85 and low > full - 4
+    if name == "transformer.py":
+        assert "left alone: position.weight, blocks.0.norm1.weight" in text and "qkv" not in text
+
+
+def test_torchvision_model(installed, tmp_path):
+    assert "{3: 19, 8: 3, 'float': 40}" in output("torchvision_model.py", installed, tmp_path)
+    packed, graph = (tmp_path / f"resnet18_w3.{suffix}" for suffix in ("safetensors", "onnx"))
+    assert packed.stat().st_size < graph.stat().st_size < 8e6  # 44.7 MB in float
