@@ -49,7 +49,8 @@ def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
     text = done.stdout.replace("\\\n", " ")
     parse = importlib.import_module("train").parser().parse_args
     runs = [parse(shlex.split(flags)) for flags in re.findall(r"python train\.py ([^;\n]*)", text)]
-    assert {(args.w_bit, args.lambda_s) for args in runs if args.psg and not args.adam} == {(4, 150), (2, 600)}
+    stages = [args for args in runs if args.psg and not args.adam and not args.resume]
+    assert {(args.w_bit, args.lambda_s) for args in stages} == {(4, 150), (2, 600)}
     started = {(args.exp_name, args.psg, args.adam, args.w_bit, args.seed) for args in runs if not args.resume}
     assert started == {
         ("vanilla", 0, 0, None, 1),
