@@ -33,19 +33,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from utils.cli import (
-    Parser,
-    UserError,
-    bits_or_float,
-    count,
-    index,
-    percent,
-    positive,
-    positive_or,
-    run,
-    seed,
-    sparsity,
-)
+from utils import cli
+from utils.cli import Parser, UserError, run
 
 COLUMNS = {  # name: (least width on screen, format); without a width only in the files
     "model": (5, "s"), "arch": (0, "s"), "dataset": (0, "s"), "split": (0, "s"), "trained": (12, "s"),
@@ -75,19 +64,19 @@ class Network:
 def parse() -> Namespace:
     p = Parser(__doc__)
     # fmt: off
-    p.add_argument("--arch", default=None, choices=["ResNet32", "vgg16_bn"],
+    p.add_argument("--arch", default=None,
                    help="network (default: the one the file names, ResNet32 if it names none)")
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
-    p.add_argument("--dataset", default=None, choices=["cifar100", "cifar10", "digits"],
+    p.add_argument("--dataset", default=None, choices=cli.DATASET_NAMES,
                    help="data set (default: the one the file was trained on, cifar100 if it names none)")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
-    p.add_argument("--val_split", type=index, default=0, metavar="N",
+    p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
                    help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
-    p.add_argument("--sparsity", type=sparsity, nargs="+", default=[0.0], metavar="S",
+    p.add_argument("--sparsity", type=cli.sparsity, nargs="+", default=[0.0], metavar="S",
                    help="shares of zero weights: those of the smallest magnitude, cut before --w_bit is applied")
     p.add_argument("--prune", choices=["global", "layer"], default="global",
                    help="the share is one of all weights together, or of each layer by itself")
-    p.add_argument("--w_bit", type=bits_or_float, nargs="+", default=None, metavar="B",
+    p.add_argument("--w_bit", type=cli.bits_or_float, nargs="+", default=None, metavar="B",
                    help="weight bit-widths (default: 4, or 32 with --sparsity)")
     p.add_argument("--weight_range", choices=["absmax", "mse"], default="absmax",
                    help="grid of the weights: up to the largest, or the range of the least squared error")
@@ -96,7 +85,7 @@ def parse() -> Namespace:
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="1: quantize and prune the first and last layer too, at 8 bits if the others have fewer "
                    "than 4; 0: keep them float and whole")
-    p.add_argument("--a_bit", type=bits_or_float, nargs="+", default=None, metavar="B",
+    p.add_argument("--a_bit", type=cli.bits_or_float, nargs="+", default=None, metavar="B",
                    help="activation bit-widths (default: 8 with --act_quant 1, else 32)")
     p.add_argument("--act_quant", type=int, choices=[0, 1], default=None,
                    help="1: quantize activations; 0: ignore --a_bit (default: 1 if --a_bit is given)")
@@ -106,22 +95,22 @@ def parse() -> Namespace:
                    "that of --percentile, mse: least squared error "
                    "(default: bn_published with --act_clipping 1, else minmax)")
     p.add_argument("--act_clipping", type=int, choices=[0, 1], default=0, help="1: the published name of bn_published")
-    p.add_argument("--clipping_range", type=positive_or("search"), nargs="+", default=[6.0], metavar="N",
+    p.add_argument("--clipping_range", type=cli.positive_or("search"), nargs="+", default=[6.0], metavar="N",
                    help="n of the bn ranges; of several, or of search, the one of least loss on training images")
-    p.add_argument("--percentile", type=percent, default=99.99, help="of the values of a ReLU, zeros included")
+    p.add_argument("--percentile", type=cli.percent, default=99.99, help="of the values of a ReLU, zeros included")
     p.add_argument("--post", nargs="+", choices=POST, default=["none"],
                    help="after quantization, on training images: bn_reestimate: batch-norm statistics anew; "
                    "bias_correct: mean outputs brought back; adaround: roundings learned layer by layer")
-    p.add_argument("--iterations", type=count, default=1000, metavar="N", help="of adaround, for each layer")
-    p.add_argument("--calib_images", type=count, default=1024, metavar="N",
+    p.add_argument("--iterations", type=cli.count, default=1000, metavar="N", help="of adaround, for each layer")
+    p.add_argument("--calib_images", type=cli.count, default=1024, metavar="N",
                    help="training images for calibration and --post")
-    p.add_argument("--seed", type=seed, default=1, help="of the choice of calibration images")
+    p.add_argument("--seed", type=cli.seed, default=1, help="of the choice of calibration images")
     p.add_argument("--report", action="store_true",
                    help="also a row for each layer of each model, at the first --w_bit, to --out DIR/layers.csv")
-    p.add_argument("--lambda_s", type=positive, default=150.0, help="for the record in results.json; no effect")
+    p.add_argument("--lambda_s", type=cli.positive, default=150.0, help="for the record in results.json; no effect")
     p.add_argument("--out", default=None, metavar="DIR", help="folder for results.csv and results.json")
     p.add_argument("--exp_name", default=None, help="the published name of --out results/<exp_name>")
-    p.add_argument("--cu_num", type=index, default=0, help="GPU number")
+    p.add_argument("--cu_num", type=cli.index, default=0, help="GPU number")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="of the forward pass")
     # fmt: on
@@ -246,7 +235,12 @@ def load_networks(args: Namespace, device) -> list[Network]:
         def images(train=train, spec=dataset.spec):
             return calibration_batches(train, spec, args.calib_images, args.seed)
 
-        facts = {"model": path, "arch": type(model).__name__, "dataset": name, "split": split_name}
+        facts = {
+            "model": path,
+            "arch": checkpoint.get("arch") or type(model).__name__,
+            "dataset": name,
+            "split": split_name,
+        }
         net = Network(facts | training_facts(checkpoint), model, test, dataset.spec, images)
         if quantizes and by_batch_norm:
             try:

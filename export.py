@@ -41,7 +41,7 @@ def parse() -> Namespace:
     p.add_argument("--seed", type=seed, default=1, help="of the choice of these images")
     p.add_argument("--with_normalize", action="store_true",
                    help="the .onnx file takes uint8 [N, 32, 32, 3] and normalises inside")
-    p.add_argument("--dataset", default=None, choices=["cifar100", "cifar10", "digits"],
+    p.add_argument("--dataset", default=None, choices=list(CLASSES),
                    help="data set (default: the one the file was trained on, cifar100 if it names none)")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
     p.add_argument("--out", default="deploy", metavar="DIR", help="folder to write to")
@@ -109,7 +109,8 @@ def main() -> None:
     print(f"{path}: {float_bytes} bytes of float32 parameters; checked on {len(images)} {kind} images")
 
     facts = {
-        "arch": type(model).__name__, "num_classes": expected.shape[1], "dataset": name, "grid": grid,
+        "arch": checkpoint.get("arch") or type(model).__name__, "num_classes": expected.shape[1], "dataset": name,
+        "grid": grid,
         "source": path.name, "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }  # fmt: skip
     constants = (torch.tensor(spec.mean), torch.tensor(spec.std)) if args.with_normalize else None

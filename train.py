@@ -7,12 +7,15 @@ The paper's 4-bit ResNet-32: PSGD from the vanilla network after its first learn
 The vanilla network itself
   python train.py --psg 0 --lr 0.1 --decay_epoch 82 123 --epoch 150 --save_epochs 82 150 --exp_name vanilla
 
-Sparse training: PSGD with target zero, for pruning without fine-tuning; and with an L1 penalty instead
+Sparse training: PSGD with target zero, for pruning without fine-tuning
   python train.py --target zero --sparsity 0.9 --exp_name sparse
-  python train.py --target zero --psg 0 --l1 1e-4 --load_pretrained models/ResNet82.pth --exp_name l1
 
 PSGD from scratch, on the embedded digits
   python train.py --dataset digits --lr 0.05 --epoch 10 --decay_epoch 8 --exp_name digits
+
+ImageNet on all GPUs of a machine, from torchvision's weights
+  torchrun --nproc_per_node 8 train.py --dataset imagefolder --data_dir imagenet --arch resnet18 --weights DEFAULT \\
+                                       --batch_size 256 --lr 0.001 --epoch 30 --decay_epoch 20 --w_bit 4
 
 Go on with a run that was cut off; its settings come from its folder
   python train.py --exp_name vanilla --resume
@@ -23,21 +26,8 @@ Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth an
 import time
 from argparse import Namespace
 
-from utils.cli import (
-    EpochSet,
-    Parser,
-    UserError,
-    bits,
-    count,
-    epochs,
-    index,
-    non_negative,
-    positive,
-    positive_or,
-    run,
-    seed,
-    sparsity,
-)
+from utils import cli
+from utils.cli import Parser, UserError, run
 from utils.files import command_line, git_commit
 from utils.runs import RunFolder
 
@@ -45,56 +35,59 @@ PRETRAINED = "models/ResNet82.pth"
 DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
 GRID_ONLY = {"lambda_s": "auto", "granularity": "channel"}  # settings that have no meaning with --target zero
 # Settings that a resumed run may change: where it runs and how long, but not what it computes.
-FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "epoch", "save_epochs", "cuda_graph"}
+FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "workers", "epoch", "save_epochs", "cuda_graph"}
 
 
 def parser() -> Parser:
     p = Parser(__doc__)
     # fmt: off
-    p.add_argument("--arch", default="ResNet32", choices=["ResNet32", "vgg16_bn"], help="network")
-    p.add_argument("--dataset", default="cifar100", choices=["cifar100", "cifar10", "digits"], help="data set")
-    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
-    p.add_argument("--val_split", type=index, default=0, metavar="N",
+    p.add_argument("--arch", default="ResNet32", help="ResNet32, vgg16_bn, or a classification network of torchvision")
+    p.add_argument("--weights", default="", metavar="NAME", help="torchvision's weights to start from, as DEFAULT")
+    p.add_argument("--dataset", default="cifar100", choices=cli.DATASET_NAMES, help="data set")
+    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive; of "
+                   "imagefolder the one with train/ and val/, in them a folder for each class")
+    p.add_argument("--workers", type=cli.index, default=4, help="processes that read images of an imagefolder")
+    p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
                    help="hold N training images out and evaluate on them instead of the test set")
-    p.add_argument("--seed", type=seed, default=1, help="of initial weights, data order and augmentation")
+    p.add_argument("--seed", type=cli.seed, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
     p.add_argument("--target", choices=["grid", "zero"], default="grid",
                    help="what the weights are trained for, and evaluated at after each epoch: grid: --w_bit bits; "
                    "zero: pruning to --sparsity")
-    p.add_argument("--w_bit", type=bits, default=None, help="target bit-width of the weights, 2 to 8 (default: 4)")
-    p.add_argument("--sparsity", type=sparsity, default=None, metavar="S",
+    p.add_argument("--w_bit", type=cli.bits, default=None, help="target bit-width of the weights, 2 to 8 (default: 4)")
+    p.add_argument("--sparsity", type=cli.sparsity, default=None, metavar="S",
                    help="share of zero weights with --target zero, by magnitude over all layers (default: 0.9)")
-    p.add_argument("--lambda_s", type=positive_or("auto"), default=150.0,
+    p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=150.0,
                    help="strength of the gradient scaling; auto: 150, rising while too few weights are near the grid")
-    p.add_argument("--eps", type=non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
+    p.add_argument("--eps", type=cli.non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out, also of pruning")
     p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor",
                    help="a grid for each weight tensor, or for each of its output channels")
-    p.add_argument("--a_bit", type=bits, default=4, help="target bit-width of activations; no effect in training")
+    p.add_argument("--a_bit", type=cli.bits, default=4, help="target bit-width of activations; no effect in training")
     p.add_argument("--load_pretrained", default=None, metavar="FILE",
                    help='checkpoint to start from, or "" for scratch '
                    f"(default: {PRETRAINED} for PSG on ResNet32 and cifar100, else scratch)")
-    p.add_argument("--resume_epoch", type=count, default=None, metavar="N",
+    p.add_argument("--resume_epoch", type=cli.count, default=None, metavar="N",
                    help="number of the first epoch (default: one after the checkpoint's)")
-    p.add_argument("--epoch", type=count, default=150, help="number of the last epoch")
-    p.add_argument("--lr", type=positive, default=0.01, help="initial learning rate; use 1e-4 with --adam 1")
-    p.add_argument("--decay_epoch", type=count, nargs="*", default=[123], metavar="N",
+    p.add_argument("--epoch", type=cli.count, default=150, help="number of the last epoch")
+    p.add_argument("--lr", type=cli.positive, default=0.01, help="initial learning rate; use 1e-4 with --adam 1")
+    p.add_argument("--decay_epoch", type=cli.count, nargs="*", default=[123], metavar="N",
                    help="epochs, after the first of the run, from which the learning rate is a tenth of before")
     p.add_argument("--adam", type=int, choices=[0, 1], default=0,
                    help="1: Adam; with PSG its learning rate is multiplied by 0.01 * lambda_s, as published")
-    p.add_argument("--w_decay", type=non_negative, default=None,
+    p.add_argument("--w_decay", type=cli.non_negative, default=None,
                    help="weight decay (default: 1e-4, or 0 with --psg 1 --w_bit 2)")
-    p.add_argument("--l1", type=non_negative, default=0.0, metavar="W",
+    p.add_argument("--l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="adds W times the sum of the weights' magnitudes to the loss")
-    p.add_argument("--grad_l1", type=non_negative, default=0.0, metavar="W",
+    p.add_argument("--grad_l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="adds W times the sum of the magnitudes of the weights' gradients to the loss")
-    p.add_argument("--batch_size", type=count, default=128, help="images a step")
+    p.add_argument("--batch_size", type=cli.count, default=128, help="images a step, of all processes together")
     p.add_argument("--exp_name", default="cifar100/4bits", help="run folder, under runs/")
     p.add_argument("--resume", action="store_true", help="go on with the run in runs/<exp_name>")
-    p.add_argument("--save_epochs", type=epochs, action=EpochSet, nargs="*", default=[], metavar="N",
+    p.add_argument("--save_epochs", type=cli.epochs, action=cli.EpochSet, nargs="*", default=[], metavar="N",
                    help="epochs to keep a file of, as 82 or 103-150")
-    p.add_argument("--cu_num", type=index, default=0, help="GPU number")
+    p.add_argument("--cu_num", type=cli.index, default=0, help="GPU number")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                    help="of the forward and backward pass; auto: bf16 where the device is fast at it")
@@ -113,6 +106,8 @@ def parse() -> tuple[Namespace, RunFolder | None]:
             as_published = args.psg and args.arch == "ResNet32" and args.dataset == "cifar100"
             args.load_pretrained = PRETRAINED if as_published else ""
         resolve_target(args)
+        if args.weights and args.load_pretrained:
+            raise UserError(f"--weights {args.weights} and --load_pretrained {args.load_pretrained}: choose one")
         if args.w_decay is None:
             args.w_decay = 0.0 if args.psg and args.w_bit == 2 else 1e-4
         return args, None
@@ -168,21 +163,31 @@ def build_optimizer(args: Namespace, model, goal, device):
     return PSGD(optimizer, lambda_s=lambda_s, eps=args.eps) if args.psg else optimizer
 
 
+def described(args: Namespace, goal) -> str:
+    """From where, for what and how: for the log."""
+    start = f"from {args.load_pretrained}" if args.load_pretrained else "from scratch"
+    start = f"from torchvision's weights {args.weights}" if args.weights else start
+    method = f"PSG for {goal.name}, lambda_s {str(args.lambda_s).removesuffix('.0')}" if args.psg else "no PSG"
+    method += "".join(f", {flag} {getattr(args, flag):g}" for flag in ("l1", "grad_l1") if getattr(args, flag))
+    why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
+    return f"{start}, {method}, weight decay {args.w_decay:g}{why}"
+
+
 def main() -> None:
     args, folder = parse()
 
     import torch
-    from tqdm import tqdm
 
-    from models import build_model
     from quant import build_penalty, steer_lambda_s
-    from utils.checkpoint import load_checkpoint, load_run, model_from_checkpoint, save_checkpoint
-    from utils.data import TrainBatches, load_dataset
+    from utils import checkpoint as checkpoints
+    from utils.data import load_dataset, train_batches
     from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
-    from utils.engine import NonFiniteError, evaluate_goal, train_epoch
-    from utils.graphed import GraphedTraining
+    from utils.distributed import join, leave, local_rank
+    from utils.engine import NonFiniteError, evaluate_goal
+    from utils.training import Training
 
-    device, device_line = select_device(args.device, args.cu_num)
+    device, device_line = select_device(args.device, args.cu_num if local_rank() is None else local_rank())
+    world = join(device)
     args.precision = resolve_precision(args.precision, device)
     if args.deterministic:
         set_deterministic()
@@ -191,19 +196,27 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     # Everything that can be wrong is looked at before the run folder is made, files before downloads.
-    pretrained = load_checkpoint(args.load_pretrained) if args.load_pretrained and not folder else None
-    dataset = load_dataset(args.dataset, args.data_dir, device)
+    checkpoints.known_arch(args.arch)
+    pretrained = checkpoints.load_checkpoint(args.load_pretrained) if args.load_pretrained and not folder else None
+    with world.main_first():
+        dataset = load_dataset(args.dataset, args.data_dir, device, args.workers)
     train_split, eval_split, eval_name = dataset.splits(args.val_split)
     num_classes = len(dataset.classes)
     first_epoch = args.resume_epoch or 1
     if pretrained:
-        model = model_from_checkpoint(pretrained, args.load_pretrained, args.arch, num_classes)
+        model = checkpoints.model_from_checkpoint(pretrained, args.load_pretrained, args.arch, num_classes)
         first_epoch = args.resume_epoch or pretrained.get("epoch", 0) + 1
     else:
-        model = build_model(args.arch, num_classes)
+        with world.main_first():
+            model = checkpoints.new_model(args.arch, num_classes, args.weights if not folder else None)
     args.resume_epoch = first_epoch
     if args.epoch < first_epoch:
         raise UserError(f"--epoch {args.epoch} is before the first epoch, {first_epoch}: nothing to train")
+    batches = train_batches(train_split, dataset.spec, args.batch_size, args.seed, world)
+    if batches.sizes[-1] < world.size:
+        raise UserError(
+            f"--batch_size {args.batch_size}: {world.size} processes cannot share {batches.sizes[-1]} images"
+        )
     model.to(device, memory_format=torch.channels_last)
     goal = build_goal(args)
     optimizer = build_optimizer(args, model, goal, device)
@@ -211,65 +224,54 @@ def main() -> None:
     first_decay = min((epoch for epoch in args.decay_epoch if epoch > first_epoch), default=args.epoch + 1)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
-    done = first_epoch - 1
+    done, last_good = first_epoch - 1, args.load_pretrained or "none"
     if folder:
-        done = load_run(folder.last_checkpoint, model, optimizer, scheduler)
+        done = checkpoints.load_run(folder.last_checkpoint, model, optimizer, scheduler)
         if done >= args.epoch:
             print(f"{folder.path} has all {done} epochs: nothing left to do (a larger --epoch goes on)")
             return
-        folder.note_resume(done, torch=torch.__version__, device=str(device))
         last_good = folder.last_checkpoint
-    else:
-        facts = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__, "device": str(device)}
-        folder = RunFolder.create(args.exp_name)
-        args.exp_name = folder.exp_name
-        folder.write_settings({"args": vars(args), **facts})
-        last_good = args.load_pretrained or "none"
-    folder.start_logging(after_epoch=done)
+    facts = {"torch": torch.__version__, "device": str(device), "processes": world.size}
+    if world.is_main:
+        if folder:
+            folder.note_resume(done, **facts)
+        else:
+            folder = RunFolder.create(args.exp_name)
+            args.exp_name = folder.exp_name
+            folder.write_settings({"args": vars(args), "command": command_line(), "commit": git_commit(), **facts})
+        folder.start_logging(after_epoch=done)
 
-    print(f"{device_line}, precision: {args.precision}, run folder: {folder.path}")
-    method = f"PSG for {goal.name}, lambda_s {str(args.lambda_s).removesuffix('.0')}" if args.psg else "no PSG"
-    method += "".join(f", {flag} {getattr(args, flag):g}" for flag in ("l1", "grad_l1") if getattr(args, flag))
-    origin = f"from {args.load_pretrained}" if args.load_pretrained else "from scratch"
-    why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
-    print(f"{args.arch} on {args.dataset} {origin}, {method}, weight decay {args.w_decay:g}{why}")
+        shared = f" on {world.size} processes" if world.size > 1 else ""
+        print(f"{device_line}{shared}, precision: {args.precision}, run folder: {folder.path}")
+    print(f"{args.arch} on {args.dataset} {described(args, goal)}")
     print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images", flush=True)
 
     penalty = build_penalty(model, args.l1, args.grad_l1, bool(args.first_last_quant))
-    batches = TrainBatches(train_split, dataset.spec, args.batch_size, args.seed)
-    graphed = None
-    if device.type == "cuda" and args.cuda_graph and not args.deterministic:
-        for group in optimizer.param_groups:
-            if "capturable" in group:  # as Adam needs it, also in a run that was begun elsewhere
-                group["capturable"] = True
-        graphed = GraphedTraining(model, optimizer, batches, args.precision, penalty)
-    print(f"step: {'CUDA graph' if graphed else 'plain loop'}", flush=True)
+    use_graph = bool(args.cuda_graph) and not args.deterministic
+    training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph)
     for epoch in range(done + 1, args.epoch + 1):
         started = time.perf_counter()
-        torch.manual_seed(args.seed * 2**20 + epoch)  # dropout of an epoch, like its batches, from (seed, epoch) alone
-        lr = optimizer.param_groups[0]["lr"]
+        # Dropout of an epoch, like its batches, comes from (seed, epoch) alone, and differs between processes.
+        torch.manual_seed(args.seed * 2**20 + epoch + world.rank * 2**52)
+        lr, loop = optimizer.param_groups[0]["lr"], training.loop
         try:
-            if graphed:
-                trained = graphed.epoch(epoch)
-            else:
-                name = f"epoch {epoch}/{args.epoch}"
-                progress = tqdm(batches.epoch(epoch), name, len(batches), leave=False, disable=None)
-                trained = train_epoch(model, optimizer, progress, args.precision, penalty)
+            trained = training.epoch(epoch, f"epoch {epoch}/{args.epoch}")
+            trained_at = time.perf_counter()
+            row = {"epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1}
+            row |= evaluate_goal(model, goal, eval_split, dataset.spec, world)
         except NonFiniteError as error:
             raise UserError(
                 f"{error} of epoch {epoch}; last good checkpoint: {last_good}; try a smaller --lr or --lambda_s"
             ) from None
-        if graphed and graphed.failure:
-            print(f"step: plain loop, as the CUDA graph could not be captured ({graphed.failure})", flush=True)
-            graphed = None
+        if epoch == done + 1 or training.loop != loop:
+            print(f"step: {training.loop}", flush=True)
         scheduler.step()
-        trained_at = time.perf_counter()
-        row = {"epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1}
-        row |= evaluate_goal(model, goal, eval_split, dataset.spec)
         if args.lambda_s == "auto" and args.psg:
             row["lambda_s"] = optimizer.param_groups[0]["lambda_s"]
             steer_lambda_s(optimizer, row["grid_share"], (epoch - first_epoch + 1) / (first_decay - first_epoch))
         row |= {"train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at}
+        if not world.is_main:
+            continue
         folder.log(row)
         checkpoint = {
             "epoch": epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -277,8 +279,8 @@ def main() -> None:
             "args": vars(args), "metrics": row,
         }  # fmt: skip
         if epoch in args.save_epochs:
-            save_checkpoint(folder.path / f"epoch_{epoch}.pth", checkpoint)
-        save_checkpoint(folder.last_checkpoint, checkpoint)
+            checkpoints.save_checkpoint(folder.path / f"epoch_{epoch}.pth", checkpoint)
+        checkpoints.save_checkpoint(folder.last_checkpoint, checkpoint)
         last_good = folder.last_checkpoint
         print(
             f"epoch {epoch:3d}  lr {lr:.4g}  loss {trained.loss:.4f}  train {trained.top1:.2f}  "
@@ -287,6 +289,7 @@ def main() -> None:
             + f"{row['train_seconds']:.1f} + {row['eval_seconds']:.1f} s",
             flush=True,
         )
+    leave(world)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,58 @@
-"""The paper's two networks as plain torch.nn modules; the shipped checkpoints lie beside this file."""
+"""The paper's two networks as plain torch.nn modules, and torchvision's by name; the shipped checkpoints lie here."""
+
+import difflib
 
 from torch import nn
 
 from .resnet import ResNet32
 from .vgg import vgg16_bn
 
-ARCHITECTURES = {"ResNet32": ResNet32, "vgg16_bn": vgg16_bn}
+ARCHITECTURES = {"ResNet32": ResNet32, "vgg16_bn": vgg16_bn}  # for 32 x 32 images; they win over torchvision's names
+AUXILIARY = {"googlenet", "inception_v3"}  # have a second output in training
 
 
-def build_model(arch: str, num_classes: int) -> nn.Module:
-    """A freshly initialised network for float32 images [N, 3, 32, 32].
+def architectures() -> list[str]:
+    """Names that `build_model` knows: ours, then torchvision's classification networks."""
+    from torchvision import models
 
-    Raises ValueError for an `arch` that is not in ARCHITECTURES.
+    return [*ARCHITECTURES, *(n for n in models.list_models(module=models) if n not in {*ARCHITECTURES, *AUXILIARY})]
+
+
+def check_arch(arch: str) -> str:
+    """`arch`, if `build_model` knows it; else ValueError, naming the nearest."""
+    if arch in ARCHITECTURES:  # without an import of torchvision
+        return arch
+    known = architectures()
+    if arch not in known:
+        near = difflib.get_close_matches(arch, known, 1) or ["resnet18"]
+        raise ValueError(
+            f"unknown architecture {arch!r}: {', '.join(ARCHITECTURES)} or a classification network of torchvision, "
+            f"such as {near[0]}"
+        )
+    return arch
+
+
+def build_model(arch: str, num_classes: int, weights: str | None = None) -> nn.Module:
+    """A network for float32 images [N, 3, H, W], freshly initialised, or with `weights` of torchvision.
+
+    `weights` is a name that torchvision knows for it, such as DEFAULT or IMAGENET1K_V1, and may be downloaded; where
+    its head has another number of classes, the head stays freshly initialised. Raises ValueError for an unknown `arch`
+    or `weights`; OSError if a download fails.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[arch](num_classes)
+    if check_arch(arch) in ARCHITECTURES:
+        if weights:
+            raise ValueError(f"there are no torchvision weights for {arch}")
+        return ARCHITECTURES[arch](num_classes)
+    from torchvision import models
+
+    model = models.get_model(arch, num_classes=num_classes)
+    if weights:
+        known = models.get_model_weights(arch)
+        try:
+            chosen = known[weights]
+        except KeyError:
+            raise ValueError(f"unknown weights {weights!r} for {arch}: it has {', '.join(known.__members__)}") from None
+        wanted = model.state_dict()
+        state = chosen.get_state_dict(progress=True, check_hash=True)
+        model.load_state_dict({k: v for k, v in state.items() if v.shape == wanted[k].shape}, strict=False)
+    return model

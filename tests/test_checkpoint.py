@@ -163,7 +163,7 @@ def test_other_architecture_or_class_count():
         model_from_checkpoint(checkpoint, "x.pth", "vgg16_bn", 10)
     with pytest.raises(UserError, match="x.pth has 10 classes, the data set has 100"):
         model_from_checkpoint(checkpoint, "x.pth", None, 100)
-    with pytest.raises(UserError, match="x.pth is a ResNet50"):
+    with pytest.raises(UserError, match="x.pth: unknown architecture 'ResNet50'"):
         model_from_checkpoint({**checkpoint, "arch": "ResNet50"}, "x.pth", None, 10)
 
 

@@ -175,7 +175,7 @@ BAD = [
     (["--save_epochs", "9-3"], "--save_epochs: 9-3 begins after its end"),
     (["--save_epochs", "1-x"], "--save_epochs: 'x' is not a whole number"),
     (["--epoch", "0"], "--epoch: 0 must be 1 or greater"),
-    (["--arch", "ResNet50"], "--arch: invalid choice: 'ResNet50'"),
+    (["--arch", "ResNet50"], "unknown architecture 'ResNet50'"),
     (["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
     (["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
     (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),

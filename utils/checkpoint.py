@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import ARCHITECTURES, build_model
+from models import build_model, check_arch
 from utils.cli import Parser, UserError, run
 from utils.files import atomic_write
 
 # Quantizer constants that the published code kept in its state_dicts; ours are derived from the weights.
 PUBLISHED_EXTRAS = (".scale_value", ".wscale_value", ".bscale_value")
 RUN_STATE = ("optimizer", "scheduler")
+MOST_CLASSES = 10**6  # what a file may claim before a network is built by it
 HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias"}  # their length is the class count
 
 
@@ -69,6 +70,22 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
     model.load_state_dict(state)
 
 
+def known_arch(arch: str) -> str:
+    """`arch`, if it is one of ours or of torchvision's; else UserError."""
+    try:
+        return check_arch(arch)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def new_model(arch: str, num_classes: int, weights: str | None = None) -> nn.Module:
+    """`build_model`, with a UserError for an architecture or weights that there are not."""
+    try:
+        return build_model(arch, num_classes, weights)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def model_from_checkpoint(
     checkpoint: dict[str, Any], path: str | Path, arch: str | None = None, num_classes: int | None = None
 ) -> nn.Module:
@@ -78,16 +95,23 @@ def model_from_checkpoint(
     `num_classes` None takes the file's. Raises UserError if the file is of another architecture or class count.
     """
     saved_arch = checkpoint.get("arch") or arch or "ResNet32"
-    if saved_arch not in ARCHITECTURES:
-        raise UserError(f"{path} is a {saved_arch}, which is none of {', '.join(ARCHITECTURES)}")
     if arch not in (None, saved_arch):
         raise UserError(f"{path} is a {saved_arch}, --arch says {arch}")
-    head = checkpoint["state_dict"].get(HEADS[saved_arch])
-    if head is None or not head.dim() or not len(head):
-        raise UserError(f"{path} lacks {HEADS[saved_arch]}, so it is not a {saved_arch}")
-    if num_classes not in (None, len(head)):
-        raise UserError(f"{path} has {len(head)} classes, the data set has {num_classes}")
-    model = build_model(saved_arch, len(head))
+    try:
+        known_arch(saved_arch)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    classes = checkpoint.get("num_classes")
+    if saved_arch in HEADS:
+        head = checkpoint["state_dict"].get(HEADS[saved_arch])
+        if head is None or not head.dim() or not len(head):
+            raise UserError(f"{path} lacks {HEADS[saved_arch]}, so it is not a {saved_arch}")
+        classes = len(head)
+    if isinstance(classes, bool) or not isinstance(classes, int) or not 0 < classes < MOST_CLASSES:
+        raise UserError(f"{path} does not say how many classes it has (num_classes is {classes!r})")
+    if num_classes not in (None, classes):
+        raise UserError(f"{path} has {classes} classes, the data set has {num_classes}")
+    model = new_model(saved_arch, classes)
     load_weights(model, checkpoint, path)
     return model
 

@@ -2,10 +2,13 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from itertools import chain
 from typing import NoReturn
+
+DATASET_NAMES = ["cifar100", "cifar10", "digits", "imagefolder"]
 
 
 class UserError(Exception):
@@ -33,7 +36,15 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):  # of several processes, one speaks
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        advice = "start it again with --resume to go on after its last whole epoch"
+        print(f"error: the run lost one of its processes ({reason}); {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,18 +2,24 @@
 
 A set is looked for as `<data_dir>/<name>.npz` (keys x_train, y_train, x_test, y_test, classes; uint8 NHWC images), then
 as torchvision's archive in data_dir, then downloaded by torchvision. `digits` comes with scikit-learn.
+`imagefolder` is read image by image (utils/imagefolder.py) and has the same kinds of batches.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.cli import UserError
+from utils.distributed import ALONE, World
+
+if TYPE_CHECKING:
+    from utils.imagefolder import FolderBatches, FolderSplit  # which imports torchvision
 
 IMAGE_SIZE = 32
 CROP_PADDING = 4
@@ -33,6 +39,7 @@ DATASETS = {
     "cifar100": DataSpec((129.3, 124.1, 112.4), (68.2, 65.4, 70.4), flip=True),
     "cifar10": DataSpec((125.3, 123.0, 113.9), (63.0, 62.1, 66.7), flip=True),
     "digits": DataSpec((77.9, 77.9, 77.9), (87.3, 87.3, 87.3), flip=False),
+    "imagefolder": DataSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), flip=True),
 }
 
 
@@ -42,6 +49,10 @@ class Split:
 
     images: Tensor
     labels: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,15 +64,15 @@ class Split:
 @dataclass
 class Dataset:
     name: str
-    train: Split
-    test: Split
+    train: "Split | FolderSplit"
+    test: "Split | FolderSplit"
     classes: list[str]
 
     @property
     def spec(self) -> DataSpec:
         return DATASETS[self.name]
 
-    def splits(self, val_split: int = 0) -> tuple[Split, Split, str]:
+    def splits(self, val_split: int = 0) -> "tuple[Split | FolderSplit, Split | FolderSplit, str]":
         """What to train and to evaluate on, and the latter's name: the training and the test images, or with
         `val_split` N the training images without the last N, and those ("validation"): views, no copy.
 
@@ -75,11 +86,17 @@ class Dataset:
         return self.train.part(slice(border)), self.train.part(slice(border, None)), "validation"
 
 
-def load_dataset(name: str, data_dir: str | Path, device: torch.device) -> Dataset:
-    """The data set `name` (a key of DATASETS), checked, as uint8 on `device`.
+def load_dataset(name: str, data_dir: str | Path, device: torch.device, workers: int = 0) -> Dataset:
+    """The data set `name` (a key of DATASETS), checked, as uint8 on `device`; of imagefolder the file names.
 
-    Raises UserError for a file that is not what the module's docstring says, or if the set cannot be had.
+    `workers` is the number of processes that read images of an imagefolder; 0: this one. Raises UserError for a file
+    that is not what the module's docstring says, or if the set cannot be had.
     """
+    if name == "imagefolder":
+        from utils.imagefolder import load_folder
+
+        spec = DATASETS[name]
+        return Dataset(name, *load_folder(data_dir, spec.mean, spec.std, device, workers))
     if name == "digits":
         arrays = _digits()
         source = "scikit-learn's digits"
@@ -181,38 +198,53 @@ def normalize(images: Tensor, spec: DataSpec) -> Tensor:
     return images.float().sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
-def eval_batches(split: Split, spec: DataSpec, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(split: "Split | FolderSplit", spec: DataSpec, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images and labels of `split` in order, without augmentation."""
+    if not isinstance(split, Split):
+        chosen = torch.arange(len(split)).split(batch_size)
+        yield from split.batches([part.tolist() for part in chosen], augment=False)
+        return
     for start in range(0, len(split), batch_size):
         part = split.part(slice(start, start + batch_size))
         yield normalize(part.images, spec), part.labels
 
 
-def check_calib_images(count: int, split: Split) -> None:
+def check_calib_images(count: int, split: "Split | FolderSplit") -> None:
     """Raises UserError if `split` has fewer than `count` images: look before the work that comes before calibration."""
     if count > len(split):
         raise UserError(f"--calib_images {count} is more than the {len(split)} training images")
 
 
 def calibration_batches(
-    split: Split, spec: DataSpec, count: int, seed: int, batch_size: int = 256
+    split: "Split | FolderSplit", spec: DataSpec, count: int, seed: int, batch_size: int = 256
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images, no augmentation, and labels of `count` examples of `split` drawn with `seed`."""
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count]
     # In parts of nearly equal size: batch-norm statistics average over batches.
-    for where in chosen.to(split.images.device).tensor_split(-(-len(chosen) // batch_size)):
+    parts = chosen.tensor_split(-(-len(chosen) // batch_size))
+    if not isinstance(split, Split):
+        yield from split.batches([part.tolist() for part in parts], augment=False)
+        return
+    for where in parts:
+        where = where.to(split.images.device)
         yield normalize(split.images[where], spec), split.labels[where]
+
+
+def step_sizes(images: int, batch_size: int) -> list[int]:
+    """Number of images of each step of an epoch; the last may have fewer than batch_size."""
+    return [min(batch_size, images - start) for start in range(0, images, batch_size)]
 
 
 class TrainBatches:
     """Shuffled, augmented, normalised batches of a split: reflect-padded crops and, where valid, mirror images.
 
     Order and augmentation of an epoch come from (seed, epoch) alone and are the same on every device, so a resumed
-    run sees the same batches. The last batch of an epoch may be short.
+    run sees the same batches. The last batch of an epoch may be short. Batches are shared out to the processes of
+    `world`.
     """
 
-    def __init__(self, split: Split, spec: DataSpec, batch_size: int, seed: int) -> None:
-        self.split, self.spec, self.batch_size, self.seed = split, spec, batch_size, seed
+    def __init__(self, split: Split, spec: DataSpec, batch_size: int, seed: int, world: World = ALONE) -> None:
+        self.split, self.spec, self.batch_size, self.seed, self.world = split, spec, batch_size, seed, world
         device = split.images.device
         # Row (or column) of the source image that lies at each position of the reflect-padded one.
         self.source = torch.nn.functional.pad(
@@ -222,6 +254,11 @@ class TrainBatches:
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of images of each step, of all processes."""
+        return step_sizes(len(self.split), self.batch_size)
 
     def plan(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of one epoch: the order of the images int64 [N], their (row, column) shifts in 0..8 int64 [2, N], and which
@@ -239,9 +276,10 @@ class TrainBatches:
         return normalize(self.crop(chosen, shifts, mirrored), self.spec), self.split.labels[chosen]
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one epoch."""
+        """The batches of one epoch, or this process's part of them."""
         order, shifts, mirrored = self.plan(epoch)
         for where in torch.arange(len(order), device=order.device).split(self.batch_size):
+            where = self.world.share(where)
             yield self.batch(order[where], shifts[:, where], mirrored[where])
 
     def crop(self, chosen: Tensor, shifts: Tensor, mirrored: Tensor) -> Tensor:
@@ -250,3 +288,14 @@ class TrainBatches:
         across = torch.where(mirrored[:, None], self.window.flip(0), self.window)
         columns = self.source[shifts[1][:, None] + across]
         return self.split.images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def train_batches(
+    split: "Split | FolderSplit", spec: DataSpec, batch_size: int, seed: int, world: World = ALONE
+) -> "TrainBatches | FolderBatches":
+    """Shuffled, augmented batches of either kind of split: `len`, `sizes`, and images and labels of `epoch(number)`."""
+    if isinstance(split, Split):
+        return TrainBatches(split, spec, batch_size, seed, world)
+    from utils.imagefolder import FolderBatches
+
+    return FolderBatches(split, batch_size, seed, world)

@@ -2,11 +2,12 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.fx.proxy import TraceError
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -15,6 +16,7 @@ from quant.goals import GridGoal, SparseGoal
 from quant.penalty import Penalty
 from utils.data import DataSpec, Split, eval_batches
 from utils.device import autocast
+from utils.distributed import ALONE, World
 
 # Images at a time in evaluation: on a CPU small batches stay in its caches, a GPU wants large ones.
 EVAL_BATCH_SIZE = {"cpu": 100, "cuda": 1000}
@@ -39,26 +41,29 @@ def train_step(
     labels: Tensor,
     precision: str,
     penalty: Penalty | None = None,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One step on a batch; returns the sum of its losses and the number of its correct answers, 0-d, on the device.
 
-    `penalty` of the loss is added to what is minimised, not to what is returned.
+    `penalty` of the loss is added to what is minimised, not to what is returned. `share` weighs a loss whose gradient
+    is averaged over processes with batches of other sizes.
     """
     with autocast(images.device, precision):
         logits = model(images)
         loss = cross_entropy(logits, labels)
     optimizer.zero_grad()
-    (loss + penalty(loss) if penalty else loss).backward()
+    (share * (loss + penalty(loss)) if penalty else share * loss).backward()
     optimizer.step()
     return loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()
 
 
-def epoch_result(model: nn.Module, losses: Tensor, hits: Tensor, images_seen: int) -> Result:
-    """Loss and accuracy over the images of an epoch from each step's sums [steps].
+def epoch_result(model: nn.Module, losses: Tensor, hits: Tensor, images_seen: int, world: World = ALONE) -> Result:
+    """Loss and accuracy over the images of an epoch, of all processes, from each step's sums [steps].
 
     Raises NonFiniteError if a loss, or a weight of `model`, is not finite.
     """
-    per_step = losses.cpu().double()
+    per_step = world.sum(losses.float()).cpu().double()
+    hits, images_seen = world.sum(torch.stack([hits.sum(), hits.new_tensor(images_seen)])).tolist()
     bad = (~per_step.isfinite()).nonzero()
     if len(bad):
         step = int(bad[0])
@@ -66,7 +71,7 @@ def epoch_result(model: nn.Module, losses: Tensor, hits: Tensor, images_seen: in
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise NonFiniteError(f"{name} was no longer finite after step {len(losses)}")
-    return Result(per_step.sum().item() / images_seen, 100 * hits.sum().item() / images_seen)
+    return Result(per_step.sum().item() / images_seen, 100 * hits / images_seen)
 
 
 def train_epoch(
@@ -75,27 +80,34 @@ def train_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     precision: str,
     penalty: Penalty | None = None,
+    world: World = ALONE,
+    sizes: Sequence[int] = (),
 ) -> Result:
     """One pass over `batches`; returns loss and accuracy over the images as they were trained on.
 
-    Raises NonFiniteError at the end of the epoch in which the loss, or a weight, stopped being finite.
+    With several processes `batches` are this one's parts of batches of `sizes` images. Raises NonFiniteError at the
+    end of the epoch in which the loss, or a weight, stopped being finite.
     """
     model.train()
     sums, images_seen = [], 0
-    for images, labels in batches:
-        sums.append(train_step(model, optimizer, images, labels, precision, penalty))
+    for step, (images, labels) in enumerate(batches):
+        share = len(labels) * world.size / sizes[step] if world.size > 1 else 1.0
+        sums.append(train_step(model, optimizer, images, labels, precision, penalty, share))
         images_seen += len(labels)
     losses, hits = map(torch.stack, zip(*sums))
-    return epoch_result(model, losses, hits, images_seen)
+    return epoch_result(model, losses, hits, images_seen, world)
 
 
 @torch.no_grad()
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """`model` itself, in eval mode, with every batch norm that follows a convolution folded into it: for evaluation.
 
-    Computes the same function up to rounding, faster. Needs a model that torch.fx can trace.
+    Computes the same function up to rounding, faster. A model that torch.fx cannot trace stays as it is.
     """
-    calls = [node for node in trace(model.eval()).nodes if node.op == "call_module"]
+    try:
+        calls = [node for node in trace(model.eval()).nodes if node.op == "call_module"]
+    except TraceError:
+        return model
     uses = Counter(node.target for node in calls)
     for node in calls:
         before = node.args[0]
@@ -110,15 +122,21 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def evaluate(model: nn.Module, split: Split, spec: DataSpec, precision: str = "fp32") -> Result:
-    """Loss and top-1 of `model` in eval mode on every image of `split`."""
-    batch_size = EVAL_BATCH_SIZE.get(split.images.device.type, 500)
-    return evaluate_batches(model, eval_batches(split, spec, batch_size), precision)
+def evaluate(model: nn.Module, split: Split, spec: DataSpec, precision: str = "fp32", world: World = ALONE) -> Result:
+    """Loss and top-1 of `model` in eval mode on every image of `split`, shared out to the processes of `world`."""
+    part = split.part(slice(world.rank, None, world.size)) if world.size > 1 else split
+    batch_size = EVAL_BATCH_SIZE.get(split.device.type, 500)
+    return evaluate_batches(model, eval_batches(part, spec, batch_size), precision, world)
 
 
 @torch.inference_mode()
-def evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str = "fp32") -> Result:
-    """Loss and top-1 of `model` in eval mode on the images of all `batches`."""
+def evaluate_batches(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: str = "fp32",
+    world: World = ALONE,
+) -> Result:
+    """Loss and top-1 of `model` in eval mode on the images of all `batches`, of all processes."""
     model.eval()
     loss_sum, hits, count = [], [], 0
     for images, labels in batches:
@@ -127,17 +145,22 @@ def evaluate_batches(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]],
         loss_sum.append(cross_entropy(logits, labels, reduction="sum"))
         hits.append((logits.argmax(1) == labels).sum())
         count += len(labels)
-    loss = torch.stack(loss_sum).cpu().double().sum().item() / count
-    return Result(loss, 100 * torch.stack(hits).sum().item() / count)
+    hits = torch.stack(hits).sum()
+    if world.size > 1:
+        hits, count = world.sum(torch.stack([hits, hits.new_tensor(count)])).tolist()
+        return Result(world.sum(torch.stack(loss_sum).double().sum()).item() / count, 100 * hits / count)
+    return Result(torch.stack(loss_sum).cpu().double().sum().item() / count, 100 * hits.item() / count)
 
 
-def evaluate_goal(model: nn.Module, goal: GridGoal | SparseGoal, split: Split, spec: DataSpec) -> dict[str, float]:
+def evaluate_goal(
+    model: nn.Module, goal: GridGoal | SparseGoal, split: Split, spec: DataSpec, world: World = ALONE
+) -> dict[str, float]:
     """Loss and top-1 of `model` as it is and as `goal` deploys it, and how far its weights are from that; by column.
 
     In float32, as eval.py: bfloat16 is off by up to a tenth of a point.
     """
-    full = evaluate(fold_batch_norm(copy.deepcopy(model)), split, spec)
-    low = evaluate(fold_batch_norm(goal.deployed(model)), split, spec)
+    full = evaluate(fold_batch_norm(copy.deepcopy(model)), split, spec, world=world)
+    low = evaluate(fold_batch_norm(goal.deployed(model)), split, spec, world=world)
     name = goal.name.lower()
     return {
         "fp_loss": full.loss, "fp_top1": full.top1, f"{name}_loss": low.loss, f"{name}_top1": low.top1,

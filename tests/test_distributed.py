@@ -1,0 +1,137 @@
+"""Several processes of torchrun train the network that one process would, and share files, evaluation and failures."""
+
+import copy
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from quant import PSGD, psg_param_groups
+from tests.conftest import ROOT
+from utils.checkpoint import load_checkpoint
+from utils.data import DATASETS, Split, train_batches
+from utils.distributed import ALONE, World, join, leave
+from utils.engine import evaluate
+from utils.training import Training
+
+SPEC = DATASETS["digits"]
+
+
+def network():
+    """Without batch norm, whose statistics are each process's own."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+
+def images(count):
+    generator = torch.Generator().manual_seed(count)
+    pixels = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return Split(pixels, torch.randint(0, 10, (count,), generator=generator))
+
+
+def trained(world):
+    """Two epochs of steps of 16, 16 and 11 images, which two processes cannot share equally; and their results."""
+    model = network()
+    optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9), lambda_s=50)
+    training = Training(model, optimizer, train_batches(images(43), SPEC, 16, 1, world), "fp32", world=world)
+    results = [training.epoch(number, "") for number in (1, 2)]
+    return model, [*results, evaluate(model, images(33), SPEC, world=world)]
+
+
+def process(rank, size, port, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    world = join(torch.device("cpu"))
+    assert world == World(rank, size)
+    model, results = trained(world)
+    torch.save({"state": model.state_dict(), "results": [vars(r) for r in results]}, f"{folder}/{rank}.pth")
+    leave(world)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_equal_one(tmp_path, size):
+    torch.multiprocessing.spawn(process, (size, 29600 + size + os.getpid() % 300, tmp_path), nprocs=size)
+    model, results = trained(ALONE)
+    for rank in range(size):
+        found = torch.load(tmp_path / f"{rank}.pth")
+        for name, value in model.state_dict().items():
+            assert torch.allclose(found["state"][name], value, rtol=1e-4, atol=1e-6), name
+        for ours, theirs in zip(results, found["results"], strict=True):
+            assert theirs["top1"] == pytest.approx(ours.top1) and theirs["loss"] == pytest.approx(ours.loss, rel=1e-5)
+
+
+def test_alone_without_torchrun(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join(torch.device("cpu")) is ALONE
+    model = network()
+    assert ALONE.wrap(model) is model
+    before = copy.deepcopy(model.state_dict())
+    ALONE.agree(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+FLAGS = [
+    "--dataset",
+    "digits",
+    "--psg",
+    "0",
+    "--lr",
+    "0.05",
+    "--batch_size",
+    "256",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--exp_name",
+    "a",
+]
+
+
+def torchrun(processes, folder, *flags, wait=True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port",
+               str(29900 + os.getpid() % 90), ROOT / "train.py", *map(str, flags)]  # fmt: skip
+    started = subprocess.Popen(
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    return started if not wait else (*started.communicate(timeout=300), started.returncode)
+
+
+def test_one_process_writes_and_the_number_of_processes_may_change(tmp_path, cli):
+    out, err, code = torchrun(2, tmp_path, *FLAGS, "--epoch", 1)
+    assert code == 0, err
+    assert "on 2 processes" in out and out.count("epoch   1 ") == 1
+    assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", 2).code == 0
+    with open(tmp_path / "runs/a/metrics.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["a"]
+    assert load_checkpoint(tmp_path / "runs/a/last.pth")["state_dict"].keys() >= {"conv1.weight", "fc.bias"}
+
+
+def test_a_wrong_flag_is_one_line_of_one_process(tmp_path):
+    _, err, code = torchrun(2, tmp_path, *FLAGS, "--arch", "resnet19")
+    assert code != 0 and err.count("error: unknown architecture 'resnet19'") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_process_that_dies_ends_the_run_and_leaves_a_good_checkpoint(tmp_path, cli):
+    started = torchrun(2, tmp_path, *FLAGS, "--epoch", 500, wait=False)
+    last = tmp_path / "runs/a/last.pth"
+    deadline = time.monotonic() + 200
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = started.communicate(timeout=100)
+    assert started.returncode != 0
+    assert "Signal 9 (SIGKILL)" in err or "lost one of its processes" in err
+    done = load_checkpoint(last)["epoch"]
+    assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", done + 1).code == 0
+    assert load_checkpoint(last)["epoch"] == done + 1

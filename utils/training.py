@@ -1,0 +1,58 @@
+"""The epochs of a run, by whichever loop suits: one CUDA graph on a GPU, else step by step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from quant.penalty import Penalty
+from utils.data import TrainBatches
+from utils.distributed import ALONE, World
+from utils.engine import Result, train_epoch
+from utils.graphed import GraphedTraining
+
+
+@dataclass
+class Training:
+    """Trains `model` on `batches`, with gradients averaged over the processes of `world`.
+
+    `use_graph` asks for a CUDA graph, which needs a GPU, one process and a data set on the device.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: TrainBatches
+    precision: str
+    penalty: Penalty | None = None
+    world: World = ALONE
+    use_graph: bool = True
+
+    def __post_init__(self) -> None:
+        self._graphed = None
+        self._parallel = self.world.wrap(self.model)
+        on_device = isinstance(self.batches, TrainBatches) and self.batches.split.device.type == "cuda"
+        if self.use_graph and on_device and self.world.size == 1:
+            for group in self.optimizer.param_groups:
+                if "capturable" in group:  # as Adam needs it, also in a run that was begun elsewhere
+                    group["capturable"] = True
+            self._graphed = GraphedTraining(self.model, self.optimizer, self.batches, self.precision, self.penalty)
+
+    @property
+    def loop(self) -> str:
+        """Which loop it is, in words."""
+        failed = self._graphed and self._graphed.failure
+        if failed:
+            return f"plain loop, as the CUDA graph could not be captured ({failed})"
+        return "CUDA graph" if self._graphed else "plain loop"
+
+    def epoch(self, number: int, title: str) -> Result:
+        """Loss and accuracy of one epoch, with a progress bar called `title`; see `train_epoch`."""
+        if self._graphed and not self._graphed.failure:
+            return self._graphed.epoch(number)
+        progress = tqdm(self.batches.epoch(number), title, len(self.batches), leave=False, disable=None)
+        result = train_epoch(
+            self._parallel, self.optimizer, progress, self.precision, self.penalty, self.world, self.batches.sizes
+        )
+        self.world.agree(self.model)
+        return result
