@@ -184,10 +184,13 @@ def main() -> None:
     from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
     from utils.distributed import join, leave, local_rank
     from utils.engine import NonFiniteError, evaluate_goal
+    from utils.signals import StopRequest
     from utils.training import Training
 
     device, device_line = select_device(args.device, args.cu_num if local_rank() is None else local_rank())
-    world = join(device)
+    world, stop = join(device), StopRequest()
+    if folder and world.is_main:
+        folder.lock()
     args.precision = resolve_precision(args.precision, device)
     if args.deterministic:
         set_deterministic()
@@ -202,10 +205,9 @@ def main() -> None:
         dataset = load_dataset(args.dataset, args.data_dir, device, args.workers)
     train_split, eval_split, eval_name = dataset.splits(args.val_split)
     num_classes = len(dataset.classes)
-    first_epoch = args.resume_epoch or 1
+    first_epoch = args.resume_epoch or (pretrained or {}).get("epoch", 0) + 1
     if pretrained:
         model = checkpoints.model_from_checkpoint(pretrained, args.load_pretrained, args.arch, num_classes)
-        first_epoch = args.resume_epoch or pretrained.get("epoch", 0) + 1
     else:
         with world.main_first():
             model = checkpoints.new_model(args.arch, num_classes, args.weights if not folder else None)
@@ -240,6 +242,7 @@ def main() -> None:
             args.exp_name = folder.exp_name
             folder.write_settings({"args": vars(args), "command": command_line(), "commit": git_commit(), **facts})
         folder.start_logging(after_epoch=done)
+        stop.advice = f"python train.py --exp_name {args.exp_name} --resume goes on after its last whole epoch"
 
         shared = f" on {world.size} processes" if world.size > 1 else ""
         print(f"{device_line}{shared}, precision: {args.precision}, run folder: {folder.path}")
@@ -248,7 +251,7 @@ def main() -> None:
 
     penalty = build_penalty(model, args.l1, args.grad_l1, bool(args.first_last_quant))
     use_graph = bool(args.cuda_graph) and not args.deterministic
-    training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph)
+    training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph, stop)
     for epoch in range(done + 1, args.epoch + 1):
         started = time.perf_counter()
         # Dropout of an epoch, like its batches, comes from (seed, epoch) alone, and differs between processes.

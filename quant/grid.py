@@ -51,8 +51,8 @@ def weight_scale(weight: Tensor, bits: int, per_channel: bool = False, weight_ra
     if weight_range == "absmax":
         return scale
     best, least = scale, torch.full_like(scale, float("inf"))
-    for part in torch.arange(100, 0, -1) / 100:
-        tried = scale * part
+    for hundredths in range(100, 0, -1):
+        tried = nonzero_scale(scale * (hundredths / 100))
         error = quantize(weight, tried, -quant_max, quant_max).mul_(tried).sub_(weight).square_()
         error = error.sum(dim=dims, keepdim=len(dims) < weight.dim())
         best, least = torch.where(error < least, tried, best), torch.minimum(error, least)

@@ -6,6 +6,8 @@ Keys: epoch, state_dict, optimizer, scheduler, arch, num_classes, args (a plain 
 (epoch, state_dict, ...) and bare state_dicts load too.
 """
 
+import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,13 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint at `path` on the CPU, at least with the key state_dict.
 
-    Raises UserError for a missing, truncated or foreign file. Nothing in the file is executed.
+    Raises UserError for a missing, truncated or foreign file. Nothing in the file is executed. A file that its folder's
+    SHA256SUMS lists, and that is not the listed one, is used with a warning.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
+    warn_if_changed(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes of a foreign file can raise anything
@@ -48,6 +52,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state_dict of tensors: it is not a checkpoint of this project")
     return checkpoint
+
+
+def warn_if_changed(path: Path) -> None:
+    """A line on stderr if the SHA256SUMS beside `path` has another sum for it."""
+    sums = path.parent / "SHA256SUMS"
+    listed = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.is_file() else {}
+    if path.name in listed and hashlib.sha256(path.read_bytes()).hexdigest() != listed[path.name]:
+        print(f"warning: {path} is not the published file: its sha256 is not the one in {sums}", file=sys.stderr)
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:

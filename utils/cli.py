@@ -1,12 +1,15 @@
 """Command-line helpers: one-line errors with exit code 2, and argument types. Imports no torch, so --help is quick."""
 
 import argparse
+import difflib
 import math
 import os
 import sys
 from collections.abc import Callable
 from itertools import chain
 from typing import NoReturn
+
+from utils.signals import Stopped
 
 DATASET_NAMES = ["cifar100", "cifar10", "digits", "imagefolder"]
 
@@ -20,6 +23,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -46,6 +57,9 @@ def run(main: Callable[[], None]) -> None:
         advice = "start it again with --resume to go on after its last whole epoch"
         print(f"error: the run lost one of its processes ({reason}); {advice}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -31,7 +31,8 @@ class Result:
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or a weight became NaN or infinite; the message says which, and at which step (from 1) of an epoch."""
+    """The loss or a weight became NaN or infinite, or a whole weight tensor zero; the message says which, and at which
+    step (from 1) of an epoch."""
 
 
 def train_step(
@@ -71,6 +72,8 @@ def epoch_result(model: nn.Module, losses: Tensor, hits: Tensor, images_seen: in
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise NonFiniteError(f"{name} was no longer finite after step {len(losses)}")
+        if parameter.dim() > 1 and not parameter.any():
+            raise NonFiniteError(f"{name} was all zeros, which nothing moves, after step {len(losses)}")
     return Result(per_step.sum().item() / images_seen, 100 * hits / images_seen)
 
 

@@ -31,10 +31,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} could not be written ({reason}); what was there before is intact") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from quant.penalty import Penalty
 from utils.data import TrainBatches
 from utils.engine import Result, epoch_result, train_step
+from utils.signals import StopRequest
 
 EAGER_STEPS = 3  # of a run, before the first capture: they make the optimizer's state and warm the libraries up
 
@@ -35,9 +36,10 @@ class GraphedTraining:
         batches: TrainBatches,
         precision: str,
         penalty: Penalty | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.model, self.optimizer, self.batches = model, optimizer, batches
-        self.precision, self.penalty = precision, penalty
+        self.precision, self.penalty, self.stop = precision, penalty, stop
         self.device = batches.split.images.device
         count, steps = len(batches.split), len(batches)
         self.plan = tuple(torch.empty_like(part) for part in batches.plan(0))
@@ -59,7 +61,8 @@ class GraphedTraining:
         self.position.zero_()
         self.step_index.zero_()
         count, size = len(self.batches.split), len(self.window)
-        for _ in range(count // size):
+        steps = range(count // size)
+        for _ in self.stop.watch(steps) if self.stop else steps:
             self._full_step()
         if count % size:
             self._step(count % size)

@@ -1,7 +1,10 @@
 """Run folders: args.json, metrics.csv (a row per epoch), TensorBoard events and checkpoints of one training run."""
 
 import csv
+import fcntl
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,9 @@ class RunFolder:
             path = ROOT / (name if attempt == 1 else f"{name}-{attempt}")
             try:
                 path.mkdir(parents=True)
-                return cls(path)
+                folder = cls(path)
+                folder.lock()
+                return folder
             except FileExistsError:
                 attempt += 1
             except OSError as error:
@@ -49,6 +54,19 @@ class RunFolder:
         if not folder.last_checkpoint.is_file():
             raise UserError(f"nothing to resume: {folder.last_checkpoint} is not there; start without --resume")
         return folder
+
+    def lock(self) -> None:
+        """Makes this process the only one that writes here until it ends; UserError, naming it, if there is another."""
+        try:
+            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held until the process ends
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise UserError(f"{self.path} is in use by {holder}: wait for it, or choose another --exp_name") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
 
     def settings(self) -> dict[str, Any]:
         """What args.json holds: args, command, commit, versions, and where the run was resumed."""

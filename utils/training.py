@@ -11,13 +11,15 @@ from utils.data import TrainBatches
 from utils.distributed import ALONE, World
 from utils.engine import Result, train_epoch
 from utils.graphed import GraphedTraining
+from utils.signals import StopRequest
 
 
 @dataclass
 class Training:
     """Trains `model` on `batches`, with gradients averaged over the processes of `world`.
 
-    `use_graph` asks for a CUDA graph, which needs a GPU, one process and a data set on the device.
+    `use_graph` asks for a CUDA graph, which needs a GPU, one process and a data set on the device. After a signal that
+    `stop` noted, an epoch ends in Stopped.
     """
 
     model: nn.Module
@@ -27,6 +29,7 @@ class Training:
     penalty: Penalty | None = None
     world: World = ALONE
     use_graph: bool = True
+    stop: StopRequest | None = None
 
     def __post_init__(self) -> None:
         self._graphed = None
@@ -36,7 +39,9 @@ class Training:
             for group in self.optimizer.param_groups:
                 if "capturable" in group:  # as Adam needs it, also in a run that was begun elsewhere
                     group["capturable"] = True
-            self._graphed = GraphedTraining(self.model, self.optimizer, self.batches, self.precision, self.penalty)
+            self._graphed = GraphedTraining(
+                self.model, self.optimizer, self.batches, self.precision, self.penalty, self.stop
+            )
 
     @property
     def loop(self) -> str:
@@ -51,8 +56,9 @@ class Training:
         if self._graphed and not self._graphed.failure:
             return self._graphed.epoch(number)
         progress = tqdm(self.batches.epoch(number), title, len(self.batches), leave=False, disable=None)
+        batches = self.stop.watch(progress) if self.stop else progress
         result = train_epoch(
-            self._parallel, self.optimizer, progress, self.precision, self.penalty, self.world, self.batches.sizes
+            self._parallel, self.optimizer, batches, self.precision, self.penalty, self.world, self.batches.sizes
         )
         self.world.agree(self.model)
         return result

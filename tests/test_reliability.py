@@ -1,0 +1,206 @@
+"""Runs that are killed, stopped, started twice, out of disk or fed by strangers: nothing is lost and nothing trusted.
+
+The long form, whose figures docs/reliability.md has: KILLS=50 SOAK=200 python -m pytest tests/test_reliability.py -s
+"""
+
+import csv
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models import ResNet32
+from tests.conftest import ROOT
+from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
+from utils.cli import UserError
+
+KILLS, SOAK = int(os.environ.get("KILLS", "3")), int(os.environ.get("SOAK", "24"))
+# A network whose epoch on the digits takes half a second, with dropout and without batch norm's slowness.
+FLAGS = ["--dataset", "digits", "--arch", "squeezenet1_1", "--lr", "0.001", "--batch_size", "64", "--lambda_s", "20"]
+FLAGS += ["--device", "cpu", "--precision", "fp32", "--deterministic"]
+
+
+def start(folder, *flags, limit=None):
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, flags)], cwd=folder, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=limited if limit else None,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(process, words):
+    """Reads the process's output up to a line that begins with `words`; False if it ends before."""
+    return any(line.startswith(words) for line in process.stdout)
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)]
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if "seconds" not in tag]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def test_kill_at_random_moments(tmp_path):
+    """Each life is killed somewhere in its first two epochs; what comes out equals the run that nobody killed."""
+    generator = random.Random(1)
+    lives = epochs = 0
+    while lives < KILLS:
+        begun = (tmp_path / "runs/killed/last.pth").exists()
+        flags = ["--exp_name", "killed", "--epoch", 1000, *(["--resume"] if begun else FLAGS)]
+        if not begun:
+            shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        process = start(tmp_path, *flags)
+        assert wait_for(process, "epochs "), process.stderr.read()
+        time.sleep(generator.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+        lives += 1
+    if (tmp_path / "runs/killed/last.pth").exists():
+        epochs = load_checkpoint(tmp_path / "runs/killed/last.pth")["epoch"]
+    last = max(epochs + 1, 2)
+    begun = [] if not epochs else ["--resume"]
+    if not begun:
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+    for flags in (["killed", *(begun or FLAGS)], ["whole", *FLAGS]):
+        process = start(tmp_path, "--epoch", last, "--exp_name", *flags)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    killed, whole = (load_checkpoint(tmp_path / "runs" / name / "last.pth") for name in ("killed", "whole"))
+    assert killed["epoch"] == whole["epoch"] == last
+    assert all(torch.equal(value, killed["state_dict"][name]) for name, value in whole["state_dict"].items())
+    assert rows(tmp_path / "runs/killed") == rows(tmp_path / "runs/whole")
+    assert [row["epoch"] for row in rows(tmp_path / "runs/killed")] == [str(n) for n in range(1, last + 1)]
+    assert scalars(tmp_path / "runs/killed") == scalars(tmp_path / "runs/whole")
+    assert not list((tmp_path / "runs/killed").glob("*.tmp"))
+    print(f"{lives} kills, {last} epochs")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_run_in_good_order(tmp_path, number):
+    process = start(tmp_path, *FLAGS, "--exp_name", "a", "--epoch", 1000)
+    assert wait_for(process, "epoch   1 ")
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; python train.py --exp_name a --resume goes on" in err and "Traceback" not in err
+    done = load_checkpoint(tmp_path / "runs/a/last.pth")["epoch"]
+    assert len(rows(tmp_path / "runs/a")) == done
+    process = start(tmp_path, "--exp_name", "a", "--resume", "--epoch", done + 1)
+    assert wait_for(process, f"epoch {done + 1:3d} ") and process.wait() == 0
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path, cli):
+    process = start(tmp_path, *FLAGS, "--exp_name", "a", "--epoch", 1000)
+    assert wait_for(process, "epoch   1 ")
+    before = (tmp_path / "runs/a/args.json").read_bytes()
+    second = cli("train.py", "--exp_name", "a", "--resume")
+    assert second.code == 2 and f"runs/a is in use by process {process.pid} on " in second.err
+    assert (tmp_path / "runs/a/args.json").read_bytes() == before
+    process.kill()
+    process.communicate()
+    done = load_checkpoint(tmp_path / "runs/a/last.pth")["epoch"]
+    assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", done + 1).code == 0  # a dead holder holds nothing
+
+
+def test_full_disk(tmp_path, cli):
+    """A file may not grow over 1 MB, and a checkpoint has 3: the run says so and the last good one stays."""
+    flags = [*FLAGS, "--exp_name", "a"]
+    assert cli("train.py", *flags, "--epoch", "1").code == 0
+    good = (tmp_path / "runs/a/last.pth").read_bytes()
+    process = start(tmp_path, "--exp_name", "a", "--resume", "--epoch", 2, limit=2**20)
+    _, err = process.communicate()
+    assert process.returncode == 2 and len(err.strip().splitlines()) == 1
+    assert "runs/a/last.pth could not be written" in err and "what was there before is intact" in err
+    assert (tmp_path / "runs/a/last.pth").read_bytes() == good and not list((tmp_path / "runs/a").glob("*.tmp"))
+    assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2").code == 0
+    assert [row["epoch"] for row in rows(tmp_path / "runs/a")] == ["1", "2"]
+
+
+def test_strength_without_measure_is_named(tmp_path, cli):
+    outcome = cli("train.py", *FLAGS[:-1], "--lambda_s", "1e6", "--lr", "0.1", "--epoch", "3", "--exp_name", "a")
+    assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1
+    assert " of epoch 1; last good checkpoint: none; try a smaller --lr or --lambda_s" in outcome.err
+
+
+def test_damaged_checkpoints(tmp_path):
+    """Any byte changed, and any length: a file that loads, or one line; never another exception."""
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"epoch": 3, "arch": "ResNet32", "state_dict": ResNet32(10).state_dict()})
+    content = path.read_bytes()
+    generator = random.Random(0)
+    refused = 0
+    for trial in range(150):
+        damaged = bytearray(content)
+        # In half of them in the last 6,000 bytes, the directory of the archive, where a change is rarely harmless.
+        first = 0 if trial % 2 else len(damaged) - 6000
+        for _ in range(1 + trial % 3):
+            damaged[generator.randrange(first, len(damaged))] ^= 1 << generator.randrange(8)
+        if trial % 10 == 0:
+            damaged = damaged[: generator.randrange(len(damaged))]
+        path.write_bytes(damaged)
+        try:
+            model_from_checkpoint(load_checkpoint(path), path)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 15
+
+
+def test_a_changed_file_is_not_the_published_one(tmp_path, cli, digits_run):
+    (tmp_path / "models").mkdir()
+    shutil.copy(digits_run, tmp_path / "models/a.pth")
+    import hashlib
+
+    digest = hashlib.sha256((tmp_path / "models/a.pth").read_bytes()).hexdigest()
+    (tmp_path / "models/SHA256SUMS").write_text(f"{digest}  a.pth\n")
+    flags = ["--model_path", "models/a.pth", "--w_bit", "8"]
+    assert cli("eval.py", *flags).err == ""
+    (tmp_path / "models/SHA256SUMS").write_text(f"{'0' * 64}  a.pth\n")
+    outcome = cli("eval.py", *flags)
+    assert outcome.code == 0 and "warning: models/a.pth is not the published file" in outcome.err
+
+
+def test_sums_of_the_shipped_files():
+    """models/SHA256SUMS and the README's table name the files that lie there."""
+    import hashlib
+
+    sums = dict(reversed(line.split()) for line in (ROOT / "models/SHA256SUMS").read_text().splitlines())
+    shipped = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (ROOT / "models").glob("*.pth")}
+    assert sums == shipped
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"| {name} | `{digest}` |" in readme for name, digest in shipped.items())
+
+
+def resources(pid):
+    with open(f"/proc/{pid}/status") as file:
+        status = dict(line.split(":", 1) for line in file)
+    return int(status["VmRSS"].split()[0]), len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_soak(tmp_path):
+    """Memory at the end within 5 % of that after epoch 5; open files and threads the same."""
+    process = start(tmp_path, *FLAGS, "--exp_name", "a", "--epoch", SOAK + 1)
+    assert wait_for(process, "epoch   5 ")
+    early = resources(process.pid)
+    assert wait_for(process, f"epoch {SOAK:3d} ")
+    late = resources(process.pid)
+    process.kill()
+    process.communicate()
+    print(f"{SOAK} epochs: resident {early[0]} -> {late[0]} kB, files {early[1]} -> {late[1]}, threads {early[2:]}")
+    assert late[0] < 1.05 * early[0] and late[1:] == early[1:]
