@@ -70,6 +70,7 @@ def parse() -> Namespace:
     p.add_argument("--dataset", default=None, choices=cli.DATASET_NAMES,
                    help="data set (default: the one the file was trained on, cifar100 if it names none)")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
+    p.add_argument("--workers", type=cli.index, default=4, help="processes that read images of an imagefolder")
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
                    help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
     p.add_argument("--sparsity", type=cli.sparsity, nargs="+", default=[0.0], metavar="S",
@@ -224,7 +225,7 @@ def load_networks(args: Namespace, device) -> list[Network]:
         checkpoint = load_checkpoint(path)
         name = args.dataset or checkpoint.get("args", {}).get("dataset", "cifar100")
         if name not in datasets:
-            datasets[name] = load_dataset(name, args.data_dir, device)
+            datasets[name] = load_dataset(name, args.data_dir, device, args.workers)
         dataset = datasets[name]
         model = model_from_checkpoint(checkpoint, path, args.arch, len(dataset.classes))
         model.to(device, memory_format=torch.channels_last).eval()

@@ -56,7 +56,7 @@ def test_train_resume_and_evaluate(cli, tmp_path, folder):
     checkpoint = load_checkpoint(tmp_path / "runs/a/last.pth")
     assert checkpoint["arch"] == "mobilenet_v3_small" and checkpoint["num_classes"] == 2 and checkpoint["epoch"] == 2
     flags = ["--model_path", "runs/a/last.pth", "--data_dir", folder, "--w_bit", "8", "--post", "none", "bn_reestimate"]
-    outcome = cli("eval.py", *flags, "--calib_images", "12", "--out", "b")
+    outcome = cli("eval.py", *flags, "--calib_images", "12", "--workers", "0", "--out", "b")
     assert outcome.code == 0, outcome.err
     with open(tmp_path / "b/results.csv", newline="") as file:
         written = list(csv.DictReader(file))
