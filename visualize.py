@@ -47,8 +47,8 @@ def parse() -> Namespace:
                    help="layers: 1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")
     p.add_argument("--layers", nargs="+", default=None, metavar="NAME",
                    help="layers: state_dict names (default: all weights)")
-    p.add_argument("--results", default="results/cifar100/results.csv", metavar="FILE",
-                   help="1a, grid: results.csv of eval.py; report: layers.csv of eval.py --report; "
+    p.add_argument("--results", nargs="+", default=None, metavar="FILE",
+                   help="1a, grid: results.csv of eval.py, one or several; report: layers.csv of eval.py --report; "
                    "4: folder of utils.hessian")
     p.add_argument("--sparsity", type=sparsity, default=0.9, metavar="S", help="3: share of weights to mark")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
@@ -59,6 +59,7 @@ def parse() -> Namespace:
     p.add_argument("--out", default="visualizations", metavar="DIR", help="folder for the pictures")
     # fmt: on
     args = p.parse_args()
+    args.results = args.results or [RESULTS.get(args.figure, "results/cifar100/results.csv")]
     flag = {"layers": "model_path", "3": "model_path", "curves": "runs"}.get(args.figure)
     if flag:
         named = getattr(args, flag)
@@ -115,11 +116,18 @@ def layer_figures(args: Namespace) -> list:
     return [(name, len(layers), partial(layer_histograms, name, weights[name], widths[0][name])) for name in layers]
 
 
-def dense_rows(path: str) -> list[dict[str, str]]:
-    """The rows of a results.csv of networks that were neither pruned nor changed after training."""
+def one(results: list[str]) -> str:
+    """The only one of --results."""
+    if len(results) > 1:
+        raise UserError(f"--results {' '.join(results)}: this figure is made of one")
+    return results[0]
+
+
+def dense_rows(paths: list[str]) -> list[dict[str, str]]:
+    """The rows of results.csv files of networks that were neither pruned nor changed after training."""
     from utils.table import read_results
 
-    return [row for row in read_results(path) if row["post"] == "none" and not float(row.get("sparsity") or 0)]
+    return [row for row in read_results(paths) if row["post"] == "none" and not float(row.get("sparsity") or 0)]
 
 
 def bits_figures(args: Namespace) -> list:
@@ -128,7 +136,9 @@ def bits_figures(args: Namespace) -> list:
     rows = [row for row in dense_rows(args.results) if row["a_bit"] == "32"]
     last = max((int(row["epoch"]) for row in rows if row["trained"] == "SGD" and row["epoch"].isdigit()), default=None)
     if last is None:
-        raise UserError(f"{args.results} has no row of a network trained with SGD: evaluate one beside the others")
+        raise UserError(
+            f"{', '.join(args.results)} has no row of a network trained with SGD: evaluate one beside the others"
+        )
     series = {
         "SGD": [row for row in rows if row["trained"] == "SGD" and row["epoch"] == str(last)],
         "PSGD": [row for row in rows if row["trained"] == f"PSGD W{row['w_bit']}"],
@@ -162,12 +172,14 @@ def report_figures(args: Namespace) -> list:
     from utils.figures import layer_bars
     from utils.table import read_rows
 
-    rows = read_rows(args.results, ("model", "layer", "bits", "sqnr", "top1_lost"), "layers.csv of eval.py --report")
+    rows = read_rows(
+        one(args.results), ("model", "layer", "bits", "sqnr", "top1_lost"), "layers.csv of eval.py --report"
+    )
     models: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         models.setdefault(row["model"], []).append(row)
     if len({tuple(row["layer"] for row in rows) for rows in models.values()}) > 1:
-        raise UserError(f"{args.results} has networks with different layers: report them one by one")
+        raise UserError(f"{args.results[0]} has networks with different layers: report them one by one")
     return [("report", 1, partial(layer_bars, models))]
 
 
@@ -194,9 +206,11 @@ def curvature_figures(args: Namespace) -> list:
     from utils.paper_figures import curvature
     from utils.table import read_rows
 
+    folder = Path(one(args.results))
+
     def columns(name: str, by: str, *wanted: str) -> dict[str, list[list[float]]]:
         read: dict[str, list[list[float]]] = {}
-        for row in read_rows(Path(args.results) / name, (by, *wanted), f"{name} of utils.hessian"):
+        for row in read_rows(folder / name, (by, *wanted), f"{name} of utils.hessian"):
             held = read.setdefault(row[by], [[] for _ in wanted])
             for values, key in zip(held, wanted):
                 values.append(float(row[key]))
@@ -204,11 +218,12 @@ def curvature_figures(args: Namespace) -> list:
 
     digits = columns("digits.csv", "network", "weight", "eigenvalue")
     spectra = {}
-    if (Path(args.results) / "spectrum.csv").exists():
+    if (folder / "spectrum.csv").exists():
         spectra = columns("spectrum.csv", "trained", "eigenvalue", "share")
     return [("figure4", 1, partial(curvature, digits, spectra))]
 
 
+RESULTS = {"report": "results/report/layers.csv", "4": "results/hessian"}  # default of --results by figure
 FIGURES = {
     "layers": layer_figures,
     "1a": bits_figures,

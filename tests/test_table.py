@@ -15,7 +15,7 @@ def test_seeds_are_one_cell_and_the_order_is_kept(tmp_path):
         + "b,PSGD W4,1,150,32,32,none,69\nb,PSGD W4,1,150,4,32,none,68\nb,PSGD W4,1,150,4,8,none,1\n"
         + "c,PSGD W4,2,150,4,32,none,69\nc,PSGD W4,2,150,4,32,bn_reestimate,70\n"
     )
-    assert markdown(read_results(path)).splitlines() == [
+    assert markdown(read_results([path])).splitlines() == [
         "| trained | epoch | after training | FP | W4 |",
         "| --- | --- | --- | --- | --- |",
         "| SGD | 150 | none | 69.50 | 50.00 |",

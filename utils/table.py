@@ -1,7 +1,7 @@
 """A results table for people: trained networks down, bit-widths and sparsities across, top-1 in percent, mean and sd
 over seeds.
 
-    python -m utils.table results/cifar100/results.csv
+    python -m utils.table results/cifar100/results.csv results/w3/results.csv
 
 Rows of eval.py's results.csv that differ in the seed alone are one cell: their mean, with the standard deviation
 (n - 1) and n where there are several. Rows with quantized activations are left out.
@@ -32,9 +32,9 @@ def read_rows(path: str | Path, columns: Sequence[str], kind: str) -> list[dict[
     return rows
 
 
-def read_results(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a results.csv of eval.py. Raises UserError if it is none."""
-    return read_rows(path, NEEDED, "results.csv of eval.py --out DIR")
+def read_results(paths: Sequence[str | Path]) -> list[dict[str, str]]:
+    """The rows of results.csv files of eval.py. Raises UserError if one is none."""
+    return [row for path in paths for row in read_rows(path, NEEDED, "results.csv of eval.py --out DIR")]
 
 
 def cell(values: list[float]) -> str:
@@ -77,8 +77,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def main() -> None:
     p = Parser(__doc__)
-    p.add_argument("file", help="results.csv of eval.py")
-    print(markdown(read_results(p.parse_args().file)))
+    p.add_argument("files", nargs="+", metavar="FILE", help="results.csv of eval.py")
+    print(markdown(read_results(p.parse_args().files)))
 
 
 if __name__ == "__main__":
