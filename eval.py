@@ -185,7 +185,10 @@ def main() -> None:
             if plain not in chosen:
                 chosen[plain] = clipping_range(args, net, plain)
             n = chosen[plain]
-            network = deployed(args, net, setting, n)
+            try:
+                network = deployed(args, net, setting, n)
+            except ValueError as error:  # a network that has no batch norm, ReLU, ... for what is asked
+                raise UserError(f"{net.facts['model']}: {error}") from None
             nonzero = nonzero_weights(network, bool(args.first_last_quant))
             result = evaluate(fold_batch_norm(network), net.test, net.spec, args.precision)
             grid = weight_grid(args, setting.w_bit)
@@ -243,13 +246,14 @@ def load_networks(args: Namespace, device) -> list[Network]:
             "split": split_name,
         }
         net = Network(facts | training_facts(checkpoint), model, test, dataset.spec, images)
-        if quantizes and by_batch_norm:
-            try:
+        try:
+            if quantizes and by_batch_norm:
                 activation_ranges(args, net, 8, args.clipping_range[0])
-            except ValueError as error:
-                raise UserError(f"{path}: {error}; use --act_range minmax, percentile or mse") from None
-        elif quantizes:
-            net.histograms = relu_histograms(model, (batch for batch, _ in images()))
+            elif quantizes:
+                net.histograms = relu_histograms(model, (batch for batch, _ in images()))
+        except ValueError as error:
+            advice = "; use --act_range minmax, percentile or mse" if by_batch_norm else ""
+            raise UserError(f"{path}: {error}{advice}") from None
         networks.append(net)
     return networks
 

@@ -77,6 +77,10 @@ def main() -> None:
     path = Path(args.model_path)
     checkpoint = load_checkpoint(path)
     name = args.dataset or checkpoint.get("args", {}).get("dataset", "cifar100")
+    if name not in CLASSES:
+        raise UserError(
+            f"{path} is for {name}; this script exports networks for {', '.join(CLASSES)}: use quant.export"
+        )
     model = model_from_checkpoint(checkpoint, path, num_classes=CLASSES[name]).eval()
     spec = DATASETS[name]
     grid = {
@@ -121,7 +125,10 @@ def main() -> None:
         with torch.no_grad():
             if not torch.equal(again(floats), expected):
                 raise UserError(f"{packed_path} does not give the outputs of the quantized network: nothing is written")
-        onnx.save(to_onnx(deployed, integer_weights(model, **grid), images.shape[1], constants), graph)
+        try:
+            onnx.save(to_onnx(deployed, integer_weights(model, **grid), images.shape[1], constants), graph)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
         logits = run_onnx(graph, images if args.with_normalize else floats)
         difference = (logits - expected_deployed).abs().max().item()
         agreement = (logits.argmax(1) == expected_deployed.argmax(1)).float().mean().item()

@@ -112,8 +112,8 @@ def parse() -> tuple[Namespace, RunFolder | None]:
             args.w_decay = 0.0 if args.psg and args.w_bit == 2 else 1e-4
         return args, None
     folder = RunFolder.reopen(args.exp_name)
-    saved = folder.settings()["args"]
     again = parser()
+    saved = vars(again.parse_args([])) | folder.settings()["args"]  # a flag that came later is at its default
     again.set_defaults(**saved)
     args = again.parse_args()
     if args.precision == "auto":  # what it was resolved to when the run began
@@ -183,12 +183,12 @@ def main() -> None:
     from utils.data import load_dataset, train_batches
     from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
     from utils.distributed import join, leave, local_rank
-    from utils.engine import NonFiniteError, evaluate_goal
+    from utils.engine import NonFiniteError, check_takes, evaluate_goal
     from utils.signals import StopRequest
     from utils.training import Training
 
     device, device_line = select_device(args.device, args.cu_num if local_rank() is None else local_rank())
-    world, stop = join(device), StopRequest()
+    world = join(device)
     if folder and world.is_main:
         folder.lock()
     args.precision = resolve_precision(args.precision, device)
@@ -215,11 +215,10 @@ def main() -> None:
     if args.epoch < first_epoch:
         raise UserError(f"--epoch {args.epoch} is before the first epoch, {first_epoch}: nothing to train")
     batches = train_batches(train_split, dataset.spec, args.batch_size, args.seed, world)
-    if batches.sizes[-1] < world.size:
-        raise UserError(
-            f"--batch_size {args.batch_size}: {world.size} processes cannot share {batches.sizes[-1]} images"
-        )
+    if min(batches.sizes[-1], len(eval_split)) < world.size or (world.size > 1 and args.grad_l1):
+        raise UserError(f"{world.size} processes: a step or the evaluation has fewer images, or --grad_l1 needs one")
     model.to(device, memory_format=torch.channels_last)
+    check_takes(model, args.arch, dataset.spec.size)
     goal = build_goal(args)
     optimizer = build_optimizer(args, model, goal, device)
     milestones = [epoch - first_epoch for epoch in args.decay_epoch]
@@ -242,7 +241,6 @@ def main() -> None:
             args.exp_name = folder.exp_name
             folder.write_settings({"args": vars(args), "command": command_line(), "commit": git_commit(), **facts})
         folder.start_logging(after_epoch=done)
-        stop.advice = f"python train.py --exp_name {args.exp_name} --resume goes on after its last whole epoch"
 
         shared = f" on {world.size} processes" if world.size > 1 else ""
         print(f"{device_line}{shared}, precision: {args.precision}, run folder: {folder.path}")
@@ -250,10 +248,12 @@ def main() -> None:
     print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images", flush=True)
 
     penalty = build_penalty(model, args.l1, args.grad_l1, bool(args.first_last_quant))
-    use_graph = bool(args.cuda_graph) and not args.deterministic
+    use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
     training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph, stop)
     for epoch in range(done + 1, args.epoch + 1):
         started = time.perf_counter()
+        if epoch > first_epoch:
+            stop.advice = f"python train.py --exp_name {args.exp_name} --resume goes on after its last whole epoch"
         # Dropout of an epoch, like its batches, comes from (seed, epoch) alone, and differs between processes.
         torch.manual_seed(args.seed * 2**20 + epoch + world.rank * 2**52)
         lr, loop = optimizer.param_groups[0]["lr"], training.loop

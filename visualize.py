@@ -48,8 +48,8 @@ def parse() -> Namespace:
     p.add_argument("--layers", nargs="+", default=None, metavar="NAME",
                    help="layers: state_dict names (default: all weights)")
     p.add_argument("--results", nargs="+", default=None, metavar="FILE",
-                   help="1a, grid: results.csv of eval.py, one or several; report: layers.csv of eval.py --report; "
-                   "4: folder of utils.hessian")
+                   help="1a, grid: results.csv of eval.py (of 1a one or several); report: layers.csv of eval.py "
+                   "--report; 4: folder of utils.hessian")
     p.add_argument("--sparsity", type=sparsity, default=0.9, metavar="S", help="3: share of weights to mark")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
                    help="curves: run folders, or any folders with a metrics.csv")
@@ -162,9 +162,12 @@ def grid_figures(args: Namespace) -> list:
     from utils.figures import accuracy_grids
 
     groups: dict[str, dict[tuple[int, int], float]] = {}
-    for row in dense_rows(args.results):
-        cells = groups.setdefault(f"{row['trained']} {row['epoch']}".strip(), {})
-        cells[int(row["w_bit"]), int(row["a_bit"])] = float(row["top1"])
+    for row in dense_rows([one(args.results)]):
+        name, place = f"{row['trained']} {row['epoch']}".strip(), (int(row["w_bit"]), int(row["a_bit"]))
+        cells = groups.setdefault(name, {})
+        if place in cells:
+            raise UserError(f"{args.results[0]} has two networks that are both {name}: evaluate them one by one")
+        cells[place] = float(row["top1"])
     return [("grid", 1, partial(accuracy_grids, groups))]
 
 
@@ -219,7 +222,12 @@ def curvature_figures(args: Namespace) -> list:
     digits = columns("digits.csv", "network", "weight", "eigenvalue")
     spectra = {}
     if (folder / "spectrum.csv").exists():
-        spectra = columns("spectrum.csv", "trained", "eigenvalue", "share")
+        by_file = columns("spectrum.csv", "model", "eigenvalue", "share")
+        names = {
+            row["model"]: row["trained"] for row in read_rows(folder / "spectrum.csv", ("trained",), "spectrum.csv")
+        }
+        distinct = len(set(names.values())) == len(names)
+        spectra = {names[path] if distinct else path: values for path, values in by_file.items()}
     return [("figure4", 1, partial(curvature, digits, spectra))]
 
 

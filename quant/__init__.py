@@ -18,6 +18,7 @@ from .post import adaround, correct_bias, reestimate_batch_norm
 from .psgd import PSGD, psg_multipliers, psg_param_groups
 from .report import layer_rows
 from .sparsity import nonzero_weights, prunable_weights, prune_weights, pruning_mse, sparse_param_groups
+from .warp import unwarp, warp
 
 __all__ = [
     "AUTO_START",
@@ -59,6 +60,8 @@ __all__ = [
     "sparse_param_groups",
     "steer_lambda_s",
     "to_onnx",
+    "unwarp",
+    "warp",
     "weight_mse",
     "weight_scale",
 ]

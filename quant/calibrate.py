@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import relu_names
-from .grid import activation_quant_max
+from .grid import activation_quant_max, check_bits
 
 BINS = 2048
 RULES = ("minmax", "percentile", "mse")
@@ -31,6 +31,7 @@ def calibrate(
 
     Raises ValueError for another rule, bits outside 2..8, and if `batches` is empty.
     """
+    check_bits(bits)
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if rule == "minmax":

@@ -16,9 +16,15 @@ SCOPES = ("global", "layer")
 
 
 def prunable_weights(model: nn.Module, first_last: bool = True) -> dict[str, nn.Parameter]:
-    """The weights that pruning may set to zero, by state_dict name: those that `layer_bits` names, without biases."""
+    """The weights that pruning may set to zero, by state_dict name: those that `layer_bits` names, without biases.
+
+    Raises ValueError if there are none.
+    """
     named = {name: model.get_parameter(name) for name in layer_bits(model, 8, first_last)}
-    return {name: weight for name, weight in named.items() if weight.dim() > 1}
+    found = {name: weight for name, weight in named.items() if weight.dim() > 1}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no convolution or linear weights to prune")
+    return found
 
 
 def sparse_param_groups(model: nn.Module, first_last: bool = True) -> list[dict[str, Any]]:

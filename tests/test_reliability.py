@@ -58,9 +58,10 @@ def scalars(folder):
 def test_kill_at_random_moments(tmp_path):
     """Each life is killed somewhere in its first two epochs; what comes out equals the run that nobody killed."""
     generator = random.Random(1)
-    lives = epochs = 0
-    while lives < KILLS:
+    lives = resumed = 0
+    while lives < KILLS or not resumed:
         begun = (tmp_path / "runs/killed/last.pth").exists()
+        resumed += begun
         flags = ["--exp_name", "killed", "--epoch", 1000, *(["--resume"] if begun else FLAGS)]
         if not begun:
             shutil.rmtree(tmp_path / "runs", ignore_errors=True)
@@ -70,13 +71,8 @@ def test_kill_at_random_moments(tmp_path):
         process.kill()
         process.communicate()
         lives += 1
-    if (tmp_path / "runs/killed/last.pth").exists():
-        epochs = load_checkpoint(tmp_path / "runs/killed/last.pth")["epoch"]
-    last = max(epochs + 1, 2)
-    begun = [] if not epochs else ["--resume"]
-    if not begun:
-        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-    for flags in (["killed", *(begun or FLAGS)], ["whole", *FLAGS]):
+    last = load_checkpoint(tmp_path / "runs/killed/last.pth")["epoch"] + 1
+    for flags in (["killed", "--resume"], ["whole", *FLAGS]):
         process = start(tmp_path, "--epoch", last, "--exp_name", *flags)
         _, err = process.communicate()
         assert process.returncode == 0, err
@@ -87,7 +83,7 @@ def test_kill_at_random_moments(tmp_path):
     assert [row["epoch"] for row in rows(tmp_path / "runs/killed")] == [str(n) for n in range(1, last + 1)]
     assert scalars(tmp_path / "runs/killed") == scalars(tmp_path / "runs/whole")
     assert not list((tmp_path / "runs/killed").glob("*.tmp"))
-    print(f"{lives} kills, {last} epochs")
+    print(f"{lives} kills, {resumed} resumed lives, {last} epochs")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

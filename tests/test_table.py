@@ -26,7 +26,7 @@ def test_seeds_are_one_cell_and_the_order_is_kept(tmp_path):
 
 def test_two_networks_of_one_seed_are_no_seeds(rejected, tmp_path):
     (tmp_path / "x.csv").write_text(HEADER + "a,SGD,1,150,4,32,none,50\nb,SGD,1,150,4,32,none,60\n")
-    assert "two networks are both SGD, seed 1: evaluate them into folders" in rejected("utils.table", "x.csv")
+    assert "two networks are both SGD, seed 1: a and b; make a table of each" in rejected("utils.table", "x.csv")
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\x00\x01"])

@@ -45,7 +45,7 @@ def main() -> None:
     mean = model_from_checkpoint(last, paths[-1])
     sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in mean.named_parameters()}
     for path in paths:
-        network = model_from_checkpoint(load_checkpoint(path), path, type(mean).__name__)
+        network = model_from_checkpoint(load_checkpoint(path), path, last.get("arch"))
         for name, value in network.named_parameters():
             sums[name] += value.detach()
     with torch.no_grad():

@@ -57,7 +57,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def warn_if_changed(path: Path) -> None:
     """A line on stderr if the SHA256SUMS beside `path` has another sum for it."""
     sums = path.parent / "SHA256SUMS"
-    listed = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.is_file() else {}
+    lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else []
+    listed = {name.lstrip(" *"): digest for digest, _, name in (line.partition(" ") for line in lines)}
     if path.name in listed and hashlib.sha256(path.read_bytes()).hexdigest() != listed[path.name]:
         print(f"warning: {path} is not the published file: its sha256 is not the one in {sums}", file=sys.stderr)
 

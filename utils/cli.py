@@ -5,12 +5,15 @@ import difflib
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from itertools import chain
 from typing import NoReturn
 
 from utils.signals import Stopped
 
+RANK = os.environ.get("RANK", "0")  # among the processes of torchrun
+SPEAKER = "" if RANK == "0" else f"process {RANK}: "
 DATASET_NAMES = ["cifar100", "cifar10", "digits", "imagefolder"]
 
 
@@ -33,7 +36,8 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        line = " ".join(message.splitlines())  # a flag's value may have line ends
+        self.exit(2, f"{self.prog}: error: {line}\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,18 +51,22 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, UserError):  # of several processes, one speaks
-            print(f"error: {error}", file=sys.stderr)
+        if (
+            RANK != "0"
+        ):  # torchrun ends the others as soon as one fails: what is wrong in all is said by the first alone
+            time.sleep(3)
+        print(f"{SPEAKER}error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        advice = "start it again with --resume to go on after its last whole epoch"
-        print(f"error: the run lost one of its processes ({reason}); {advice}", file=sys.stderr)
+        if not (type(error).__name__.startswith("Dist") or "gloo" in reason):  # what torch.distributed raises
+            raise
+        advice = "see its message; a run that has saved an epoch goes on with --resume"
+        print(f"{SPEAKER}error: another process of the run has ended ({reason}); {advice}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if RANK == "0":
+            print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -28,18 +28,20 @@ TRAIN_DIGITS = 1437  # four fifths of scikit-learn's 1,797
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Per-channel mean and std of the training images, in units of 0..255, and whether a mirrored image is valid."""
+    """Per-channel mean and std of the training images, in units of 0..255, whether a mirrored image is valid, and the
+    pixels on a side of what a network is given."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     flip: bool
+    size: int = 32
 
 
 DATASETS = {
     "cifar100": DataSpec((129.3, 124.1, 112.4), (68.2, 65.4, 70.4), flip=True),
     "cifar10": DataSpec((125.3, 123.0, 113.9), (63.0, 62.1, 66.7), flip=True),
     "digits": DataSpec((77.9, 77.9, 77.9), (87.3, 87.3, 87.3), flip=False),
-    "imagefolder": DataSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), flip=True),
+    "imagefolder": DataSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), flip=True, size=224),
 }
 
 

@@ -14,12 +14,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from quant.activations import trace
 from quant.goals import GridGoal, SparseGoal
 from quant.penalty import Penalty
+from utils.cli import UserError
 from utils.data import DataSpec, Split, eval_batches
 from utils.device import autocast
 from utils.distributed import ALONE, World
 
 # Images at a time in evaluation: on a CPU small batches stay in its caches, a GPU wants large ones.
 EVAL_BATCH_SIZE = {"cpu": 100, "cuda": 1000}
+LARGE_IMAGES = 128  # at a time, of 224 x 224
 
 
 @dataclass
@@ -102,6 +104,16 @@ def train_epoch(
 
 
 @torch.no_grad()
+def check_takes(model: nn.Module, name: str, size: int) -> None:
+    """Raises UserError if `model`, called `name`, cannot take images of size x size."""
+    try:
+        model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    except Exception as error:  # torch and torchvision raise several kinds
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--arch {name} cannot take {size} x {size} images ({reason})") from None
+
+
+@torch.no_grad()
 def fold_batch_norm(model: nn.Module) -> nn.Module:
     """`model` itself, in eval mode, with every batch norm that follows a convolution folded into it: for evaluation.
 
@@ -128,7 +140,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 def evaluate(model: nn.Module, split: Split, spec: DataSpec, precision: str = "fp32", world: World = ALONE) -> Result:
     """Loss and top-1 of `model` in eval mode on every image of `split`, shared out to the processes of `world`."""
     part = split.part(slice(world.rank, None, world.size)) if world.size > 1 else split
-    batch_size = EVAL_BATCH_SIZE.get(split.device.type, 500)
+    batch_size = EVAL_BATCH_SIZE.get(split.device.type, 500) if isinstance(split, Split) else LARGE_IMAGES
     return evaluate_batches(model, eval_batches(part, spec, batch_size), precision, world)
 
 

@@ -130,32 +130,39 @@ def digits_rows(seed: int) -> tuple[list[dict], list[dict]]:
     return rows, facts
 
 
-def spectrum_rows(path: str, args) -> tuple[list[dict], dict]:
-    """For a checkpoint: a row for each Ritz value of each random start, and its facts."""
+def load_network(path: str, args) -> tuple[nn.Module, dict[str, str], Tensor, Tensor]:
+    """A checkpoint's network in eval mode, how it was trained, and the images and labels that its loss is about."""
     from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
     from utils.device import select_device
 
     checkpoint = load_checkpoint(path)
     device, _ = select_device(args.device, args.cu_num)
-    dataset = load_dataset(checkpoint["args"]["dataset"], args.data_dir, device)
+    dataset = load_dataset(checkpoint.get("args", {}).get("dataset", "cifar100"), args.data_dir, device)
     check_calib_images(args.images, dataset.train)
     model = model_from_checkpoint(checkpoint, path, num_classes=len(dataset.classes)).to(device).eval()
-    weights = [*prunable_weights(model).values()]
     ((images, labels),) = calibration_batches(dataset.train, dataset.spec, args.images, args.seed, args.images)
+    return model, training_facts(checkpoint), images, labels
+
+
+def spectrum_rows(
+    path: str, model: nn.Module, facts: dict[str, str], images: Tensor, labels: Tensor, args
+) -> tuple[list[dict], dict]:
+    """For a checkpoint: a row for each Ritz value of each random start, and its facts."""
+    weights = [*prunable_weights(model).values()]
     loss = cross_entropy(model(images), labels)
     product = hessian_product(loss, weights)
     generator = torch.Generator().manual_seed(args.seed)
     rows = []
     for probe in range(args.probes):
-        start = torch.randn(sum(weight.numel() for weight in weights), generator=generator).to(device)
+        start = torch.randn(sum(weight.numel() for weight in weights), generator=generator).to(images.device)
         values, shares = lanczos(product, start, args.steps)
         rows += [
-            {"model": path, **training_facts(checkpoint), "probe": probe, "eigenvalue": value, "share": share}
+            {"model": path, **facts, "probe": probe, "eigenvalue": value, "share": share}
             for value, share in zip(values.tolist(), shares.tolist())
         ]
         print(f"{path}: start {probe + 1} of {args.probes}, largest eigenvalue {values[-1]:.4g}", flush=True)
     largest = max(row["eigenvalue"] for row in rows)
-    return rows, {"model": path, **training_facts(checkpoint), "train_loss": loss.item(), "largest_eigenvalue": largest}
+    return rows, {"model": path, **facts, "train_loss": loss.item(), "largest_eigenvalue": largest}
 
 
 def main() -> None:
@@ -177,11 +184,12 @@ def main() -> None:
     # fmt: on
     args = p.parse_args()
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    networks = [(path, load_network(path, args)) for path in args.model_path]  # first: a wrong path costs nothing
     rows, facts = digits_rows(args.seed)
     write_csv(Path(args.out) / "digits.csv", rows)
     for fact in facts:
         print(f"digits, {fact['network']}: largest eigenvalue {fact['largest_eigenvalue']:.4g}", flush=True)
-    spectra = [spectrum_rows(path, args) for path in args.model_path]
+    spectra = [spectrum_rows(path, *network, args) for path, network in networks]
     if spectra:
         write_csv(Path(args.out) / "spectrum.csv", [row for rows, _ in spectra for row in rows])
     origin = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__}

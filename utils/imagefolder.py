@@ -1,7 +1,7 @@
 """Images in folders, a class a folder, with ImageNet's standard augmentation; for sets that do not fit a device.
 
 <data_dir>/train/<class>/*.jpg and <data_dir>/val/<class>/*.jpg. Files are decoded, cropped to 224 x 224 and flipped by
-worker processes; order, crops and flips of an epoch come from (seed, epoch), for one number of workers.
+worker processes; order, crops and flips of an epoch come from (seed, epoch) alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,8 +32,8 @@ def _transform(mean: Sequence[float], std: Sequence[float], augment: bool) -> v2
 
 
 class _Files(torch.utils.data.Dataset):
-    def __init__(self, files: Sequence[tuple[str, int]], transform: v2.Compose) -> None:
-        self.files, self.transform = files, transform
+    def __init__(self, files: Sequence[tuple[str, int]], transform: v2.Compose, seed: int) -> None:
+        self.files, self.transform, self.seed = files, transform, seed
 
     def __len__(self) -> int:
         return len(self.files)
@@ -41,9 +41,13 @@ class _Files(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
         try:
-            return self.transform(default_loader(path)), label
-        except OSError as error:
-            raise UserError(f"{path} cannot be read as an image ({error})") from None
+            image = default_loader(path)
+        except Exception as error:  # the bytes of a foreign file can raise anything
+            raise UserError(f"{path} cannot be read as an image ({str(error).splitlines()[0]})") from None
+        # Crop and flip depend on (seed, epoch, image) alone, whichever process or worker draws them.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 2**26 + index)
+            return self.transform(image), label
 
 
 @dataclass
@@ -65,12 +69,9 @@ class FolderSplit:
     def batches(self, chosen: list[list[int]], augment: bool, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images float32 [B, 3, 224, 224] and labels int64 [B] on the device, for each list of indices."""
         loader = DataLoader(
-            _Files(self.files, _transform(self.mean, self.std, augment)), batch_sampler=chosen,
-            num_workers=self.workers, pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(seed),
+            _Files(self.files, _transform(self.mean, self.std, augment), seed), batch_sampler=chosen,
+            num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
         )  # fmt: skip
-        if augment and not self.workers:
-            torch.manual_seed(seed)  # without workers the transforms draw from this process's own generator
         try:
             for images, labels in loader:
                 images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
@@ -98,7 +99,7 @@ class FolderBatches:
         number = self.seed * 2**20 + epoch
         order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(number))
         chosen = [self.world.share(step).tolist() for step in order.split(self.batch_size)]
-        yield from self.split.batches(chosen, augment=True, seed=number + self.world.rank * 2**52)
+        yield from self.split.batches(chosen, augment=True, seed=number)
 
 
 def load_folder(
@@ -118,6 +119,9 @@ def load_folder(
                 f"--data_dir {data_dir}: {name}/ must hold a folder of images for each class ({reason})"
             ) from None
     train, val = parts
+    # In a fixed shuffle, not class by class: --val_split takes the last images.
+    shuffled = torch.randperm(len(train.samples), generator=torch.Generator().manual_seed(0)).tolist()
+    train.samples = [train.samples[index] for index in shuffled]
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(f"--data_dir {data_dir}: train/ and val/ have different classes: {', '.join(odd[:5])}")

@@ -58,9 +58,9 @@ class RunFolder:
     def lock(self) -> None:
         """Makes this process the only one that writes here until it ends; UserError, naming it, if there is another."""
         try:
-            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held until the process ends
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held until this process ends
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # not flock: worker processes would inherit it and outlive this one
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             raise UserError(f"{self.path} is in use by {holder}: wait for it, or choose another --exp_name") from None

@@ -53,19 +53,22 @@ def column_name(sparsity: float, by_layer: bool, minus_width: int) -> str:
 def markdown(rows: list[dict[str, str]]) -> str:
     """The table of `rows` in Markdown, networks in the order of their first row."""
     cells: dict[tuple[str, ...], dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
-    seen: set[tuple[str, ...]] = set()
+    seen: dict[tuple, dict[str, str]] = {}
     for row in rows:
         if row["a_bit"] != "32":
             continue
         # Pruned share, whether layer by layer, and minus the bit-width: sorted, full precision is the first.
         column = (float(row.get("sparsity") or 0), row.get("prune") == "layer", -int(row["w_bit"]))
         one = (*(row.get(name, "") for name in (*SAME, "seed")), *column)
-        if one in seen:
+        known = seen.setdefault(one, row)
+        if known is not row:
+            if (known.get("model"), known["top1"]) == (row.get("model"), row["top1"]):
+                continue  # the same network, in two files
             name = row["trained"] or "unnamed"
             raise UserError(
-                f"two networks are both {name}, seed {row['seed']}: evaluate them into folders of their own"
+                f"two networks are both {name}, seed {row['seed']}: {known.get('model')} and {row.get('model')}; "
+                "make a table of each"
             )
-        seen.add(one)
         cells[tuple(row.get(name, "") for name in SAME)][column].append(float(row["top1"]))
     columns = sorted({column for by_column in cells.values() for column in by_column})
     names = [column_name(*column) for column in columns]

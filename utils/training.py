@@ -55,7 +55,8 @@ class Training:
         """Loss and accuracy of one epoch, with a progress bar called `title`; see `train_epoch`."""
         if self._graphed and not self._graphed.failure:
             return self._graphed.epoch(number)
-        progress = tqdm(self.batches.epoch(number), title, len(self.batches), leave=False, disable=None)
+        silent = None if self.world.is_main else True  # None: silent where there is no terminal
+        progress = tqdm(self.batches.epoch(number), title, len(self.batches), leave=False, disable=silent)
         batches = self.stop.watch(progress) if self.stop else progress
         result = train_epoch(
             self._parallel, self.optimizer, batches, self.precision, self.penalty, self.world, self.batches.sizes
