@@ -1,6 +1,9 @@
-"""PSGD in a Hugging Face Accelerate loop: `prepare` takes it like any optimizer. Needs: pip install accelerate
+"""PSGD in a Hugging Face Accelerate loop: `prepare` takes it like any optimizer.
 
-python examples/accelerate_loop.py
+    pip install . accelerate scikit-learn
+    python examples/accelerate_loop.py
+
+A small fully connected network on scikit-learn's digits.
 """
 
 import torch

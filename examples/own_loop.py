@@ -1,6 +1,9 @@
 """PSGD in a training loop of one's own: a small convolutional network on scikit-learn's digits, for 4 bits.
 
-python examples/own_loop.py
+    pip install . scikit-learn
+    python examples/own_loop.py
+
+A cosine schedule, gradient clipping and batch norm, as one has them anyway.
 """
 
 import torch

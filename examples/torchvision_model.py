@@ -1,8 +1,9 @@
-"""PSGD on a torchvision network, from some weights to 3 bits, and the two files that come out of it.
+"""PSGD on a torchvision network, for 3 bits, and the two files that come out of it.
 
+    pip install ".[export]" torchvision
     python examples/torchvision_model.py
 
-A few steps on random images, to show the calls; for results give it data and pretrained weights.
+A few steps from random weights on random images, to show the calls.
 """
 
 import torch

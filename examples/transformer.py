@@ -1,5 +1,6 @@
 """PSGD on a transformer: linear layers go to the grid, embeddings and LayerNorm are left alone. AdamW as the base.
 
+    pip install . scikit-learn
     python examples/transformer.py
 
 scikit-learn's digits as sequences of eight rows.
