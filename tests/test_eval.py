@@ -231,29 +231,6 @@ def test_published_name_of_out(cli, tmp_path, digits_run):
     assert len(rows(tmp_path / "results/mine")) == 2
 
 
-BAD = [
-    (["--w_bit", "1"], "--w_bit: 1 must be from 2 to 8, or 32 for full precision"),
-    (["--w_bit", "4", "16"], "--w_bit: 16 must be from 2 to 8, or 32"),
-    (["--a_bit", "x"], "'x' is not a whole number, or 32"),
-    (["--model_path", "no.pth"], "no checkpoint at no.pth"),
-    (["--clipping_range", "0"], "--clipping_range: 0 must be greater than 0, or search"),
-    (["--percentile", "101"], "--percentile: 101 must be 100 or less"),
-    (["--act_range", "kl"], "--act_range: invalid choice: 'kl'"),
-    (["--report"], "--report writes layers.csv: name a folder with --out DIR"),
-    (["--post", "magic"], "--post: invalid choice: 'magic'"),
-    (["--sparsity", "1"], "--sparsity: 1 must be less than 1 (0.9 prunes 90 percent)"),
-    (["--sparsity", "0.5", "-0.1"], "--sparsity: -0.1 must be 0 or greater"),
-    (["--prune", "channel"], "--prune: invalid choice: 'channel'"),
-    (["--val_split", "-1"], "--val_split: -1 must be 0 or greater"),
-    (["--calib_images", "0"], "--calib_images: 0 must be 1 or greater"),
-]
-
-
-@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_bad_input(rejected, flags, message):
-    assert message in rejected("eval.py", *flags)
-
-
 def test_bad_input_with_a_good_checkpoint(rejected, digits_run, tmp_path):
     model = ["--model_path", digits_run]
     assert "is a ResNet32, --arch says vgg16_bn" in rejected("eval.py", *model, "--arch", "vgg16_bn")

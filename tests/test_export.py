@@ -115,8 +115,6 @@ def test_files_that_fail_their_check_are_not_left_behind(cli, tmp_path, digits_r
 
 
 def test_bad_input(rejected, digits_run, monkeypatch):
-    assert "no checkpoint at no.pth" in rejected("export.py", "--model_path", "no.pth")
-    assert "--w_bit: 32 must be from 2 to 8" in rejected("export.py", "--w_bit", "32")
     flags = ["--model_path", digits_run, "--dataset", "cifar100"]
     assert "has 10 classes, the data set has 100" in rejected("export.py", *flags)
     flags = ["--model_path", digits_run, "--dataset", "cifar10", "--a_bit", "8"]

@@ -129,7 +129,6 @@ def test_bars_of_a_report(cli, tmp_path):
 
 
 def test_bad_input_of_figures(rejected, tmp_path):
-    assert "runs/vanilla/metrics.csv cannot be read" in rejected("visualize.py", "--figure", "curves")
     (tmp_path / "metrics.csv").write_text("epoch\n1\n")
     flags = ["--figure", "curves", "--runs", "."]
     assert "metrics.csv lacks the column fp_top1: it is no metrics.csv" in rejected("visualize.py", *flags)
@@ -140,7 +139,6 @@ def test_bad_input_of_figures(rejected, tmp_path):
     )
     flags = ["--figure", "report", "--results", "r.csv"]
     assert "r.csv lacks the column model: it is no layers.csv" in rejected("visualize.py", *flags)
-    assert "--figure: invalid choice: '9'" in rejected("visualize.py", "--figure", "9")
 
 
 def test_bad_input(rejected, digits_run):
@@ -152,5 +150,3 @@ def test_bad_input(rejected, digits_run):
     assert "are not all different" in rejected(
         "visualize.py", "--model_path", digits_run, digits_run, "--labels", "a", "a"
     )
-    assert "no checkpoint at no.pth" in rejected("visualize.py", "--model_path", "no.pth")
-    assert "--w_bit: 1 must be from 2 to 8" in rejected("visualize.py", "--w_bit", "1")

@@ -183,8 +183,8 @@ def main() -> None:
     p.add_argument("--out", default="results/hessian", metavar="DIR", help="folder to write")
     # fmt: on
     args = p.parse_args()
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     networks = [(path, load_network(path, args)) for path in args.model_path]  # first: a wrong path costs nothing
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     rows, facts = digits_rows(args.seed)
     write_csv(Path(args.out) / "digits.csv", rows)
     for fact in facts:

@@ -1,0 +1,93 @@
+"""Wrong command lines of every script: exit code 2, one line on stderr that says what to do, no new files."""
+
+import pytest
+
+SCRATCH = ["--dataset", "digits", "--load_pretrained", ""]
+BAD = [
+    ("train.py", ["--w_bit", "1"], "--w_bit: 1 must be from 2 to 8"),
+    ("train.py", ["--w_bit", "9"], "--w_bit: 9 must be from 2 to 8"),
+    ("train.py", ["--w_bit", "4.5"], "'4.5' is not a whole number"),
+    ("train.py", ["--target", "one"], "--target: invalid choice: 'one'"),
+    ("train.py", ["--target", "zero", "--w_bit", "4"], "--w_bit 4 does not go with --target zero"),
+    ("train.py", ["--target", "zero", "--lambda_s", "auto"], "--lambda_s auto does not go with --target zero"),
+    (
+        "train.py",
+        ["--target", "zero", "--granularity", "channel"],
+        "--granularity channel does not go with --target zero",
+    ),
+    ("train.py", ["--sparsity", "0.9"], "--sparsity 0.9 does not go with --target grid"),
+    ("train.py", ["--target", "zero", "--sparsity", "1"], "--sparsity: 1 must be less than 1"),
+    ("train.py", ["--l1", "-1"], "--l1: -1 must be 0 or greater"),
+    ("train.py", ["--lambda_s", "0"], "--lambda_s: 0 must be greater than 0"),
+    ("train.py", ["--lambda_s", "-150"], "--lambda_s: -150 must be greater than 0"),
+    ("train.py", ["--lambda_s", "much"], "--lambda_s: 'much' is not a number, or auto"),
+    ("train.py", ["--seed", "2147483648"], "--seed: 2147483648 must be from 0 to 2147483647"),
+    ("train.py", ["--lr", "nan"], "--lr: 'nan' is not a finite number"),
+    ("train.py", ["--w_decay", "-1"], "--w_decay: -1 must be 0 or greater"),
+    ("train.py", ["--save_epochs", "9-3"], "--save_epochs: 9-3 begins after its end"),
+    ("train.py", ["--save_epochs", "1-x"], "--save_epochs: 'x' is not a whole number"),
+    ("train.py", ["--epoch", "0"], "--epoch: 0 must be 1 or greater"),
+    ("train.py", ["--arch", "ResNet50"], "unknown architecture 'ResNet50'"),
+    ("train.py", ["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
+    ("train.py", ["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
+    ("train.py", ["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    ("train.py", ["--device", "gpu"], "device 'gpu' cannot be used here"),
+    ("train.py", [*SCRATCH, "--resume_epoch", "9", "--epoch", "3"], "--epoch 3 is before the first epoch, 9"),
+    ("train.py", [*SCRATCH, "--val_split", "1437"], "--val_split 1437 leaves nothing of the 1437 training images"),
+    ("train.py", [*SCRATCH, "--exp_name", "../out"], "--exp_name '../out' must name a folder below runs/"),
+    ("train.py", [*SCRATCH, "--exp_name", "/out"], "--exp_name '/out' must name a folder below runs/"),
+    ("train.py", [], "no checkpoint at models/ResNet82.pth"),
+    ("train.py", ["--dataset", "digits", "--load_pretrained", "no.pth"], "no checkpoint at no.pth"),
+    ("train.py", ["--resume", "--exp_name", "none"], "nothing to resume: runs/none/last.pth is not there"),
+    ("eval.py", ["--w_bit", "1"], "--w_bit: 1 must be from 2 to 8, or 32 for full precision"),
+    ("eval.py", ["--w_bit", "4", "16"], "--w_bit: 16 must be from 2 to 8, or 32"),
+    ("eval.py", ["--a_bit", "x"], "'x' is not a whole number, or 32"),
+    ("eval.py", ["--model_path", "no.pth"], "no checkpoint at no.pth"),
+    ("eval.py", ["--clipping_range", "0"], "--clipping_range: 0 must be greater than 0, or search"),
+    ("eval.py", ["--percentile", "101"], "--percentile: 101 must be 100 or less"),
+    ("eval.py", ["--act_range", "kl"], "--act_range: invalid choice: 'kl'"),
+    ("eval.py", ["--report"], "--report writes layers.csv: name a folder with --out DIR"),
+    ("eval.py", ["--post", "magic"], "--post: invalid choice: 'magic'"),
+    ("eval.py", ["--sparsity", "1"], "--sparsity: 1 must be less than 1 (0.9 prunes 90 percent)"),
+    ("eval.py", ["--sparsity", "0.5", "-0.1"], "--sparsity: -0.1 must be 0 or greater"),
+    ("eval.py", ["--prune", "channel"], "--prune: invalid choice: 'channel'"),
+    ("eval.py", ["--val_split", "-1"], "--val_split: -1 must be 0 or greater"),
+    ("eval.py", ["--calib_images", "0"], "--calib_images: 0 must be 1 or greater"),
+    ("visualize.py", ["--figure", "9"], "--figure: invalid choice: '9'"),
+    ("visualize.py", ["--w_bit", "1"], "--w_bit: 1 must be from 2 to 8"),
+    ("visualize.py", ["--sparsity", "1.5"], "--sparsity: 1.5 must be less than 1"),
+    ("visualize.py", ["--model_path", "no.pth"], "no checkpoint at no.pth"),
+    ("visualize.py", ["--model_path", "no.pth", "--labels", "a", "b"], "2 --labels for 1 of --model_path"),
+    ("visualize.py", ["--labels", "a", "a"], "the labels a, a are not all different"),
+    ("visualize.py", ["--figure", "curves"], "runs/vanilla/metrics.csv cannot be read"),
+    ("visualize.py", ["--figure", "1a"], "results/cifar100/results.csv cannot be read"),
+    ("visualize.py", ["--figure", "4"], "results/hessian/digits.csv cannot be read"),
+    ("visualize.py", ["--figure", "report", "--results", "a", "b"], "--results a b: this figure is made of one"),
+    ("visualize.py", ["--layer", "fc"], "unrecognized arguments: --layer fc (did you mean --layers?)"),
+    ("export.py", ["--model_path", "no.pth"], "no checkpoint at no.pth"),
+    ("export.py", ["--w_bit", "32"], "--w_bit: 32 must be from 2 to 8"),
+    ("export.py", ["--a_bit", "1"], "--a_bit: 1 must be from 2 to 8, or 32 for full precision"),
+    ("export.py", ["--granularity", "row"], "--granularity: invalid choice: 'row'"),
+    ("export.py", ["--calib_images", "few"], "'few' is not a whole number"),
+    ("export.py", ["--seed", "-1"], "--seed: -1 must be from 0 to 2147483647"),
+    ("export.py", ["--dataset", "imagefolder"], "--dataset: invalid choice: 'imagefolder'"),
+    ("export.py", ["--wbit", "4"], "unrecognized arguments: --wbit 4 (did you mean --w_bit?)"),
+    ("utils.average", [], "the following arguments are required: DIR, --epochs, --out"),
+    ("utils.average", ["r", "--epochs", "3-1", "--out", "x"], "--epochs: 3-1 begins after its end"),
+    ("utils.average", ["r", "--epochs", "1-2", "--out", "x"], "r/epoch_1.pth is not there"),
+    ("utils.checkpoint", ["no.pth", "x.pth"], "no checkpoint at no.pth"),
+    ("utils.table", ["no.csv"], "no.csv cannot be read"),
+    ("utils.hessian", ["--steps", "0"], "--steps: 0 must be 1 or greater"),
+    ("utils.hessian", ["--model_path", "no.pth"], "no checkpoint at no.pth"),
+    ("utils.benchmark", ["--rounds", "none"], "'none' is not a whole number"),
+    ("utils.benchmark_deploy", ["--model_path", "no.pth"], "no checkpoint at no.pth"),
+]
+
+
+@pytest.mark.parametrize("script, flags, message", BAD, ids=[" ".join([script, *flags]) for script, flags, _ in BAD])
+def test_one_line_says_what_is_wrong(rejected, script, flags, message):
+    assert message in rejected(script, *flags)
+
+
+def test_the_table_is_long_enough_and_has_no_line_twice():
+    assert len({(script, *flags) for script, flags, _ in BAD}) == len(BAD) >= 60
