@@ -77,6 +77,17 @@ def test_torchvision_archive(tmp_path, monkeypatch):
     assert torch.equal(dataset.train.images, torch.from_numpy(content["x_train"]))
     assert dataset.classes[9] == "class 9"
 
+    # A file whose checksum is another's is never unpickled: it would be downloaded again.
+    class Bomb:
+        def __reduce__(self):
+            return (folder.joinpath("opened").touch, ())
+
+    (folder / "data_batch_1").write_bytes(pickle.dumps(Bomb()))
+    monkeypatch.setattr(cls, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    with pytest.raises(UserError, match="no cifar10 data: .* the download failed"):
+        load_dataset("cifar10", tmp_path, CPU)
+    assert not (folder / "opened").exists()
+
 
 def test_npz_wins_over_the_archive(tmp_path):
     (tmp_path / "cifar-100-python").mkdir()
