@@ -1,6 +1,6 @@
 """Runs that are killed, stopped, started twice, out of disk or fed by strangers: nothing is lost and nothing trusted.
 
-The long form, whose figures docs/reliability.md has: KILLS=50 SOAK=200 python -m pytest tests/test_reliability.py -s
+The long form: KILLS=50 SOAK=200 python -m pytest tests/test_reliability.py -s
 """
 
 import csv
