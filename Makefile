@@ -4,6 +4,7 @@
 #                   figures. A day and a half on 2 cores, not timed on a GPU; goes on where it was cut off, and make -j4 runs
 #                   four at a time. SEEDS="1 2 3" and W_BITS="4 3" choose the runs.
 # make lint         ruff
+# make oldest       the tests with the oldest versions that requirements.txt allows, in .venv-oldest
 # Each sets up .venv by itself, from requirements-dev.txt.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ READY := $(VENV)/ready
 RUN := runs/quickstart
 DIGITS := --dataset digits --batch_size 32 --epoch 20
 
-.PHONY: quickstart test lint reproduce
+.PHONY: quickstart test lint oldest reproduce
 .DEFAULT_GOAL := quickstart
 
 $(READY): requirements.txt requirements-dev.txt
@@ -87,3 +88,14 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+OLDEST := .venv-oldest
+
+$(OLDEST)/ready: requirements.txt requirements-export.txt requirements-dev.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed -n 's/>=/==/p' requirements.txt requirements-export.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet -c $(OLDEST)/constraints.txt -r requirements-dev.txt
+	@touch $@
+
+oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest -q tests
