@@ -34,7 +34,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} could not be written ({reason}); what was there before is intact") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: str | Path, content: Any) -> None:
