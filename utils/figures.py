@@ -11,7 +11,7 @@ from quant import fake_quantize_weight, weight_scale
 from quant.grid import weight_quant_max
 
 COLORS = {"SGD": "#3b6fb6", "PSGD": "#c8443c"}  # the paper's blue and red
-OTHER_COLORS = ["#4c9a5b", "#8a63a8", "#c98a2b", "#3b6fb6", "#c8443c"]
+OTHER_COLORS = ["#4c9a5b", "#8a63a8", "#c98a2b", "#2a9d9d", "#7a7a7a"]
 BINS = 201
 
 
