@@ -291,8 +291,8 @@ def deployed(args: Namespace, net: Network, setting: Setting, n: float):
     )
 
     first_last, grid, a_bit = bool(args.first_last_quant), weight_grid(args, setting.w_bit), setting.a_bit
-    network = prune_weights(net.model, setting.sparsity, args.prune, first_last)
-    network = quantize_weights(network, **grid, inplace=True)
+    pruned = prune_weights(net.model, setting.sparsity, args.prune, first_last)
+    network = quantize_weights(pruned, **grid, inplace=setting.post != "adaround")  # which rounds the float weights
     if a_bit != 32:
         network = quantize_activations(network, a_bit, activation_ranges(args, net, a_bit, n), inplace=True)
     if setting.post == "none":
@@ -302,7 +302,6 @@ def deployed(args: Namespace, net: Network, setting: Setting, n: float):
         return reestimate_batch_norm(network, batches)
     if setting.post == "bias_correct":
         return correct_bias(network, net.model, batches, first_last)
-    pruned = prune_weights(net.model, setting.sparsity, args.prune, first_last)  # whose weights are to be rounded
     return adaround(network, pruned, batches, **grid, iterations=args.iterations, seed=args.seed)
 
 

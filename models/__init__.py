@@ -54,5 +54,8 @@ def build_model(arch: str, num_classes: int, weights: str | None = None) -> nn.M
             raise ValueError(f"unknown weights {weights!r} for {arch}: it has {', '.join(known.__members__)}") from None
         wanted = model.state_dict()
         state = chosen.get_state_dict(progress=True, check_hash=True)
-        model.load_state_dict({k: v for k, v in state.items() if v.shape == wanted[k].shape}, strict=False)
+        # Only a tensor of another shape, the head's, stays; a missing or unknown name is an error, as it should be.
+        model.load_state_dict(
+            {k: wanted[k] if k in wanted and v.shape != wanted[k].shape else v for k, v in state.items()}
+        )
     return model

@@ -111,8 +111,8 @@ def model_from_checkpoint(
     if arch not in (None, saved_arch):
         raise UserError(f"{path} is a {saved_arch}, --arch says {arch}")
     try:
-        known_arch(saved_arch)
-    except UserError as error:
+        check_arch(saved_arch)
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     classes = checkpoint.get("num_classes")
     if saved_arch in HEADS:
