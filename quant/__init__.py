@@ -3,9 +3,9 @@
 Needs torch alone. In a checkout this package is `quant`; installed, it is `psgd`.
 """
 
-from .activations import ActivationQuantizer, bn_ranges, quantize_activations
+from .activations import ActivationQuantizer, SumQuantizer, bn_ranges, quantize_activations
 from .auto import AUTO_START, steer_lambda_s
-from .calibrate import calibrate, minmax_ranges, mse_ranges, percentile_ranges, relu_histograms
+from .calibrate import calibrate, minmax_ranges, mse_ranges, percentile_ranges, quantize_sums, relu_histograms
 from .export import export
 from .goals import GridGoal, SparseGoal
 from .grid import FLOAT_BITS, fake_quantize, fake_quantize_weight, quantize, weight_scale
@@ -27,6 +27,7 @@ __all__ = [
     "ActivationQuantizer",
     "GridGoal",
     "SparseGoal",
+    "SumQuantizer",
     "adaround",
     "bn_ranges",
     "build_penalty",
@@ -52,6 +53,7 @@ __all__ = [
     "psg_param_groups",
     "quantize",
     "quantize_activations",
+    "quantize_sums",
     "quantize_weights",
     "read_facts",
     "reestimate_batch_norm",

@@ -21,19 +21,40 @@ class ActivationQuantizer(nn.Module):
         if not 0 <= x_max < float("inf"):
             raise ValueError(f"the activation range must be a finite number >= 0, got {x_max!r}")
         self.bits = bits
-        self.quant_max = activation_quant_max(bits)
+        self.quant_min, self.quant_max = 0, activation_quant_max(bits)
         self.register_buffer("scale", nonzero_scale(torch.tensor(x_max / self.quant_max)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale.to(x.dtype), 0, self.quant_max)
+        return fake_quantize(x, self.scale.to(x.dtype), self.quant_min, self.quant_max)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, x_max={self.scale.item() * self.quant_max:.6g}"
 
 
+class SumQuantizer(nn.Module):
+    """Rounds to the 256 levels of [-absmax, absmax] (integers -128 ... 127): what a residual sum takes, as integers.
+
+    An absmax of 0 gives a step of 1. Raises ValueError for an absmax that is negative or not finite.
+    """
+
+    quant_min, quant_max = -128, 127
+
+    def __init__(self, absmax: float) -> None:
+        super().__init__()
+        if not 0 <= absmax < float("inf"):
+            raise ValueError(f"the range must be a finite number >= 0, got {absmax!r}")
+        self.register_buffer("scale", nonzero_scale(torch.tensor(absmax / self.quant_max)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale.to(x.dtype), self.quant_min, self.quant_max)
+
+    def extra_repr(self) -> str:
+        return f"absmax={self.scale.item() * self.quant_max:.6g}"
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, ActivationQuantizer) or super().is_leaf_module(module, name)
+        return isinstance(module, (ActivationQuantizer, SumQuantizer)) or super().is_leaf_module(module, name)
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -67,6 +88,13 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
         quantizer = ActivationQuantizer(bits, ranges[name]).to(next(model.parameters()).device)
         quantized.set_submodule(name, quantizer)
     return quantized
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether `node` of a traced graph adds two activations."""
+    operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    operands = len(node.args) == 2 and all(isinstance(operand, fx.Node) for operand in node.args)
+    return operation in ("add", "iadd", "add_") and operands
 
 
 class ChannelStatistics(NamedTuple):
@@ -103,8 +131,7 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
             return rectified(statistics(node.args[0]))
         if isinstance(module, (nn.Identity, nn.Dropout)):
             return statistics(node.args[0])
-        operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if operation in ("add", "iadd", "add_") and all(isinstance(operand, fx.Node) for operand in node.args):
+        if is_sum(node):
             main = statistics(node.args[0])
             if not shortcut:
                 return main

@@ -3,13 +3,14 @@
 Take training images without augmentation, never test images.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .activations import relu_names
+from .activations import ActivationQuantizer, SumQuantizer, is_sum, relu_names, trace
 from .grid import activation_quant_max, check_bits
 
 BINS = 2048
@@ -53,22 +54,34 @@ def relu_histograms(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Hi
         bins = torch.histc(output.float(), BINS, 0, tops[name] or 1.0).cpu().double()
         counts[name] = counts[name] + bins if name in counts else bins
 
-    _watch(model, batches, observe)
+    _watch(model, tops, batches, observe)
     return {name: Histogram(bins, tops[name]) for name, bins in counts.items()}
 
 
 def minmax_ranges(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
     """Largest output of every ReLU over `batches` of images. Raises ValueError if `batches` is empty."""
-    largest: dict[str, Tensor] = {}
+    return _largest_outputs(model, relu_names(model), batches)
 
-    def observe(name: str, output: Tensor) -> None:
-        peak = output.amax()
-        largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
 
-    _watch(model, batches, observe)
-    if not largest:
-        raise ValueError("calibration needs at least one batch of images")
-    return {name: peak.item() for name, peak in largest.items()}
+def quantize_sums(model: nn.Module, batches: Iterable[Tensor], inplace: bool = False) -> nn.Module:
+    """A copy of `model` with a `SumQuantizer` behind every layer that feeds a residual sum and is no ReLU.
+
+    With `quantize_activations` alone half of a residual network's convolutions give floats to a sum; with both a
+    runtime has integers from the second layer to the last sum. Ranges are the largest magnitudes on `batches` of
+    images, run in eval mode. A layer becomes a Sequential of itself and the quantizer. Source: ours.
+    Raises ValueError if `batches` is empty.
+    """
+    quantized = model if inplace else copy.deepcopy(model)
+    activations = (nn.ReLU, ActivationQuantizer, SumQuantizer)
+    operands = [operand for node in trace(quantized).nodes if is_sum(node) for operand in node.args]
+    names = {operand.target for operand in operands if operand.op == "call_module"}
+    names = sorted(name for name in names if not isinstance(quantized.get_submodule(name), activations))
+    absmax = _largest_outputs(quantized, names, batches)
+    device = next(quantized.parameters()).device
+    for name in names:
+        quantizer = SumQuantizer(absmax[name]).to(device)
+        quantized.set_submodule(name, nn.Sequential(quantized.get_submodule(name), quantizer))
+    return quantized
 
 
 def percentile_ranges(histograms: dict[str, Histogram], percentile: float) -> dict[str, float]:
@@ -92,20 +105,41 @@ def mse_ranges(histograms: dict[str, Histogram], bits: int) -> dict[str, float]:
     return {name: top * parts[(errors @ counts).argmin()].item() for name, (counts, top) in histograms.items()}
 
 
+def _largest_outputs(model: nn.Module, names: Iterable[str], batches: Iterable[Tensor]) -> dict[str, float]:
+    """Largest magnitude that each of the modules `names` gives. Raises ValueError if `batches` is empty."""
+    largest: dict[str, Tensor] = {}
+
+    def observe(name: str, output: Tensor) -> None:
+        peak = output.abs().amax()
+        largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
+
+    if not _watch(model, names, batches, observe):
+        raise ValueError("calibration needs at least one batch of images")
+    return {name: peak.item() for name, peak in largest.items()}
+
+
 @torch.no_grad()
-def _watch(model: nn.Module, batches: Iterable[Tensor], observe: Callable[[str, Tensor], None]) -> None:
-    """Runs `batches` through `model` in eval mode and shows each ReLU's name and output to `observe`."""
+def _watch(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Tensor], observe: Callable[[str, Tensor], None]
+) -> int:
+    """Runs `batches` through `model` in eval mode and shows name and output of the modules `names` to `observe`.
+
+    Returns the number of batches.
+    """
     was_training = model.training
 
     def hook_for(name: str):
         return lambda module, inputs, output: observe(name, output)
 
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in relu_names(model)]
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+    seen = 0
     try:
         model.eval()
         for images in batches:
             model(images)
+            seen += 1
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
+    return seen

@@ -1,8 +1,9 @@
 """A network with integer weights as an ONNX graph: each quantized weight an INT8, INT4 or INT2 initializer behind a
 DequantizeLinear, each activation quantizer a QuantizeLinear and DequantizeLinear pair.
 
-Built from the torch.fx trace, node for node, so that nothing is folded or rewritten and a runtime may fuse integer
-kernels. Needs the package onnx.
+Built from the torch.fx trace, node for node, but for batch norm behind a convolution with integer weights: it becomes
+that convolution's bias and one scale for each output channel, the integers staying as they are. Between a convolution
+and a QuantizeLinear it would keep runtimes from their integer kernels. Needs the package onnx.
 """
 
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .activations import ActivationQuantizer, trace
+from .activations import ActivationQuantizer, SumQuantizer, trace
+from .grid import nonzero_scale
 from .packing import pack_bits
 
 OPSET, OPSET_INT2 = 21, 25  # INT4 came with the first, INT2 with the second
@@ -22,21 +24,25 @@ def to_onnx(
     integers: dict[str, tuple[Tensor, Tensor, int]],
     image_size: int = 32,
     normalize: tuple[Tensor, Tensor] | None = None,
+    int8: bool = False,
 ) -> Any:
     """The onnx.ModelProto of `model` in eval mode, with `integers`, as `integer_weights` gives them, for its weights.
 
     Input "images": float32 [batch, 3, S, S], already normalised; with `normalize`, mean and std [3] in units of 0..255,
     uint8 [batch, S, S, 3] as a file holds them. Output "logits": float32 [batch, classes]. A bit-width without an ONNX
-    type goes into the next wider one: 3 into INT4, 5 to 7 into INT8.
+    type goes into the next wider one: 3 into INT4, 5 to 7 into INT8. With `int8` all go into INT8: a larger file of the
+    same numbers, which runtimes without 4-bit kernels (onnxruntime on a CPU) can convolve as integers.
 
     Raises ValueError naming the layer or operation that has no counterpart here.
     """
-    return _Builder(model.eval(), integers).build(image_size, normalize)
+    return _Builder(model.eval(), integers, 8 if int8 else 2).build(image_size, normalize)
 
 
 class _Builder:
-    def __init__(self, model: nn.Module, integers: dict[str, tuple[Tensor, Tensor, int]]) -> None:
-        self.model, self.integers = model, integers
+    def __init__(self, model: nn.Module, integers: dict[str, tuple[Tensor, Tensor, int]], narrowest: int) -> None:
+        self.model, self.integers = model, dict(integers)
+        self.narrowest = narrowest  # bits of the narrowest integer type to use
+        self.biases: dict[str, str] = {}  # of convolutions, from batch norm
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
 
@@ -47,8 +53,12 @@ class _Builder:
         kind = TensorProto.UINT8 if normalize else TensorProto.FLOAT
         names: dict[fx.Node, str] = {}
         result = None
-        for node in trace(self.model).nodes:
-            if node.op == "placeholder":
+        nodes = list(trace(self.model).nodes)
+        folded = self.fold_batch_norm(nodes)
+        for node in nodes:
+            if node in folded:
+                names[node] = names[node.args[0]]
+            elif node.op == "placeholder":
                 names[node] = self.normalized("images", *normalize) if normalize else "images"
             elif node.op == "output":
                 result = names[node.args[0]]
@@ -67,6 +77,31 @@ class _Builder:
         proto = helper.make_model(graph, opset_imports=[opset], ir_version=version, producer_name="psgd")
         checker.check_model(proto)
         return proto
+
+    def fold_batch_norm(self, nodes: list[fx.Node]) -> set[fx.Node]:
+        """Takes the batch norms that alone follow a convolution with integer weights into its scale and bias.
+
+        gamma / sigma * (s * integers) + (beta - gamma / sigma * mean), the sign of gamma going to the integers.
+        """
+        folded = set()
+        for node in nodes:
+            if not (self.is_layer(node, nn.BatchNorm2d) and self.is_layer(node.args[0], nn.Conv2d)):
+                continue
+            norm, conv = self.model.get_submodule(node.target), self.model.get_submodule(node.args[0].target)
+            name = f"{node.args[0].target}.weight"
+            alone = len(node.args[0].users) == 1 and conv.bias is None
+            if name in self.integers and alone and _has_statistics(norm):
+                values, scale, bits = self.integers[name]
+                factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
+                column = factor.view(-1, 1, 1, 1)
+                self.integers[name] = values * column.sign().to(values.dtype), nonzero_scale(scale * column.abs()), bits
+                bias = norm.bias - norm.running_mean * factor
+                self.biases[node.args[0].target] = self.constant(f"{node.target}.bias", bias)
+                folded.add(node)
+        return folded
+
+    def is_layer(self, node: fx.Node, kind: type) -> bool:
+        return node.op == "call_module" and isinstance(self.model.get_submodule(node.target), kind)
 
     def emit(self, kind: str, inputs: list[str], **attributes: Any) -> str:
         """Adds a node and returns the name of its output."""
@@ -92,6 +127,7 @@ class _Builder:
         if name not in self.integers:
             return self.constant(name, self.model.get_parameter(name))
         values, scale, bits = self.integers[name]
+        bits = max(bits, self.narrowest)
         kind, width = (
             (TensorProto.INT8, 8) if bits > 4 else (TensorProto.INT4, 4) if bits > 2 else (TensorProto.INT2, 2)
         )
@@ -121,6 +157,7 @@ class _Builder:
     def layer(self, name: str, module: nn.Module, inputs: list[str]) -> str:
         if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
             weights = [self.parameter(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)]
+            weights += [self.biases[name]] if name in self.biases else []
             return self.emit(
                 "Conv", inputs + weights, strides=list(module.stride), pads=list(module.padding) * 2,
                 dilations=list(module.dilation), group=module.groups,
@@ -128,14 +165,14 @@ class _Builder:
         if isinstance(module, nn.Linear):
             weights = [self.parameter(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)]
             return self.emit("Gemm", inputs + weights, transB=1)
-        if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
+        if isinstance(module, nn.BatchNorm2d) and _has_statistics(module):
             keys = ("weight", "bias", "running_mean", "running_var")
             moments = [self.constant(f"{name}.{key}", getattr(module, key)) for key in keys]
             return self.emit("BatchNormalization", inputs + moments, epsilon=module.eps)
         if isinstance(module, nn.ReLU):
             return self.emit("Relu", inputs)
-        if isinstance(module, ActivationQuantizer):
-            return self.activation(name, module, inputs)
+        if isinstance(module, (ActivationQuantizer, SumQuantizer)):
+            return self.quantizer(name, module, inputs)
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             return self.emit("GlobalAveragePool", inputs)
         if isinstance(module, nn.MaxPool2d) and module.dilation in (1, (1, 1)) and not module.ceil_mode:
@@ -148,12 +185,18 @@ class _Builder:
             return inputs[0]
         raise ValueError(f"{name}, a {type(module).__name__}, cannot be exported to ONNX")
 
-    def activation(self, name: str, module: ActivationQuantizer, inputs: list[str]) -> str:
-        zero = self.constant("zero_point", torch.tensor(0, dtype=torch.uint8))
+    def quantizer(self, name: str, module: ActivationQuantizer | SumQuantizer, inputs: list[str]) -> str:
+        """A uint8 pair. A signed quantizer has its zero at 128: runtimes have no kernels that take both kinds."""
+        offset = -module.quant_min
+        zero = self.constant(f"zero_point_{offset}", torch.tensor(offset, dtype=torch.uint8))
         scale = self.constant(f"{name}.scale", module.scale)
-        if module.quant_max < 255:  # a uint8 saturates by itself only at 8 bits
+        if module.quant_max - module.quant_min < 255:  # a uint8 saturates by itself only at 8 bits
             top = self.constant(f"{name}.top", module.scale * module.quant_max)
-            bottom = self.constant("zero", torch.tensor(0.0))
+            bottom = self.constant(f"{name}.bottom", module.scale * module.quant_min)
             inputs = [self.emit("Clip", [*inputs, bottom, top])]
         integers = self.emit("QuantizeLinear", [*inputs, scale, zero])
         return self.emit("DequantizeLinear", [integers, scale, zero])
+
+
+def _has_statistics(norm: nn.BatchNorm2d) -> bool:
+    return norm.affine and norm.track_running_stats

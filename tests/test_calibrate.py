@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from quant import fake_quantize, minmax_ranges, mse_ranges, percentile_ranges, relu_histograms
+from models import vgg16_bn
+from quant import fake_quantize, minmax_ranges, mse_ranges, percentile_ranges, quantize_sums, relu_histograms
 from quant.calibrate import BINS
 
 
@@ -56,3 +57,30 @@ def test_a_relu_that_never_fires():
 def test_no_images():
     with pytest.raises(ValueError, match="at least one batch"):
         minmax_ranges(nn.Sequential(nn.ReLU()), [])
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.relu, self.conv = nn.ReLU(), nn.Conv2d(2, 2, 1, bias=False)
+
+    def forward(self, x):
+        y = self.relu(x)
+        return self.conv(y) + y
+
+
+def test_sums_take_8_bits():
+    torch.manual_seed(0)
+    net, images = Residual(), torch.randn(4, 2, 5, 5)
+    with torch.no_grad():
+        branch = net.conv(images.relu())
+        scale = branch.abs().max() / 127
+        expected = (branch / scale).round() * scale + images.relu()  # the other operand is a ReLU's, and left alone
+        quantized = quantize_sums(net, [images[:2], images[2:]])
+        torch.testing.assert_close(quantized(images), expected)
+        assert torch.equal(net(images), branch + images.relu())  # the network itself is as it was
+    with pytest.raises(ValueError, match="at least one batch"):
+        quantize_sums(net, [])
+    assert len(list(quantize_sums(vgg16_bn(10), [torch.randn(1, 3, 32, 32)]).modules())) == len(
+        list(vgg16_bn(10).modules())
+    )

@@ -1,5 +1,7 @@
 """ONNX graphs by onnxruntime against the quantized network, and export.py as a user runs it."""
 
+import collections
+import copy
 import json
 
 import onnx
@@ -14,6 +16,7 @@ from quant import (
     load_packed,
     mse_ranges,
     quantize_activations,
+    quantize_sums,
     quantize_weights,
     read_facts,
     relu_histograms,
@@ -62,6 +65,52 @@ def test_activations_too(resnet, w_bit, a_bit):
     assert (found - expected).abs().mean() < 0.2 * (plain - expected).abs().mean()
 
 
+def optimized_ops(proto, path, **entries):
+    """Counts of the operations that onnxruntime makes of a graph, without those that this machine alone knows."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path)
+    for key, value in entries.items():
+        options.add_session_config_entry(f"session.{key}", value)
+    onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def test_runtime_makes_integer_kernels(resnet, tmp_path):
+    images = [torch.randn(64, 3, 32, 32)]
+    ranges = mse_ranges(relu_histograms(resnet, images), 8)
+    integers = integer_weights(resnet, 4)
+    quantized = quantize_activations(quantize_weights(resnet, 4), 8, ranges)
+    assert optimized_ops(to_onnx(quantized, integers, int8=True), tmp_path / "a.onnx")["QLinearConv"] == 15
+    with_sums = quantize_sums(quantized, images)
+    proto = to_onnx(with_sums, integers, int8=True)
+    ops = optimized_ops(proto, tmp_path / "b.onnx")
+    # All but the first convolution, whose images are floats, and the linear layer behind the average.
+    assert (ops["QLinearConv"], ops["QLinearAdd"], ops["Conv"]) == (32, 15, 1)
+    with torch.no_grad():
+        expected, plain = with_sums(images[0]), resnet(images[0])
+    assert (run(proto, images[0]) - expected).abs().mean() < 0.5 * (plain - expected).abs().mean()
+    weights_only = to_onnx(resnet, integers)
+    assert optimized_ops(weights_only, tmp_path / "c.onnx")["DequantizeLinear"] == 35
+    assert optimized_ops(weights_only, tmp_path / "d.onnx", disable_quant_qdq="1")["DequantizeLinear"] == 0
+
+
+def test_batch_norm_becomes_scale_and_bias(resnet):
+    net = copy.deepcopy(resnet)
+    with torch.no_grad():
+        for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.weight[0], norm.weight[1] = -0.7, 0
+    images = torch.randn(8, 3, 32, 32)
+    proto = to_onnx(net, integer_weights(net, 4))
+    assert "BatchNormalization" not in [node.op_type for node in proto.graph.node]
+    for tensor in proto.graph.initializer:
+        if tensor.name.endswith(".scale"):
+            assert (onnx.numpy_helper.to_array(tensor) > 0).all()
+    with torch.no_grad():
+        expected = quantize_weights(net, 4)(images)
+    assert (run(proto, images) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 def test_vgg16_bn_at_4_bits():
     torch.manual_seed(0)
     net = vgg16_bn(10).eval()
@@ -95,7 +144,16 @@ def test_what_has_no_counterpart_is_named():
 
 
 def test_export_writes_both_files(cli, tmp_path, digits_run):
-    flags = ["--model_path", digits_run, "--w_bit", "4", "--a_bit", "8", "--with_normalize", "--calib_images", "64"]
+    flags = [
+        "--model_path",
+        digits_run,
+        "--a_bit",
+        "8",
+        "--integer_kernels",
+        "--with_normalize",
+        "--calib_images",
+        "64",
+    ]
     outcome = cli("export.py", *flags, "--out", "a/b")
     assert outcome.code == 0, outcome.err
     assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["last_w4.safetensors", "last_w4a8.onnx"]
@@ -108,7 +166,7 @@ def test_export_writes_both_files(cli, tmp_path, digits_run):
 def test_files_that_fail_their_check_are_not_left_behind(cli, tmp_path, digits_run, monkeypatch):
     import export
 
-    monkeypatch.setattr(export, "run_onnx", lambda path, images: torch.zeros(len(images), 10))
+    monkeypatch.setattr(export, "run_onnx", lambda path, images, as_written: torch.zeros(len(images), 10))
     outcome = cli("export.py", "--model_path", digits_run, "--out", "a")
     assert outcome.code == 2 and "last_w4.onnx differs from the quantized network: largest logit" in outcome.err
     assert not list((tmp_path / "a").iterdir())
@@ -132,6 +190,7 @@ def test_benchmark_of_deployed_networks(cli, tmp_path, digits_run):
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["kind"] for row in rows] == [
         "torch, float32", "torch, bfloat16", "onnxruntime, float32", "onnxruntime, W4", "onnxruntime, W4A8",
+        "onnxruntime, W4A8, integer kernels",
     ]  # fmt: skip
     assert rows[0]["top1"] == pytest.approx(rows[2]["top1"], abs=0.3)  # one of 360 images
     assert rows[3]["bytes"] < 0.2 * rows[2]["bytes"] and all(row["images_per_second_at_256"] > 0 for row in rows)

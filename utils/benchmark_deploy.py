@@ -3,8 +3,9 @@
     python -m utils.benchmark_deploy --model_path models/ResNet150.pth models/W4_ResNet.pth --w_bit 8 4
     python -m utils.benchmark_deploy --json results/deploy.json
 
-For each checkpoint: float32 and bfloat16 in torch, float32 in onnxruntime, and there each --w_bit with float and with
-8-bit activations. Images a second are medians, the kinds taking turns; compare ratios of one run.
+For each checkpoint: float32 and bfloat16 in torch, float32 in onnxruntime, and there each --w_bit with float
+activations, with 8-bit ones, and with 8-bit ones as `export.py --integer_kernels` writes them. Images a second are
+medians over pieces of 256 images, the kinds taking turns; compare ratios of one run.
 """
 
 import tempfile
@@ -18,6 +19,7 @@ from utils.cli import Parser, UserError, bits, count, run
 from utils.files import command_line, git_commit, write_json
 
 BATCHES = (1, 256)
+PIECE = 256  # images timed at once, so that threads that still wait for more work of the last kind do not count
 
 
 def main() -> None:
@@ -67,10 +69,10 @@ def compare(args, model, dataset, folder: Path) -> list[dict[str, Any]]:
         top1[name] = 100 * hits / len(dataset.test)
     speed: dict[str, dict[int, float]] = {name: {} for name in kinds}
     for batch in BATCHES:
-        images = normalize(dataset.test.images[:batch], dataset.spec)
-        pieces = {name: partial(network, images) for name, (_, network) in kinds.items()}
+        images = normalize(dataset.test.images[:PIECE], dataset.spec).split(batch)
+        pieces = {name: partial(run_all, network, images) for name, (_, network) in kinds.items()}
         for name, seconds in alternate(pieces, args.rounds, torch.device("cpu")).items():
-            speed[name][batch] = batch / seconds
+            speed[name][batch] = PIECE / seconds
     print(f"{'':40}{'bytes':>10}{'top-1':>8}" + "".join(f"{f'images/s at {batch}':>17}" for batch in BATCHES))
     rows = []
     for name, (size, _) in kinds.items():
@@ -79,6 +81,11 @@ def compare(args, model, dataset, folder: Path) -> list[dict[str, Any]]:
         figures = "".join(f"{speed[name][batch]:17.0f}" for batch in BATCHES)
         print(f"{name:40}{size:10d}{top1[name]:8.2f}{figures}", flush=True)
     return rows
+
+
+def run_all(network: Callable, batches) -> None:
+    for images in batches:
+        network(images)
 
 
 def torch_kinds(model) -> dict[str, tuple[int, Callable]]:
@@ -110,23 +117,35 @@ def onnx_kinds(args, model, dataset, folder: Path) -> dict[str, tuple[int, Calla
     import onnxruntime
     import torch
 
-    from quant import integer_weights, mse_ranges, quantize_activations, quantize_weights, relu_histograms, to_onnx
+    from quant import (
+        integer_weights,
+        mse_ranges,
+        quantize_activations,
+        quantize_sums,
+        quantize_weights,
+        relu_histograms,
+        to_onnx,
+    )
     from utils.data import calibration_batches
 
-    batches = calibration_batches(dataset.train, dataset.spec, args.calib_images, seed=1)
-    ranges = mse_ranges(relu_histograms(model, (images for images, _ in batches)), 8)
+    batches = [images for images, _ in calibration_batches(dataset.train, dataset.spec, args.calib_images, seed=1)]
+    ranges = mse_ranges(relu_histograms(model, batches), 8)
     protos = {"onnxruntime, float32": to_onnx(model, {})}
     for width in args.w_bit:
         integers = integer_weights(model, width)
         protos[f"onnxruntime, W{width}"] = to_onnx(model, integers)
         quantized = quantize_activations(quantize_weights(model, width), 8, ranges, inplace=True)
         protos[f"onnxruntime, W{width}A8"] = to_onnx(quantized, integers)
+        with_sums = quantize_sums(quantized, batches)
+        protos[f"onnxruntime, W{width}A8, integer kernels"] = to_onnx(with_sums, integers, int8=True)
     kinds = {}
     for number, (name, proto) in enumerate(protos.items()):
         path = folder / f"{number}.onnx"
         onnx.save(proto, path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        if "A8" not in name:  # let the weights become floats once, when the file is loaded, not at every run
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
         def forward(images, session=session):
