@@ -58,7 +58,7 @@ def parser() -> Parser:
     p.add_argument("--sparsity", type=cli.sparsity, default=None, metavar="S",
                    help="share of zero weights with --target zero, by magnitude over all layers (default: 0.9)")
     p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=150.0,
-                   help="strength of the gradient scaling; auto: 150, rising while too few weights are near the grid")
+                   help="strength of the scaling; auto: from the weights, and rising while too few are near the grid")
     p.add_argument("--eps", type=cli.non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out, also of pruning")
@@ -151,26 +151,27 @@ def build_optimizer(args: Namespace, model, goal, device):
     """SGD with momentum or Adam, inside PSGD with --psg 1."""
     import torch
 
-    from quant import AUTO_START, PSGD
+    from quant import PSGD, auto_lambda_s
 
-    lambda_s = AUTO_START if args.lambda_s == "auto" else args.lambda_s
     groups = goal.param_groups(model) if args.psg else model.parameters()
-    common = {"weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
-    if args.adam:
-        optimizer = torch.optim.Adam(groups, lr=args.lr * (0.01 * lambda_s if args.psg else 1), **common)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, **common)
-    return PSGD(optimizer, lambda_s=lambda_s, eps=args.eps) if args.psg else optimizer
+    try:
+        lambda_s = auto_lambda_s(groups) if args.lambda_s == "auto" and args.psg else args.lambda_s
+    except ValueError as error:
+        raise UserError(f"--lambda_s auto: {error}") from None
+    lr = args.lr * (0.01 * lambda_s if args.adam and args.psg else 1)
+    common = {"lr": lr, "weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
+    base = torch.optim.Adam(groups, **common) if args.adam else torch.optim.SGD(groups, momentum=0.9, **common)
+    return PSGD(base, lambda_s=lambda_s, eps=args.eps) if args.psg else base
 
 
-def described(args: Namespace, goal) -> str:
+def described(args: Namespace, goal, optimizer) -> str:
     """From where, for what and how: for the log."""
-    start = f"from {args.load_pretrained}" if args.load_pretrained else "from scratch"
-    start = f"from torchvision's weights {args.weights}" if args.weights else start
-    method = f"PSG for {goal.name}, lambda_s {str(args.lambda_s).removesuffix('.0')}" if args.psg else "no PSG"
+    start = f"torchvision's weights {args.weights}" if args.weights else args.load_pretrained or "scratch"
+    auto = "auto, now " if args.lambda_s == "auto" else ""
+    method = f"PSG for {goal.name}, lambda_s {auto}{optimizer.param_groups[0]['lambda_s']:g}" if args.psg else "no PSG"
     method += "".join(f", {flag} {getattr(args, flag):g}" for flag in ("l1", "grad_l1") if getattr(args, flag))
     why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
-    return f"{start}, {method}, weight decay {args.w_decay:g}{why}"
+    return f"from {start}, {method}, weight decay {args.w_decay:g}{why}"
 
 
 def main() -> None:
@@ -241,10 +242,9 @@ def main() -> None:
             args.exp_name = folder.exp_name
             folder.write_settings({"args": vars(args), "command": command_line(), "commit": git_commit(), **facts})
         folder.start_logging(after_epoch=done)
-
         shared = f" on {world.size} processes" if world.size > 1 else ""
         print(f"{device_line}{shared}, precision: {args.precision}, run folder: {folder.path}")
-    print(f"{args.arch} on {args.dataset} {described(args, goal)}")
+    print(f"{args.arch} on {args.dataset} {described(args, goal, optimizer)}")
     print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images", flush=True)
 
     penalty = build_penalty(model, args.l1, args.grad_l1, bool(args.first_last_quant))

@@ -4,7 +4,7 @@ Needs torch alone. In a checkout this package is `quant`; installed, it is `psgd
 """
 
 from .activations import ActivationQuantizer, SumQuantizer, bn_ranges, quantize_activations
-from .auto import AUTO_START, steer_lambda_s
+from .auto import AUTO_MULTIPLIER, auto_lambda_s, mean_distance, steer_lambda_s
 from .calibrate import calibrate, minmax_ranges, mse_ranges, percentile_ranges, quantize_sums, relu_histograms
 from .export import export
 from .goals import GridGoal, SparseGoal
@@ -21,7 +21,7 @@ from .sparsity import nonzero_weights, prunable_weights, prune_weights, pruning_
 from .warp import unwarp, warp
 
 __all__ = [
-    "AUTO_START",
+    "AUTO_MULTIPLIER",
     "FLOAT_BITS",
     "PSGD",
     "ActivationQuantizer",
@@ -29,6 +29,7 @@ __all__ = [
     "SparseGoal",
     "SumQuantizer",
     "adaround",
+    "auto_lambda_s",
     "bn_ranges",
     "build_penalty",
     "calibrate",
@@ -41,6 +42,7 @@ __all__ = [
     "layer_bits",
     "layer_rows",
     "load_packed",
+    "mean_distance",
     "minmax_ranges",
     "mse_ranges",
     "nonzero_weights",

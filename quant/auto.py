@@ -1,22 +1,56 @@
-"""lambda_s "auto": one setting for every bit-width, steered by what is wanted, the share of weights near the grid."""
+"""lambda_s "auto": one setting for every model and bit-width, steered by the share of weights near the grid."""
 
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from .psgd import is_scaled
+from .psgd import is_scaled, psg_multipliers
 
-AUTO_START = 150.0  # the paper's lambda_s for 4 bits
+AUTO_MULTIPLIER = 4.0  # mean multiplier of the paper's run: lambda_s 150 on ResNet-32 at 4 bits
 AUTO_SHARE = (0.2, 0.95)  # planned shares at progress 0 (a network not trained for a grid) and 1
-AUTO_RISE, AUTO_LIMIT = 1.25, 20 * AUTO_START
+AUTO_RISE, AUTO_LIMIT = 1.25, 20  # after an epoch behind the plan; in all
+
+
+@torch.no_grad()
+def mean_distance(weights: Iterable[Tensor], bits: int = 4) -> float:
+    """Mean of |w - Q(w)| over all weights together, each tensor on its own grid of `bits` bits.
+
+    Times lambda_s it is the mean multiplier of PSG. Raises ValueError for bits outside 2..8 or no weights at all.
+    """
+    weights = list(weights)
+    count = sum(weight.numel() for weight in weights)
+    if not count:
+        raise ValueError("there are no weights to look at")
+    unit = {"target": "grid", "bits": bits, "per_channel": False, "lambda_s": 1.0, "psg_eps": 0.0}
+    return sum(psg_multipliers([weight], unit)[0].double().sum().item() for weight in weights) / count
+
+
+def auto_lambda_s(groups: list[dict[str, Any]]) -> float:
+    """The lambda_s to start with: the mean multiplier at 4 bits is then that of the paper's run. Source: ours.
+
+    `groups` are parameter groups as `psg_param_groups` makes them. At 4 bits whatever the target is: how fast a weight
+    moves within its cell is the same at every bit-width if lambda_s is, so the target's own distances say nothing.
+    Raises ValueError if no group is scaled, or if all weights are on the 4-bit grid.
+    """
+    weights = [weight for group in groups if is_scaled(group) for weight in group["params"]]
+    distance = mean_distance(weights)
+    if distance == 0:
+        raise ValueError("every weight is on the 4-bit grid: there is no lambda_s to find")
+    return AUTO_MULTIPLIER / distance
 
 
 def steer_lambda_s(optimizer: Optimizer, share: float, progress: float) -> float:
     """One epoch of lambda_s "auto": raises lambda_s if too few weights are near the grid; returns it. Source: ours.
 
-    Build the PSGD optimizer with lambda_s=AUTO_START and call this after each epoch, with the `share` (0 to 1) of
-    weights near the grid, as `grid_share` gives it, and the `progress` (0 to 1) through the epochs before the first
-    learning-rate decay. The plan is a share that rises evenly over them from AUTO_SHARE[0] to AUTO_SHARE[1]; an epoch
-    that ends below it multiplies the lambda_s of every scaled group by AUTO_RISE, up to AUTO_LIMIT. It never falls,
-    and stays once `progress` has reached 1. All state is in the parameter groups, saved and restored with them.
+    Build the PSGD optimizer with lambda_s=auto_lambda_s(groups) and call this after each epoch, with the `share`
+    (0 to 1) of weights near the grid, as `grid_share` gives it, and the `progress` (0 to 1) through the epochs before
+    the first learning-rate decay. The plan is a share that rises evenly over them from AUTO_SHARE[0] to AUTO_SHARE[1];
+    an epoch that ends below it multiplies the lambda_s of every scaled group by AUTO_RISE, up to AUTO_LIMIT times the
+    start. It never falls, and stays once `progress` has reached 1. All state is in the parameter groups, saved and
+    restored with them.
 
     Raises ValueError if the optimizer has no scaled group.
     """
@@ -24,7 +58,8 @@ def steer_lambda_s(optimizer: Optimizer, share: float, progress: float) -> float
     if not groups:
         raise ValueError("the optimizer has no parameter group with PSG settings to steer")
     low, high = AUTO_SHARE
-    if progress < 1 and share < low + (high - low) * progress:
-        for group in groups:
-            group["lambda_s"] = min(group["lambda_s"] * AUTO_RISE, AUTO_LIMIT)
+    for group in groups:
+        limit = group.setdefault("lambda_s_limit", AUTO_LIMIT * group["lambda_s"])
+        if progress < 1 and share < low + (high - low) * progress:
+            group["lambda_s"] = min(group["lambda_s"] * AUTO_RISE, limit)
     return groups[0]["lambda_s"]

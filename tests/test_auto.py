@@ -4,13 +4,28 @@ import csv
 
 import pytest
 import torch
+import torchvision
+from torch import nn
 
-from quant import AUTO_START, PSGD, psg_param_groups, steer_lambda_s
+from models import ResNet32
+from quant import (
+    AUTO_MULTIPLIER,
+    PSGD,
+    auto_lambda_s,
+    fake_quantize_weight,
+    layer_bits,
+    mean_distance,
+    psg_multipliers,
+    psg_param_groups,
+    quantize_weights,
+    steer_lambda_s,
+)
+from utils.checkpoint import load_checkpoint
 
 
 @pytest.fixture
 def optimizer(net):
-    return PSGD(torch.optim.SGD(psg_param_groups(net, bits=3), lr=0.01), lambda_s=AUTO_START)
+    return PSGD(torch.optim.SGD(psg_param_groups(net, bits=3), lr=0.01), lambda_s=150)
 
 
 def scaled(optimizer):
@@ -32,9 +47,63 @@ def test_stays_after_the_decay_and_below_its_limit(optimizer):
     assert scaled(optimizer) == [3000, 3000]
 
 
+def transformer():
+    return nn.Sequential(nn.Linear(8, 32), nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), nn.Linear(32, 10))
+
+
+@pytest.mark.parametrize("build", [torchvision.models.resnet18, transformer])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_start_on_other_networks(build, bits):
+    torch.manual_seed(0)
+    model = build()
+    groups = psg_param_groups(model, bits)
+    start = auto_lambda_s(groups)
+    assert start > 300  # their weights are smaller than ResNet-32's, and 150 would hardly move them
+    # Stated layer by layer, at 4 bits: the mean over all weights is the target.
+    names = layer_bits(model, bits)
+    layers = {name: start * mean_distance([model.get_parameter(name)]) for name in names}
+    sizes = {name: model.get_parameter(name).numel() for name in names}
+    mean = sum(layers[name] * sizes[name] for name in names) / sum(sizes.values())
+    assert mean == pytest.approx(AUTO_MULTIPLIER)
+    if bits == 4:  # and so it is what PSGD does in its first step
+        optimizer = PSGD(torch.optim.SGD(groups, lr=0.1), lambda_s=start)
+        group = optimizer.param_groups[0]
+        multipliers = torch.cat([m.flatten() for m in psg_multipliers(group["params"], group)])
+        assert multipliers.mean().item() == pytest.approx(AUTO_MULTIPLIER, rel=1e-4)
+
+
+def test_start_on_the_papers_network():
+    model = ResNet32(100)
+    model.load_state_dict(load_checkpoint("models/ResNet82.pth")["state_dict"])
+    assert 130 < auto_lambda_s(psg_param_groups(model, 4)) < 170  # the paper took 150
+    weight = model.layer1[0].conv1.weight
+    expected = (weight - fake_quantize_weight(weight, 3)).abs().mean().item()
+    assert mean_distance([weight], 3) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_start():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    with pytest.raises(ValueError, match="every weight is on the 4-bit grid"):
+        auto_lambda_s(psg_param_groups(net, 4))
+    with pytest.raises(ValueError, match="no weights"):
+        auto_lambda_s([{"params": list(net.parameters())}])
+
+
 def test_nothing_to_steer(net):
     with pytest.raises(ValueError, match="no parameter group with PSG settings"):
         steer_lambda_s(torch.optim.SGD(net.parameters(), lr=0.1), 0.5, 0.5)
+
+
+def test_a_network_on_its_grid_has_no_start(cli, tmp_path, digits_run):
+    checkpoint = load_checkpoint(digits_run)
+    model = ResNet32(10)
+    model.load_state_dict(checkpoint["state_dict"])
+    torch.save(checkpoint | {"state_dict": quantize_weights(model, 4).state_dict()}, tmp_path / "a.pth")
+    outcome = cli("train.py", "--dataset", "digits", "--load_pretrained", "a.pth", "--lambda_s", "auto")
+    assert outcome.code == 2 and "--lambda_s auto: every weight is on the 4-bit grid" in outcome.err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_steered_run_is_resumed_as_it_was(cli, tmp_path):
@@ -49,4 +118,5 @@ def test_a_steered_run_is_resumed_as_it_was(cli, tmp_path):
             columns[name] = [(row["grid_share"], row["lambda_s"]) for row in csv.DictReader(file)]
     assert columns["whole"] == columns["cut"]
     # A small learning rate leaves the weights where they were: epochs 1 and 2 fall behind the plan, which ends with 3.
-    assert [float(used) for _, used in columns["whole"]] == [150, 187.5, 234.375, 234.375]
+    used = [float(used) for _, used in columns["whole"]]
+    assert used == pytest.approx([used[0] * 1.25**rises for rises in (0, 1, 2, 2)])

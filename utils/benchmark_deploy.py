@@ -19,7 +19,7 @@ from utils.cli import Parser, UserError, bits, count, run
 from utils.files import command_line, git_commit, write_json
 
 BATCHES = (1, 256)
-PIECE = 256  # images timed at once, so that threads that still wait for more work of the last kind do not count
+PIECE = 256  # images timed at once
 
 
 def main() -> None:
@@ -144,6 +144,8 @@ def onnx_kinds(args, model, dataset, folder: Path) -> dict[str, tuple[int, Calla
         onnx.save(proto, path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Its threads would go on spinning after a run, on the cores of the kind that is timed next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if "A8" not in name:  # let the weights become floats once, when the file is loaded, not at every run
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
