@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .activations import ActivationQuantizer, SumQuantizer, is_sum, relu_names, trace
 from .grid import activation_quant_max, check_bits
@@ -63,25 +63,28 @@ def minmax_ranges(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, floa
     return _largest_outputs(model, relu_names(model), batches)
 
 
-def quantize_sums(model: nn.Module, batches: Iterable[Tensor], inplace: bool = False) -> nn.Module:
-    """A copy of `model` with a `SumQuantizer` behind every layer that feeds a residual sum and is no ReLU.
+def quantize_sums(model: nn.Module, batches: Iterable[Tensor]) -> fx.GraphModule:
+    """A copy of `model`, as a torch.fx graph, with a `SumQuantizer` before each operand of a residual sum but ReLUs.
 
     With `quantize_activations` alone half of a residual network's convolutions give floats to a sum; with both a
     runtime has integers from the second layer to the last sum. Ranges are the largest magnitudes on `batches` of
-    images, run in eval mode. A layer becomes a Sequential of itself and the quantizer. Source: ours.
-    Raises ValueError if `batches` is empty.
+    images, in eval mode. Parameters keep their names. Source: ours. Raises ValueError if `batches` is empty.
     """
-    quantized = model if inplace else copy.deepcopy(model)
-    activations = (nn.ReLU, ActivationQuantizer, SumQuantizer)
-    operands = [operand for node in trace(quantized).nodes if is_sum(node) for operand in node.args]
-    names = {operand.target for operand in operands if operand.op == "call_module"}
-    names = sorted(name for name in names if not isinstance(quantized.get_submodule(name), activations))
-    absmax = _largest_outputs(quantized, names, batches)
-    device = next(quantized.parameters()).device
-    for name in names:
-        quantizer = SumQuantizer(absmax[name]).to(device)
-        quantized.set_submodule(name, nn.Sequential(quantized.get_submodule(name), quantizer))
-    return quantized
+    source = copy.deepcopy(model)
+    quantized = fx.GraphModule(source, trace(source), type(model).__name__)
+    names = []
+    for node in list(filter(is_sum, quantized.graph.nodes)):
+        for operand in node.args:
+            module = quantized.get_submodule(operand.target) if operand.op == "call_module" else None
+            if not isinstance(module, (nn.ReLU, ActivationQuantizer)):
+                names.append(f"sum_quantizer_{len(names)}")
+                quantized.add_submodule(names[-1], nn.Identity())
+                with quantized.graph.inserting_before(node):
+                    node.replace_input_with(operand, quantized.graph.call_module(names[-1], (operand,)))
+    quantized.recompile()
+    for name, absmax in _largest_outputs(quantized, names, batches).items():
+        quantized.set_submodule(name, SumQuantizer(absmax).to(next(model.parameters()).device))
+    return quantized.train(model.training)
 
 
 def percentile_ranges(histograms: dict[str, Histogram], percentile: float) -> dict[str, float]:

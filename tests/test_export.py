@@ -8,10 +8,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from models import ResNet32, vgg16_bn
 from quant import (
+    calibrate,
     integer_weights,
     load_packed,
     mse_ranges,
@@ -93,6 +95,21 @@ def test_runtime_makes_integer_kernels(resnet, tmp_path):
     weights_only = to_onnx(resnet, integers)
     assert optimized_ops(weights_only, tmp_path / "c.onnx")["DequantizeLinear"] == 35
     assert optimized_ops(weights_only, tmp_path / "d.onnx", disable_quant_qdq="1")["DequantizeLinear"] == 0
+
+
+def test_a_network_of_torchvision_as_in_the_docs(tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    batches = [torch.randn(4, 3, 64, 64)]
+    deployed = quantize_activations(quantize_weights(model, 4), 8, calibrate(model, batches, 8))
+    deployed = quantize_sums(deployed, batches)
+    proto = to_onnx(deployed, integer_weights(model, 4), image_size=64, int8=True)
+    ops = optimized_ops(proto, tmp_path / "a.onnx")
+    # Floats go into the first convolution and into the one behind max pooling.
+    assert (ops["QLinearConv"], ops["QLinearAdd"], ops["Conv"]) == (18, 8, 2)
+    with torch.no_grad():
+        expected, plain = deployed(batches[0]), model(batches[0])
+    assert (run(proto, batches[0]) - expected).abs().mean() < 0.5 * (plain - expected).abs().mean()
 
 
 def test_batch_norm_becomes_scale_and_bias(resnet):
