@@ -9,7 +9,24 @@ from torch import Tensor, fx, nn
 from .grid import FLOAT_BITS, activation_quant_max, fake_quantize, nonzero_scale
 
 
-class ActivationQuantizer(nn.Module):
+class _Quantizer(nn.Module):
+    """Rounds to the integers quant_min ... quant_max times a step, of which `largest` is the last."""
+
+    def __init__(self, largest: float, quant_min: int, quant_max: int) -> None:
+        super().__init__()
+        if not 0 <= largest < float("inf"):
+            raise ValueError(f"the activation range must be a finite number >= 0, got {largest!r}")
+        self.quant_min, self.quant_max = quant_min, quant_max
+        self.register_buffer("scale", nonzero_scale(torch.tensor(largest / quant_max)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale.to(x.dtype), self.quant_min, self.quant_max)
+
+    def extra_repr(self) -> str:
+        return f"integers {self.quant_min} to {self.quant_max}, largest={self.scale.item() * self.quant_max:.6g}"
+
+
+class ActivationQuantizer(_Quantizer):
     """ReLU and quantizer in one: clamps to [0, x_max] and rounds to the 2^bits levels of that range.
 
     An x_max of 0, a ReLU that was never seen to fire, gives a step of 1. Raises ValueError for bits outside 2..8 or an
@@ -17,39 +34,17 @@ class ActivationQuantizer(nn.Module):
     """
 
     def __init__(self, bits: int, x_max: float) -> None:
-        super().__init__()
-        if not 0 <= x_max < float("inf"):
-            raise ValueError(f"the activation range must be a finite number >= 0, got {x_max!r}")
-        self.bits = bits
-        self.quant_min, self.quant_max = 0, activation_quant_max(bits)
-        self.register_buffer("scale", nonzero_scale(torch.tensor(x_max / self.quant_max)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale.to(x.dtype), self.quant_min, self.quant_max)
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}, x_max={self.scale.item() * self.quant_max:.6g}"
+        super().__init__(x_max, 0, activation_quant_max(bits))
 
 
-class SumQuantizer(nn.Module):
-    """Rounds to the 256 levels of [-absmax, absmax] (integers -128 ... 127): what a residual sum takes, as integers.
+class SumQuantizer(_Quantizer):
+    """Rounds to integers -128 ... 127 of a step absmax / 127: what a residual sum takes.
 
     An absmax of 0 gives a step of 1. Raises ValueError for an absmax that is negative or not finite.
     """
 
-    quant_min, quant_max = -128, 127
-
     def __init__(self, absmax: float) -> None:
-        super().__init__()
-        if not 0 <= absmax < float("inf"):
-            raise ValueError(f"the range must be a finite number >= 0, got {absmax!r}")
-        self.register_buffer("scale", nonzero_scale(torch.tensor(absmax / self.quant_max)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale.to(x.dtype), self.quant_min, self.quant_max)
-
-    def extra_repr(self) -> str:
-        return f"absmax={self.scale.item() * self.quant_max:.6g}"
+        super().__init__(absmax, -128, 127)
 
 
 class _Tracer(fx.Tracer):

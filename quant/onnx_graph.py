@@ -81,7 +81,7 @@ class _Builder:
     def fold_batch_norm(self, nodes: list[fx.Node]) -> set[fx.Node]:
         """Takes the batch norms that alone follow a convolution with integer weights into its scale and bias.
 
-        gamma / sigma * (s * integers) + (beta - gamma / sigma * mean), the sign of gamma going to the integers.
+        gamma / sigma * s and beta + gamma / sigma * (bias - mean); the sign of gamma goes to the integers.
         """
         folded = set()
         for node in nodes:
@@ -89,13 +89,13 @@ class _Builder:
                 continue
             norm, conv = self.model.get_submodule(node.target), self.model.get_submodule(node.args[0].target)
             name = f"{node.args[0].target}.weight"
-            alone = len(node.args[0].users) == 1 and conv.bias is None
-            if name in self.integers and alone and _has_statistics(norm):
+            if name in self.integers and len(node.args[0].users) == 1 and _has_statistics(norm):
                 values, scale, bits = self.integers[name]
                 factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
                 column = factor.view(-1, 1, 1, 1)
                 self.integers[name] = values * column.sign().to(values.dtype), nonzero_scale(scale * column.abs()), bits
-                bias = norm.bias - norm.running_mean * factor
+                before = conv.bias if conv.bias is not None else 0
+                bias = norm.bias + (before - norm.running_mean) * factor
                 self.biases[node.args[0].target] = self.constant(f"{node.target}.bias", bias)
                 folded.add(node)
         return folded
@@ -156,8 +156,11 @@ class _Builder:
 
     def layer(self, name: str, module: nn.Module, inputs: list[str]) -> str:
         if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
-            weights = [self.parameter(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)]
-            weights += [self.biases[name]] if name in self.biases else []
+            weights = [self.parameter(f"{name}.weight")]
+            if name in self.biases:
+                weights.append(self.biases[name])
+            elif module.bias is not None:
+                weights.append(self.parameter(f"{name}.bias"))
             return self.emit(
                 "Conv", inputs + weights, strides=list(module.stride), pads=list(module.padding) * 2,
                 dilations=list(module.dilation), group=module.groups,

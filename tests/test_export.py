@@ -1,7 +1,6 @@
 """ONNX graphs by onnxruntime against the quantized network, and export.py as a user runs it."""
 
 import collections
-import copy
 import json
 
 import onnx
@@ -112,10 +111,19 @@ def test_a_network_of_torchvision_as_in_the_docs(tmp_path):
     assert (run(proto, batches[0]) - expected).abs().mean() < 0.5 * (plain - expected).abs().mean()
 
 
-def test_batch_norm_becomes_scale_and_bias(resnet):
-    net = copy.deepcopy(resnet)
+def convolution_with_bias():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [trained_resnet, convolution_with_bias])
+def test_batch_norm_becomes_scale_and_bias(build):
+    net = build()
     with torch.no_grad():
         for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.running_mean.normal_()
             norm.weight[0], norm.weight[1] = -0.7, 0
     images = torch.randn(8, 3, 32, 32)
     proto = to_onnx(net, integer_weights(net, 4))
