@@ -70,6 +70,8 @@ def parse() -> Namespace:
             raise UserError(f"{len(args.labels)} --labels for {len(named)} of --{flag}: give one for each")
         if len(set(args.labels)) < len(args.labels):
             raise UserError(f"the labels {', '.join(args.labels)} are not all different: name them with --labels")
+    elif args.labels:
+        raise UserError(f"--labels {' '.join(args.labels)}: figure {args.figure} takes its names from the results")
     return args
 
 

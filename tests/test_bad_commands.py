@@ -53,6 +53,7 @@ BAD = [
     ("eval.py", ["--prune", "channel"], "--prune: invalid choice: 'channel'"),
     ("eval.py", ["--val_split", "-1"], "--val_split: -1 must be 0 or greater"),
     ("eval.py", ["--calib_images", "0"], "--calib_images: 0 must be 1 or greater"),
+    ("visualize.py", ["--figure", "grid", "--labels", "A"], "--labels A: figure grid takes its names from the results"),
     ("visualize.py", ["--figure", "9"], "--figure: invalid choice: '9'"),
     ("visualize.py", ["--w_bit", "1"], "--w_bit: 1 must be from 2 to 8"),
     ("visualize.py", ["--sparsity", "1.5"], "--sparsity: 1.5 must be less than 1"),
