@@ -1,8 +1,10 @@
 """The training and evaluation loops. Nothing is read back from the device inside an epoch."""
 
+import contextlib
 import copy
+import gc
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,22 +121,50 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
     Computes the same function up to rounding, faster. A model that torch.fx cannot trace stays as it is.
     """
+    with collected_at_once():
+        pairs = foldable_pairs(model.eval())
+    for before, after in pairs:
+        conv, norm = model.get_submodule(before), model.get_submodule(after)
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        model.set_submodule(after, nn.Identity())
+    return model
+
+
+def foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of the convolutions and batch norms that follow each other and nothing else; none if fx cannot trace it."""
     try:
-        calls = [node for node in trace(model.eval()).nodes if node.op == "call_module"]
+        calls = [node for node in trace(model).nodes if node.op == "call_module"]
     except TraceError:
-        return model
+        return []
     uses = Counter(node.target for node in calls)
+    pairs = []
     for node in calls:
         before = node.args[0]
         if before.op != "call_module" or uses[before.target] > 1 or uses[node.target] > 1 or len(before.users) > 1:
             continue
         conv, norm = model.get_submodule(before.target), model.get_submodule(node.target)
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            model.set_submodule(node.target, nn.Identity())
-    return model
+            pairs.append((before.target, node.target))
+    return pairs
+
+
+@contextlib.contextmanager
+def collected_at_once() -> Iterator[None]:
+    """Frees the reference cycles that the block leaves behind when it ends.
+
+    The garbage collector comes to objects that have survived a while only after tens of megabytes of them, and a trace
+    is made for every evaluation.
+    """
+    enabled = gc.isenabled()
+    gc.disable()  # what is made in the block stays in the youngest generation
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        if enabled:
+            gc.enable()
 
 
 def evaluate(model: nn.Module, split: Split, spec: DataSpec, precision: str = "fp32", world: World = ALONE) -> Result:
