@@ -76,12 +76,13 @@ def test_training_curves(cli, tmp_path):
     outcome = cli("visualize.py", "--figure", "curves", *flags)
     assert outcome.code == 0 and (tmp_path / "fig/curves.png").stat().st_size > 10_000, outcome.err
     columns = {"epoch": [1, 2], "fp_top1": [60, 61], "w3_top1": [1, 2], "grid_share": [0.2, 0.4]}
-    top, bottom = training_curves({"mine": columns}).axes
+    whole = training_curves({"mine": columns})
+    top, bottom = whole.axes
     assert [list(line.get_ydata()) for line in top.lines] == [[60, 61], [1, 2]]
     assert list(bottom.lines[0].get_ydata()) == [20, 40]
-    assert [text.get_text() for text in top.get_legend().get_texts()] == ["mine, float", "mine, 3 bits"]
+    assert [text.get_text() for text in whole.legends[0].get_texts()] == ["mine, float", "mine, 3 bits"]
     sparse = training_curves({"mine": {"epoch": [1], "fp_top1": [60], "s90_top1": [50]}})
-    assert [text.get_text() for text in sparse.axes[0].get_legend().get_texts()] == ["mine, float", "mine, 90 % zeros"]
+    assert [text.get_text() for text in sparse.legends[0].get_texts()] == ["mine, float", "mine, 90 % zeros"]
 
 
 def test_figure_2(cli, tmp_path):

@@ -84,7 +84,7 @@ def training_curves(runs: dict[str, dict[str, list[float]]]):
 
     `runs` holds the columns of each run's metrics.csv by label.
     """
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6.4), sharex=True, layout="constrained")
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9.5, 6), sharex=True, layout="constrained")
     for position, (label, columns) in enumerate(runs.items()):
         color = color_of(label, position)
         low = next(key for key in columns if key[0] in "ws" and key.endswith("_top1"))
@@ -93,7 +93,7 @@ def training_curves(runs: dict[str, dict[str, list[float]]]):
         low_label = f"{label}, {number} bits" if low[0] == "w" else f"{label}, {number} % zeros"
         top.plot(columns["epoch"], columns[low], "--", color=color, linewidth=1.2, label=low_label)
         if "grid_share" in columns:
-            bottom.plot(columns["epoch"], [100 * share for share in columns["grid_share"]], color=color, label=label)
+            bottom.plot(columns["epoch"], [100 * share for share in columns["grid_share"]], color=color)
     top.set_ylabel("top-1 accuracy in percent")
     bottom.set_ylabel("weights within a tenth of\na step of the grid, percent")
     bottom.set_ylim(0, 100)
@@ -101,8 +101,7 @@ def training_curves(runs: dict[str, dict[str, list[float]]]):
     bottom.set_visible(bool(bottom.lines))  # sparse runs alone have no grid
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize="small")
+    figure.legend(*top.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return figure
 
 
@@ -143,7 +142,7 @@ def layer_bars(models: dict[str, list[dict[str, str]]]):
         color = ([*COLORS.values()] if len(models) <= 2 else OTHER_COLORS)[position % 5]
         places = numpy.arange(len(rows)) + (position - (len(models) - 1) / 2) * share
         top.bar(places, [float(row["top1_lost"]) for row in rows], share, color=color, label=label)
-        bottom.bar(places, [float(row["sqnr"]) for row in rows], share, color=color, label=label)
+        bottom.bar(places, [float(row["sqnr"]) for row in rows], share, color=color)
     top.set_ylabel("points of top-1 lost if\nonly this layer is quantized")
     bottom.set_ylabel("signal to quantization\nnoise of the weights, dB")
     bottom.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
