@@ -67,13 +67,12 @@ def main() -> None:
 
     from models import build_model
     from quant import (
+        calibrate,
         integer_weights,
         load_packed,
-        mse_ranges,
         quantize_activations,
         quantize_sums,
         quantize_weights,
-        relu_histograms,
         save_packed,
         to_onnx,
     )
@@ -100,8 +99,7 @@ def main() -> None:
             raise UserError(f"--a_bit {args.a_bit} needs training images, and there is no {name} in {args.data_dir}")
         check_calib_images(args.calib_images, dataset.train)
         batches = [images for images, _ in calibration_batches(dataset.train, spec, args.calib_images, args.seed)]
-        ranges = mse_ranges(relu_histograms(model, batches), args.a_bit)
-        deployed = quantize_activations(reference, args.a_bit, ranges)
+        deployed = quantize_activations(reference, args.a_bit, calibrate(model, batches, args.a_bit))
         if args.integer_kernels:
             deployed = quantize_sums(deployed, batches)
 
@@ -141,20 +139,19 @@ def main() -> None:
         inputs = images if args.with_normalize else floats
         logits = run_onnx(graph, inputs, as_written=True)
         difference = (logits - expected_deployed).abs().max().item()
-        agreement = (logits.argmax(1) == expected_deployed.argmax(1)).float().mean().item()
+        agreement = same_top1(logits, expected_deployed)
         best, spread = expected_deployed.amax(1), expected_deployed.amax(1) - expected_deployed.amin(1)
         tied = best - expected_deployed.gather(1, logits.argmax(1, keepdim=True))[:, 0] <= TIE * spread
         good = tied.float().mean() >= AGREEMENT if args.a_bit != 32 else difference <= LOGIT_TOLERANCE
         if not good:
             raise UserError(
                 f"{onnx_path} differs from the quantized network: largest logit difference {difference:.2g}, "
-                f"top-1 agreement {100 * agreement:.2f} %: nothing is written"
+                f"top-1 agreement {agreement:.2f} %: nothing is written"
             )
-        verdict = f"largest logit difference {difference:.1e}, top-1 agreement {100 * agreement:.2f} %"
+        verdict = f"largest logit difference {difference:.1e}, top-1 agreement {agreement:.2f} %"
         if args.a_bit != 32:
-            kernels = run_onnx(graph, inputs, as_written=False)
-            same = (kernels.argmax(1) == expected_deployed.argmax(1)).float().mean().item()
-            verdict += f" ({100 * same:.2f} % with the runtime's integer kernels, which round biases)"
+            by_kernels = same_top1(run_onnx(graph, inputs, as_written=False), expected_deployed)
+            verdict += f" ({by_kernels:.2f} % with the runtime's integer kernels, which round biases)"
     for file, words in ((packed_path, "outputs equal the quantized network's, bit for bit"), (onnx_path, verdict)):
         size = Path(file).stat().st_size
         print(f"{file}: {size} bytes, {float_bytes / size:.1f} times smaller; {words}")
@@ -182,6 +179,11 @@ def checked_file(path: str):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def same_top1(logits, expected) -> float:
+    """Percent of the images with the same best class."""
+    return 100 * (logits.argmax(1) == expected.argmax(1)).float().mean().item()
 
 
 def run_onnx(path: Path, images, as_written: bool):

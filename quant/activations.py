@@ -1,6 +1,7 @@
 """Activation quantizers in place of a network's ReLUs, and the data-free ranges that batch norm gives them."""
 
 import copy
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, fx, nn
 from .grid import FLOAT_BITS, activation_quant_max, fake_quantize, nonzero_scale
 
 
-class _Quantizer(nn.Module):
+class Quantizer(nn.Module):
     """Rounds to the integers quant_min ... quant_max times a step, of which `largest` is the last."""
 
     def __init__(self, largest: float, quant_min: int, quant_max: int) -> None:
@@ -26,7 +27,7 @@ class _Quantizer(nn.Module):
         return f"integers {self.quant_min} to {self.quant_max}, largest={self.scale.item() * self.quant_max:.6g}"
 
 
-class ActivationQuantizer(_Quantizer):
+class ActivationQuantizer(Quantizer):
     """ReLU and quantizer in one: clamps to [0, x_max] and rounds to the 2^bits levels of that range.
 
     An x_max of 0, a ReLU that was never seen to fire, gives a step of 1. Raises ValueError for bits outside 2..8 or an
@@ -37,7 +38,7 @@ class ActivationQuantizer(_Quantizer):
         super().__init__(x_max, 0, activation_quant_max(bits))
 
 
-class SumQuantizer(_Quantizer):
+class SumQuantizer(Quantizer):
     """Rounds to integers -128 ... 127 of a step absmax / 127: what a residual sum takes.
 
     An absmax of 0 gives a step of 1. Raises ValueError for an absmax that is negative or not finite.
@@ -49,7 +50,7 @@ class SumQuantizer(_Quantizer):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (ActivationQuantizer, SumQuantizer)) or super().is_leaf_module(module, name)
+        return isinstance(module, Quantizer) or super().is_leaf_module(module, name)
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -90,6 +91,24 @@ def is_sum(node: fx.Node) -> bool:
     operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     operands = len(node.args) == 2 and all(isinstance(operand, fx.Node) for operand in node.args)
     return operation in ("add", "iadd", "add_") and operands
+
+
+def conv_norm_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
+    """Calls of 2-d convolutions, each with the call of the batch norm with running statistics that alone follows it.
+
+    `graph` is `trace(model)`. Modules that the network calls more than once are left out.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    uses = Counter(node.target for node in calls)
+    pairs = []
+    for node in calls:
+        before = node.args[0]
+        if before.op != "call_module" or uses[before.target] > 1 or uses[node.target] > 1 or len(before.users) > 1:
+            continue
+        conv, norm = model.get_submodule(before.target), model.get_submodule(node.target)
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            pairs.append((before, node))
+    return pairs
 
 
 class ChannelStatistics(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .activations import ActivationQuantizer, SumQuantizer, trace
+from .activations import Quantizer, conv_norm_pairs, is_sum, trace
 from .grid import nonzero_scale
 from .packing import pack_bits
 
@@ -43,6 +43,7 @@ class _Builder:
         self.model, self.integers = model, dict(integers)
         self.narrowest = narrowest  # bits of the narrowest integer type to use
         self.biases: dict[str, str] = {}  # of convolutions, from batch norm
+        self.dequantized: dict[str, str] = {}
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
 
@@ -53,9 +54,9 @@ class _Builder:
         kind = TensorProto.UINT8 if normalize else TensorProto.FLOAT
         names: dict[fx.Node, str] = {}
         result = None
-        nodes = list(trace(self.model).nodes)
-        folded = self.fold_batch_norm(nodes)
-        for node in nodes:
+        traced = trace(self.model)
+        folded = self.fold_batch_norm(traced)
+        for node in traced.nodes:
             if node in folded:
                 names[node] = names[node.args[0]]
             elif node.op == "placeholder":
@@ -78,30 +79,25 @@ class _Builder:
         checker.check_model(proto)
         return proto
 
-    def fold_batch_norm(self, nodes: list[fx.Node]) -> set[fx.Node]:
+    def fold_batch_norm(self, graph: fx.Graph) -> set[fx.Node]:
         """Takes the batch norms that alone follow a convolution with integer weights into its scale and bias.
 
         gamma / sigma * s and beta + gamma / sigma * (bias - mean); the sign of gamma goes to the integers.
         """
         folded = set()
-        for node in nodes:
-            if not (self.is_layer(node, nn.BatchNorm2d) and self.is_layer(node.args[0], nn.Conv2d)):
-                continue
-            norm, conv = self.model.get_submodule(node.target), self.model.get_submodule(node.args[0].target)
-            name = f"{node.args[0].target}.weight"
-            if name in self.integers and len(node.args[0].users) == 1 and _has_statistics(norm):
+        for call, following in conv_norm_pairs(self.model, graph):
+            conv, norm = self.model.get_submodule(call.target), self.model.get_submodule(following.target)
+            name = f"{call.target}.weight"
+            if name in self.integers and norm.affine:
                 values, scale, bits = self.integers[name]
                 factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
                 column = factor.view(-1, 1, 1, 1)
                 self.integers[name] = values * column.sign().to(values.dtype), nonzero_scale(scale * column.abs()), bits
                 before = conv.bias if conv.bias is not None else 0
                 bias = norm.bias + (before - norm.running_mean) * factor
-                self.biases[node.args[0].target] = self.constant(f"{node.target}.bias", bias)
-                folded.add(node)
+                self.biases[call.target] = self.constant(f"{following.target}.bias", bias)
+                folded.add(following)
         return folded
-
-    def is_layer(self, node: fx.Node, kind: type) -> bool:
-        return node.op == "call_module" and isinstance(self.model.get_submodule(node.target), kind)
 
     def emit(self, kind: str, inputs: list[str], **attributes: Any) -> str:
         """Adds a node and returns the name of its output."""
@@ -126,6 +122,8 @@ class _Builder:
 
         if name not in self.integers:
             return self.constant(name, self.model.get_parameter(name))
+        if name in self.dequantized:  # by a layer that is called more than once
+            return self.dequantized[name]
         values, scale, bits = self.integers[name]
         bits = max(bits, self.narrowest)
         kind, width = (
@@ -134,7 +132,9 @@ class _Builder:
         packed = pack_bits(values.contiguous(), width).cpu().numpy().tobytes()  # ONNX packs in the same order
         self.initializers.append(helper.make_tensor(f"{name}.integers", kind, list(values.shape), packed, raw=True))
         scale_name = self.constant(f"{name}.scale", scale.flatten() if scale.dim() else scale)
-        return self.emit("DequantizeLinear", [f"{name}.integers", scale_name], **({"axis": 0} if scale.dim() else {}))
+        axis = {"axis": 0} if scale.dim() else {}
+        self.dequantized[name] = self.emit("DequantizeLinear", [f"{name}.integers", scale_name], **axis)
+        return self.dequantized[name]
 
     def normalized(self, images: str, mean: Tensor, std: Tensor) -> str:
         from onnx import TensorProto
@@ -147,9 +147,9 @@ class _Builder:
     def translate(self, node: fx.Node, inputs: list[str]) -> str:
         if node.op == "call_module":
             return self.layer(node.target, self.model.get_submodule(node.target), inputs)
-        operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if operation in ("add", "iadd", "add_") and len(inputs) == 2:
+        if is_sum(node):
             return self.emit("Add", inputs)
+        operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if operation == "flatten" and tuple(node.args[1:]) == (1,):
             return self.emit("Flatten", inputs, axis=1)
         raise ValueError(f"the operation {operation} ({node.name}) cannot be exported to ONNX")
@@ -168,13 +168,13 @@ class _Builder:
         if isinstance(module, nn.Linear):
             weights = [self.parameter(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)]
             return self.emit("Gemm", inputs + weights, transB=1)
-        if isinstance(module, nn.BatchNorm2d) and _has_statistics(module):
+        if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
             keys = ("weight", "bias", "running_mean", "running_var")
             moments = [self.constant(f"{name}.{key}", getattr(module, key)) for key in keys]
             return self.emit("BatchNormalization", inputs + moments, epsilon=module.eps)
         if isinstance(module, nn.ReLU):
             return self.emit("Relu", inputs)
-        if isinstance(module, (ActivationQuantizer, SumQuantizer)):
+        if isinstance(module, Quantizer):
             return self.quantizer(name, module, inputs)
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             return self.emit("GlobalAveragePool", inputs)
@@ -188,7 +188,7 @@ class _Builder:
             return inputs[0]
         raise ValueError(f"{name}, a {type(module).__name__}, cannot be exported to ONNX")
 
-    def quantizer(self, name: str, module: ActivationQuantizer | SumQuantizer, inputs: list[str]) -> str:
+    def quantizer(self, name: str, module: Quantizer, inputs: list[str]) -> str:
         """A uint8 pair. A signed quantizer has its zero at 128: runtimes have no kernels that take both kinds."""
         offset = -module.quant_min
         zero = self.constant(f"zero_point_{offset}", torch.tensor(offset, dtype=torch.uint8))
@@ -199,7 +199,3 @@ class _Builder:
             inputs = [self.emit("Clip", [*inputs, bottom, top])]
         integers = self.emit("QuantizeLinear", [*inputs, scale, zero])
         return self.emit("DequantizeLinear", [integers, scale, zero])
-
-
-def _has_statistics(norm: nn.BatchNorm2d) -> bool:
-    return norm.affine and norm.track_running_stats

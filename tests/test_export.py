@@ -118,6 +118,26 @@ def convolution_with_bias():
     ).eval()  # fmt: skip
 
 
+class Twice(nn.Module):
+    """One convolution called twice, each time before a batch norm of its own: neither may go into its scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.first, self.second = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.second(self.conv(self.first(self.conv(x)))).flatten(1)
+
+
+def test_a_convolution_called_twice():
+    torch.manual_seed(0)
+    net, images = Twice().eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        net.first.running_var.fill_(4)
+        expected = quantize_weights(net, 4)(images)
+    assert (run(to_onnx(net, integer_weights(net, 4)), images) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
 @pytest.mark.parametrize("build", [trained_resnet, convolution_with_bias])
 def test_batch_norm_becomes_scale_and_bias(build):
     net = build()

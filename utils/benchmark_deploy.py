@@ -117,19 +117,11 @@ def onnx_kinds(args, model, dataset, folder: Path) -> dict[str, tuple[int, Calla
     import onnxruntime
     import torch
 
-    from quant import (
-        integer_weights,
-        mse_ranges,
-        quantize_activations,
-        quantize_sums,
-        quantize_weights,
-        relu_histograms,
-        to_onnx,
-    )
+    from quant import calibrate, integer_weights, quantize_activations, quantize_sums, quantize_weights, to_onnx
     from utils.data import calibration_batches
 
     batches = [images for images, _ in calibration_batches(dataset.train, dataset.spec, args.calib_images, seed=1)]
-    ranges = mse_ranges(relu_histograms(model, batches), 8)
+    ranges = calibrate(model, batches, 8)
     protos = {"onnxruntime, float32": to_onnx(model, {})}
     for width in args.w_bit:
         integers = integer_weights(model, width)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import gc
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from quant.activations import trace
+from quant.activations import conv_norm_pairs, trace
 from quant.goals import GridGoal, SparseGoal
 from quant.penalty import Penalty
 from utils.cli import UserError
@@ -122,7 +121,10 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     Computes the same function up to rounding, faster. A model that torch.fx cannot trace stays as it is.
     """
     with collected_at_once():
-        pairs = foldable_pairs(model.eval())
+        try:
+            pairs = [(conv.target, norm.target) for conv, norm in conv_norm_pairs(model.eval(), trace(model))]
+        except TraceError:
+            return model
     for before, after in pairs:
         conv, norm = model.get_submodule(before), model.get_submodule(after)
         conv.weight, conv.bias = fuse_conv_bn_weights(
@@ -130,24 +132,6 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
         )
         model.set_submodule(after, nn.Identity())
     return model
-
-
-def foldable_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of the convolutions and batch norms that follow each other and nothing else; none if fx cannot trace it."""
-    try:
-        calls = [node for node in trace(model).nodes if node.op == "call_module"]
-    except TraceError:
-        return []
-    uses = Counter(node.target for node in calls)
-    pairs = []
-    for node in calls:
-        before = node.args[0]
-        if before.op != "call_module" or uses[before.target] > 1 or uses[node.target] > 1 or len(before.users) > 1:
-            continue
-        conv, norm = model.get_submodule(before.target), model.get_submodule(node.target)
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-            pairs.append((before.target, node.target))
-    return pairs
 
 
 @contextlib.contextmanager
