@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from models import vgg16_bn
-from quant import adaround, correct_bias, fake_quantize_weight, quantize_weights, reestimate_batch_norm, weight_scale
+from quant import (
+    adaround,
+    correct_bias,
+    fake_quantize_weight,
+    prune_weights,
+    quantize_weights,
+    reestimate_batch_norm,
+    weight_scale,
+)
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
 from utils.data import calibration_batches, load_dataset
 
@@ -114,9 +122,9 @@ def three_epochs(tmp_path_factory):
     return folder / "runs/v"
 
 
-@pytest.mark.parametrize("width", [32, 4])
-def test_mean_of_a_run(cli, tmp_path, three_epochs, width):
-    flags = ["--epochs", "1-3", "--out", "mean.pth", "--w_bit", width, "--calib_images", 512]
+@pytest.mark.parametrize("width, zeros", [(32, 0), (4, 0), (32, 0.6)])
+def test_mean_of_a_run(cli, tmp_path, three_epochs, width, zeros):
+    flags = ["--epochs", "1-3", "--out", "mean.pth", "--w_bit", width, "--sparsity", zeros, "--calib_images", 512]
     outcome = cli("utils.average", three_epochs, *flags)
     assert outcome.code == 0 and "the mean of 3 epochs, 1 to 3" in outcome.out, outcome.err
     states = [load_checkpoint(three_epochs / f"epoch_{epoch}.pth")["state_dict"] for epoch in (1, 2, 3)]
@@ -127,7 +135,8 @@ def test_mean_of_a_run(cli, tmp_path, three_epochs, width):
         assert torch.allclose(parameter, sum(state[name] for state in states) / 3, atol=1e-6), name
     digits = load_dataset("digits", "", torch.device("cpu"))
     images = [batch for batch, _ in calibration_batches(digits.train, digits.spec, 512, seed=1)]
-    expected = reestimate_batch_norm(quantize_weights(model, width, per_channel=True), images).state_dict()
+    deployed = quantize_weights(prune_weights(model, zeros), width, per_channel=True)
+    expected = reestimate_batch_norm(deployed, images).state_dict()
     for name, value in model.named_buffers():
         assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5), name
     outcome = cli("eval.py", "--model_path", "mean.pth")

@@ -2,16 +2,18 @@
 
     python train.py --exp_name w4 --save_epochs 103-150
     python -m utils.average runs/w4 --epochs 103-150 --out w4_mean.pth
-    python -m utils.average runs/w4 --epochs 150 --w_bit 4 --out w4_bn.pth    # new statistics alone
+    python -m utils.average runs/w4 --epochs 150 --w_bit 4 --out w4_bn.pth            # new statistics alone
+    python -m utils.average runs/sparse --epochs 150 --sparsity 0.9 --out s90_bn.pth  # those of the pruned network
 
 Weights that sit on the grid have sat on the same point for epochs, so their mean sits there too; the others lose their
 noise (stochastic weight averaging, Izmailov et al. 2018; its use on PSG runs is ours). The statistics come from
-unaugmented training images, with the mean weights in float or, with --w_bit, quantized: one file serves both.
+unaugmented training images, with the mean weights in float or, with --w_bit or --sparsity, as they are deployed: one
+file serves both.
 """
 
 from pathlib import Path
 
-from utils.cli import Parser, UserError, bits_or_float, count, epochs, index, run, seed
+from utils.cli import Parser, UserError, bits_or_float, count, epochs, index, run, seed, sparsity
 
 
 def main() -> None:
@@ -21,6 +23,8 @@ def main() -> None:
     p.add_argument("--epochs", type=epochs, required=True, metavar="N-M", help="epochs to take the mean of")
     p.add_argument("--out", required=True, metavar="FILE", help="file to write")
     p.add_argument("--w_bit", type=bits_or_float, default=32, help="bit-width of the weights under the statistics")
+    p.add_argument("--sparsity", type=sparsity, default=0.0, metavar="S",
+                   help="share of zero weights, by magnitude over all layers, under the statistics")
     p.add_argument("--calib_images", type=count, default=4096, metavar="N", help="training images for the statistics")
     p.add_argument("--seed", type=seed, default=1, help="of the choice of images")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
@@ -31,7 +35,7 @@ def main() -> None:
 
     import torch
 
-    from quant import quantize_weights, reestimate_batch_norm
+    from quant import prune_weights, quantize_weights, reestimate_batch_norm
     from utils.checkpoint import RUN_STATE, load_checkpoint, model_from_checkpoint, save_checkpoint
     from utils.data import calibration_batches, check_calib_images, load_dataset
     from utils.device import select_device
@@ -57,8 +61,9 @@ def main() -> None:
     train, _, _ = dataset.splits(settings["val_split"])
     check_calib_images(args.calib_images, train)
     mean.to(device, memory_format=torch.channels_last)
-    per_channel = settings.get("granularity") == "channel"
-    deployed = quantize_weights(mean, args.w_bit, bool(settings["first_last_quant"]), per_channel)
+    first_last, per_channel = bool(settings["first_last_quant"]), settings.get("granularity") == "channel"
+    pruned = prune_weights(mean, args.sparsity, first_last=first_last)
+    deployed = quantize_weights(pruned, args.w_bit, first_last, per_channel, inplace=True)
     images = (batch for batch, _ in calibration_batches(train, dataset.spec, args.calib_images, args.seed))
     state = reestimate_batch_norm(deployed, images).state_dict() | dict(mean.named_parameters())
     kept = {key: value for key, value in last.items() if key not in (*RUN_STATE, "metrics")}
