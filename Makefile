@@ -48,7 +48,7 @@ PSGD_RUNS := $(foreach seed,$(SEEDS),$(foreach bits,$(W_BITS),runs/cifar100/$(bi
 ADAM_RUNS := runs/cifar100/adam_seed1 runs/cifar100/adam_4bits_seed1
 RUNS := runs/vanilla $(PSGD_RUNS) $(ADAM_RUNS)
 
-# lambda_s: the published 150 at 4 bits; at the others 600, chosen on held-out training images (README, Results)
+# lambda_s: the published 150 at 4 bits; at the others 600, which left no gap in short stages (docs/results.md)
 # $(call train,run folder,last epoch,flags): go on with the run if it has an epoch to go on from, else start it
 train = if [ -f $(1)/last.pth ]; then $(BIN)/python train.py --exp_name $(1:runs/%=%) --resume --epoch $(2); \
 	else rm -rf $(1) && $(BIN)/python train.py $(3) --epoch $(2) --exp_name $(1:runs/%=%); fi
