@@ -157,7 +157,7 @@ def main() -> None:
 
     import torch
 
-    from quant import nonzero_weights, packed_bytes, weight_mse
+    from quant import nonzero_weights, packed_bytes, prune_weights, weight_mse
     from utils.device import keep_freed_memory, resolve_precision, select_device
     from utils.engine import evaluate, fold_batch_norm
     from utils.files import write_csv, write_results
@@ -191,13 +191,15 @@ def main() -> None:
                 raise UserError(f"{net.facts['model']}: {error}") from None
             nonzero = nonzero_weights(network, bool(args.first_last_quant))
             result = evaluate(fold_batch_norm(network), net.test, net.spec, args.precision)
-            grid = weight_grid(args, setting.w_bit)
+            del network  # two models at a time
+            grid, first_last = weight_grid(args, setting.w_bit), bool(args.first_last_quant)
+            pruned = prune_weights(net.model, setting.sparsity, args.prune, first_last)
             row = net.facts | {
                 "sparsity": setting.sparsity, "prune": args.prune if setting.sparsity else "none", "nonzero": nonzero,
                 "w_bit": setting.w_bit, "weight_range": args.weight_range, "granularity": args.granularity,
                 "a_bit": setting.a_bit, "act_range": "none" if setting.a_bit == 32 else args.act_range,
                 "clipping_range": f"{n:g}" if n else "", "post": setting.post, "top1": round(result.top1, 4),
-                "loss": round(result.loss, 6), "weight_mse": weight_mse(net.model, **grid),
+                "loss": round(result.loss, 6), "weight_mse": weight_mse(pruned, **grid),
                 "bytes": packed_bytes(net.model, setting.w_bit, grid["first_last"], grid["per_channel"]),
             }  # fmt: skip
             rows.append(row)
@@ -216,7 +218,7 @@ def load_networks(args: Namespace, device) -> list[Network]:
     import torch
 
     from quant import relu_histograms
-    from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
+    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, training_facts
     from utils.data import calibration_batches, check_calib_images, load_dataset
 
     datasets, networks = {}, []
@@ -226,7 +228,7 @@ def load_networks(args: Namespace, device) -> list[Network]:
     needs_images = args.report or set(args.post) != {"none"} or (quantizes and (searches or not by_batch_norm))
     for path in args.model_path:
         checkpoint = load_checkpoint(path)
-        name = args.dataset or checkpoint.get("args", {}).get("dataset", "cifar100")
+        name = args.dataset or dataset_name(checkpoint)
         if name not in datasets:
             datasets[name] = load_dataset(name, args.data_dir, device, args.workers)
         dataset = datasets[name]

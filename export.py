@@ -59,7 +59,7 @@ def main() -> None:
     try:
         import onnx
         import onnxruntime  # noqa: F401 - looked for before anything is done
-        import safetensors  # noqa: F401
+        import safetensors
     except ImportError as error:
         raise UserError(f"{error}: pip install -r requirements-export.txt") from None
 
@@ -76,12 +76,12 @@ def main() -> None:
         save_packed,
         to_onnx,
     )
-    from utils.checkpoint import load_checkpoint, model_from_checkpoint
+    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint
     from utils.data import DATASETS, calibration_batches, check_calib_images, normalize
 
     path = Path(args.model_path)
     checkpoint = load_checkpoint(path)
-    name = args.dataset or checkpoint.get("args", {}).get("dataset", "cifar100")
+    name = args.dataset or dataset_name(checkpoint)
     if name not in CLASSES:
         raise UserError(
             f"{path} is for {name}; this script exports networks for {', '.join(CLASSES)}: use quant.export"
@@ -126,7 +126,10 @@ def main() -> None:
     constants = (torch.tensor(spec.mean), torch.tensor(spec.std)) if args.with_normalize else None
     packed_path, onnx_path = f"{stem}.safetensors", f"{stem}{f'a{args.a_bit}' if args.a_bit != 32 else ''}.onnx"
     with checked_file(packed_path) as packed, checked_file(onnx_path) as graph:
-        save_packed(packed, model, facts, **grid)
+        try:
+            save_packed(packed, model, facts, **grid)
+        except safetensors.SafetensorError as error:  # as a full disk is to it
+            raise UserError(f"{packed_path} cannot be written ({error}): nothing is written") from None
         again = load_packed(packed, build_model(facts["arch"], facts["num_classes"]))
         with torch.no_grad():
             if not torch.equal(again(floats), expected):

@@ -44,16 +44,14 @@ def parser() -> Parser:
     p.add_argument("--arch", default="ResNet32", help="ResNet32, vgg16_bn, or a classification network of torchvision")
     p.add_argument("--weights", default="", metavar="NAME", help="torchvision's weights to start from, as DEFAULT")
     p.add_argument("--dataset", default="cifar100", choices=cli.DATASET_NAMES, help="data set")
-    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive; of "
-                   "imagefolder the one with train/ and val/, in them a folder for each class")
+    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz, of its archive, or of train/ and val/")
     p.add_argument("--workers", type=cli.index, default=4, help="processes that read images of an imagefolder")
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
                    help="hold N training images out and evaluate on them instead of the test set")
     p.add_argument("--seed", type=cli.seed, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
     p.add_argument("--target", choices=["grid", "zero"], default="grid",
-                   help="what the weights are trained for, and evaluated at after each epoch: grid: --w_bit bits; "
-                   "zero: pruning to --sparsity")
+                   help="what the weights are trained for and evaluated at: --w_bit bits, or pruning to --sparsity")
     p.add_argument("--w_bit", type=cli.bits, default=None, help="target bit-width of the weights, 2 to 8 (default: 4)")
     p.add_argument("--sparsity", type=cli.sparsity, default=None, metavar="S",
                    help="share of zero weights with --target zero, by magnitude over all layers (default: 0.9)")
@@ -113,7 +111,7 @@ def parse() -> tuple[Namespace, RunFolder | None]:
         return args, None
     folder = RunFolder.reopen(args.exp_name)
     again = parser()
-    saved = vars(again.parse_args([])) | folder.settings()["args"]  # a flag that came later is at its default
+    saved = vars(again.parse_args([])) | folder.latest_args()  # a flag that came later is at its default
     again.set_defaults(**saved)
     args = again.parse_args()
     if args.precision == "auto":  # what it was resolved to when the run began
@@ -141,10 +139,9 @@ def build_goal(args: Namespace):
     """What the weights are trained for."""
     from quant import GridGoal, SparseGoal
 
-    first_last = bool(args.first_last_quant)
     if args.target == "zero":
-        return SparseGoal(args.sparsity, first_last)
-    return GridGoal(args.w_bit, first_last, per_channel=args.granularity == "channel")
+        return SparseGoal(args.sparsity, bool(args.first_last_quant))
+    return GridGoal(args.w_bit, bool(args.first_last_quant), per_channel=args.granularity == "channel")
 
 
 def build_optimizer(args: Namespace, model, goal, device):
@@ -184,7 +181,7 @@ def main() -> None:
     from utils.data import load_dataset, train_batches
     from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
     from utils.distributed import join, leave, local_rank
-    from utils.engine import NonFiniteError, check_takes, evaluate_goal
+    from utils.engine import NonFiniteError, check_moves, check_takes, evaluate_goal
     from utils.signals import StopRequest
     from utils.training import Training
 
@@ -220,11 +217,14 @@ def main() -> None:
         raise UserError(f"{world.size} processes: a step or the evaluation has fewer images, or --grad_l1 needs one")
     model.to(device, memory_format=torch.channels_last)
     check_takes(model, args.arch, dataset.spec.size)
+    if args.psg and not args.eps and not folder:
+        check_moves(model, bool(args.first_last_quant))
     goal = build_goal(args)
     optimizer = build_optimizer(args, model, goal, device)
-    milestones = [epoch - first_epoch for epoch in args.decay_epoch]
-    first_decay = min((epoch for epoch in args.decay_epoch if epoch > first_epoch), default=args.epoch + 1)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+    decays = [epoch for epoch in args.decay_epoch if epoch > first_epoch]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epoch - first_epoch for epoch in decays], gamma=0.1)
+    begun = folder.settings()["args"] if folder else vars(args)
+    steer_until = min([*decays, begun["epoch"] + 1])  # not by the --epoch of a resume
 
     done, last_good = first_epoch - 1, args.load_pretrained or "none"
     if folder:
@@ -236,7 +236,7 @@ def main() -> None:
     facts = {"torch": torch.__version__, "device": str(device), "processes": world.size}
     if world.is_main:
         if folder:
-            folder.note_resume(done, **facts)
+            folder.note_resume(done, epoch=args.epoch, save_epochs=args.save_epochs, **facts)
         else:
             folder = RunFolder.create(args.exp_name)
             args.exp_name = folder.exp_name
@@ -271,7 +271,7 @@ def main() -> None:
         scheduler.step()
         if args.lambda_s == "auto" and args.psg:
             row["lambda_s"] = optimizer.param_groups[0]["lambda_s"]
-            steer_lambda_s(optimizer, row["grid_share"], (epoch - first_epoch + 1) / (first_decay - first_epoch))
+            steer_lambda_s(optimizer, row["grid_share"], (epoch - first_epoch + 1) / (steer_until - first_epoch))
         row |= {"train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at}
         if not world.is_main:
             continue
@@ -285,11 +285,11 @@ def main() -> None:
             checkpoints.save_checkpoint(folder.path / f"epoch_{epoch}.pth", checkpoint)
         checkpoints.save_checkpoint(folder.last_checkpoint, checkpoint)
         last_good = folder.last_checkpoint
+        near = f"on grid {100 * row['grid_share']:.1f} %  " if "grid_share" in row else ""
         print(
             f"epoch {epoch:3d}  lr {lr:.4g}  loss {trained.loss:.4f}  train {trained.top1:.2f}  "
-            f"FP {row['fp_top1']:.2f}  {goal.name} {row[f'{goal.name.lower()}_top1']:.2f}  "
-            + (f"on grid {100 * row['grid_share']:.1f} %  " if "grid_share" in row else "")
-            + f"{row['train_seconds']:.1f} + {row['eval_seconds']:.1f} s",
+            f"FP {row['fp_top1']:.2f}  {goal.name} {row[f'{goal.name.lower()}_top1']:.2f}  {near}"
+            f"{row['train_seconds']:.1f} + {row['eval_seconds']:.1f} s",
             flush=True,
         )
     leave(world)

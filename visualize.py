@@ -125,17 +125,19 @@ def one(results: list[str]) -> str:
     return results[0]
 
 
-def dense_rows(paths: list[str]) -> list[dict[str, str]]:
-    """The rows of results.csv files of networks that were neither pruned nor changed after training."""
+def dense_rows(paths: list[str], *numbers: str) -> list[dict[str, str]]:
+    """The rows of results.csv files, with `numbers`, of networks neither pruned nor changed after training."""
     from utils.table import read_results
 
-    return [row for row in read_results(paths) if row["post"] == "none" and not float(row.get("sparsity") or 0)]
+    return [
+        row for row in read_results(paths, numbers) if row["post"] == "none" and not float(row.get("sparsity") or 0)
+    ]
 
 
 def bits_figures(args: Namespace) -> list:
     from utils.figures import errors_over_bits
 
-    rows = [row for row in dense_rows(args.results) if row["a_bit"] == "32"]
+    rows = [row for row in dense_rows(args.results, "weight_mse") if row["a_bit"] == "32"]
     last = max((int(row["epoch"]) for row in rows if row["trained"] == "SGD" and row["epoch"].isdigit()), default=None)
     if last is None:
         raise UserError(
@@ -156,6 +158,8 @@ def curve_figures(args: Namespace) -> list:
     for label, folder in zip(args.labels, args.runs, strict=True):
         rows = read_rows(Path(folder) / "metrics.csv", ("epoch", "fp_top1"), "metrics.csv of train.py")
         whole = [row for row in rows if all(row.values())]  # a run that was cut off may leave half a row
+        if not any(key.endswith("_top1") and key[0] in "ws" for key in rows[0]):
+            raise UserError(f"{folder}/metrics.csv has no top-1 at a bit-width or sparsity: it is none of train.py")
         runs[label] = {key: [float(row[key]) for row in whole] for key in rows[0]}
     return [("curves", 1, partial(training_curves, runs))]
 

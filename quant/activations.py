@@ -70,27 +70,32 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
     """A copy of `model` with an `ActivationQuantizer` of `bits` bits in place of every ReLU.
 
     `ranges` gives the largest value x_max of each ReLU by module name, as `bn_ranges` and `minmax_ranges` do. A ReLU
-    module that a network uses at several places has one quantizer, with the largest range of them.
+    module that a network uses at several places, or under several names, has one quantizer, with the largest range of
+    them.
     bits=32 changes nothing; inplace=True changes `model` itself and returns it. Raises ValueError for a ReLU without a
     range.
     """
     quantized = model if inplace else copy.deepcopy(model)
     if bits == FLOAT_BITS:
         return quantized
-    for name in relu_names(model):
+    quantizers: dict[nn.Module, ActivationQuantizer] = {}
+    for name in relu_names(quantized):
         if name not in ranges:
             raise ValueError(f"no activation range is given for {name}")
         # On the model's device: a GPU divides by a scalar of the CPU's in another way, and ties fall differently.
         quantizer = ActivationQuantizer(bits, ranges[name]).to(next(model.parameters()).device)
-        quantized.set_submodule(name, quantizer)
+        quantizers[quantized.get_submodule(name)] = quantizer
+    for name, module in list(quantized.named_modules(remove_duplicate=False)):
+        if module in quantizers:
+            quantized.set_submodule(name, quantizers[module])
     return quantized
 
 
 def is_sum(node: fx.Node) -> bool:
-    """Whether `node` of a traced graph adds two activations."""
+    """Whether `node` of a traced graph adds two activations, as they are (torch.add has an alpha)."""
     operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     operands = len(node.args) == 2 and all(isinstance(operand, fx.Node) for operand in node.args)
-    return operation in ("add", "iadd", "add_") and operands
+    return operation in ("add", "iadd", "add_") and operands and not node.kwargs
 
 
 def conv_norm_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:

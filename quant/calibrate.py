@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from .activations import ActivationQuantizer, SumQuantizer, is_sum, relu_names, trace
 from .grid import activation_quant_max, check_bits
+from .network import eval_mode
 
 BINS = 2048
 RULES = ("minmax", "percentile", "mse")
@@ -129,7 +130,6 @@ def _watch(
 
     Returns the number of batches.
     """
-    was_training = model.training
 
     def hook_for(name: str):
         return lambda module, inputs, output: observe(name, output)
@@ -137,12 +137,11 @@ def _watch(
     handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
     seen = 0
     try:
-        model.eval()
-        for images in batches:
-            model(images)
-            seen += 1
+        with eval_mode(model):
+            for images in batches:
+                model(images)
+                seen += 1
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return seen

@@ -1,6 +1,8 @@
 """Copies of a float network with quantized weights, and what quantization does to its weights and size."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -32,6 +34,18 @@ def quantize_weights(
             raise ValueError(f"{name} has values that are not finite: it cannot be quantized")
         parameter.copy_(fake_quantize_weight(parameter, width, per_channel, weight_range))
     return quantized
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """`model`, in eval mode inside the block; each of its modules is back in its own mode behind it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from .activations import Quantizer, conv_norm_pairs, is_sum, trace
 from .grid import nonzero_scale
+from .network import eval_mode
 from .packing import pack_bits
 
 OPSET, OPSET_INT2 = 21, 25  # INT4 came with the first, INT2 with the second
@@ -35,7 +36,8 @@ def to_onnx(
 
     Raises ValueError naming the layer or operation that has no counterpart here.
     """
-    return _Builder(model.eval(), integers, 8 if int8 else 2).build(image_size, normalize)
+    with eval_mode(model):
+        return _Builder(model, integers, 8 if int8 else 2).build(image_size, normalize)
 
 
 class _Builder:

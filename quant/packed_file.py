@@ -8,6 +8,7 @@ length is checked against the network that it is loaded into.
 """
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,21 @@ def integer_weights(
 
 
 def save_packed(path: str | Path, model: nn.Module, facts: dict[str, Any], **grid: Any) -> None:
-    """Writes `model`, packed, and `facts` (plain values). `grid` are keyword arguments of `integer_weights`."""
+    """Writes `model`, packed, and `facts` (plain values). `grid` are keyword arguments of `integer_weights`.
+
+    A tensor that layers share is stored once. Raises ValueError for weights that are not float32.
+    """
     from safetensors.torch import save_file
 
     integers = integer_weights(model, **grid)
     tensors, described = {}, {}
+    stored = _stored_names(model, integers)
     for name, value in model.state_dict().items():
+        if name != stored[name]:
+            continue
         if name in integers:
+            if value.dtype != torch.float32:
+                raise ValueError(f"{name} is {value.dtype}: packed files are of float32 networks (model.float())")
             values, scale, width = integers[name]
             tensors[f"{name}.packed"] = pack_bits(values.contiguous(), width)
             tensors[f"{name}.scale"] = scale.contiguous()
@@ -67,8 +76,11 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     not fit the network; `model` is then unchanged.
     """
     tensors, _, described = _open(path)
+    stored = _stored_names(model, described)
     state = {}
     for name, wanted in model.state_dict().items():
+        if name != stored[name]:
+            continue
         keys = [f"{name}.packed", f"{name}.scale"] if name in described else [name]
         missing = [key for key in keys if key not in tensors]
         if missing:
@@ -82,8 +94,17 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
             raise ValueError(f"{path}: {name} has values that are not finite")
     if tensors:
         raise ValueError(f"{path} has {next(iter(tensors))}, which the network does not know")
-    model.load_state_dict(state)
+    model.load_state_dict({name: state[stored[name]] for name in stored})
     return model.eval()
+
+
+def _stored_names(model: nn.Module, packed: Container[str]) -> dict[str, str]:
+    """For each name in the state_dict the one that its tensor is stored under: of several names a packed one."""
+    state = model.state_dict(keep_vars=True)  # a shared tensor is the same object under all its names
+    first: dict[int, str] = {}
+    for name in sorted(state, key=lambda name: name not in packed):
+        first.setdefault(id(state[name]), name)
+    return {name: first[id(value)] for name, value in state.items()}
 
 
 def _open(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import update_bn
 
 from .grid import weight_quant_max, weight_scale
 from .layers import layer_bits
+from .network import eval_mode
 
 # AdaRound (Nagel et al. 2020): a rounding is a stretched sigmoid, and its regulariser sharpens from BETA[0] to BETA[1].
 STRETCH = (-0.1, 1.1)
@@ -77,7 +78,8 @@ def adaround(
 
     Layer by layer, in the order in which they run, the roundings are learned by Adam: `iterations` steps on SAMPLES
     images each, on the squared difference between the output of the float network's layer and that of the quantized
-    layer on its own, already quantized input (AdaRound, Nagel et al. 2020). Biases stay rounded to the nearest.
+    layer on its own, already quantized input (AdaRound, Nagel et al. 2020). Biases stay rounded to the nearest, and
+    weights that are zero in `model`, as pruned ones are, stay zero.
     """
     batches = list(batches)
     widths = layer_bits(model, bits, first_last)
@@ -98,7 +100,7 @@ def adaround(
 
 def _learn_rounding(layer, weight, scale, bits, inputs, targets, iterations, lr, generator) -> Tensor:
     """`weight` on its grid, each element rounded down or up as learned."""
-    quant_max = weight_quant_max(bits)
+    quant_max, kept = weight_quant_max(bits), weight != 0
     floor = (weight / scale).floor()
     low, high = STRETCH
     share = ((weight / scale - floor).clamp(0.01, 0.99) - low) / (high - low)
@@ -109,7 +111,7 @@ def _learn_rounding(layer, weight, scale, bits, inputs, targets, iterations, lr,
         return (torch.sigmoid(logits) * (high - low) + low).clamp(0, 1)
 
     def on_grid(up: Tensor) -> Tensor:
-        return (floor + up).clamp(-quant_max, quant_max) * scale
+        return (floor + up).clamp(-quant_max, quant_max) * scale * kept
 
     for step in range(iterations):
         chosen = torch.randint(len(inputs), (SAMPLES,), generator=generator).to(inputs.device)
@@ -137,9 +139,9 @@ def capture(model: nn.Module, name: str, batches: Iterable[Tensor], output: bool
 
     handle = model.get_submodule(name).register_forward_hook(hook)
     try:
-        model.eval()
-        for images in batches:
-            model(images)
+        with eval_mode(model):
+            for images in batches:
+                model(images)
     finally:
         handle.remove()
     return held
@@ -147,9 +149,10 @@ def capture(model: nn.Module, name: str, batches: Iterable[Tensor], output: bool
 
 def _mean_output(model: nn.Module, name: str, batches: list[Tensor]) -> Tensor:
     """Mean of each output channel of the layer `name` over `batches` [C]."""
-    outputs = capture(model, name, batches, output=True)
-    sums = [part.transpose(0, 1).flatten(1).cpu().double().sum(1) for part in outputs]
-    return (sum(sums) / sum(part.numel() // part.shape[1] for part in outputs)).to(outputs[0])
+    channel = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
+    outputs = [part.movedim(channel, 0).flatten(1) for part in capture(model, name, batches, output=True)]
+    sums = sum(part.cpu().double().sum(1) for part in outputs)
+    return (sums / sum(part.shape[1] for part in outputs)).to(outputs[0])
 
 
 def layers_in_order(model: nn.Module, images: Tensor, first_last: bool = True) -> list[str]:
@@ -160,8 +163,8 @@ def layers_in_order(model: nn.Module, images: Tensor, first_last: bool = True) -
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name)) for name in names
     ]
     try:
-        with torch.no_grad():
-            model.eval()(images[:1])
+        with torch.no_grad(), eval_mode(model):
+            model(images[:1])
     finally:
         for handle in handles:
             handle.remove()

@@ -107,3 +107,26 @@ def test_bn_ranges_of_resnet32_name_every_relu():
 def test_bn_ranges_name_the_relu_without_batch_norm():
     with pytest.raises(ValueError, match="no batch norm feeds classifier.1"):
         bn_ranges(vgg16_bn(10))
+
+
+def test_a_relu_under_two_names_is_quantized_under_both(net):
+    relu = nn.ReLU()
+    stack = nn.Sequential(nn.Conv2d(3, 4, 1), relu, nn.Conv2d(4, 4, 1), relu)
+    images = torch.randn(16, 3, 8, 8)
+    quantized = quantize_activations(stack, 2, minmax_ranges(stack, [images]))
+    assert quantized[1] is quantized[3] and isinstance(quantized[3], ActivationQuantizer)
+    assert len(quantized(images).unique()) <= 4 and stack[3] is relu
+
+
+def test_a_sum_with_a_factor_is_no_plain_sum():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.relu = nn.BatchNorm2d(3), nn.ReLU()
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.relu(torch.add(y, y, alpha=0.5))
+
+    with pytest.raises(ValueError, match="no batch norm feeds relu"):
+        bn_ranges(Scaled())

@@ -12,7 +12,7 @@ import torch
 
 from models import ResNet32
 from tests.conftest import ROOT
-from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint, save_checkpoint, training_facts
 from utils.cli import UserError
 
 WRITER = """
@@ -175,3 +175,22 @@ def test_copy_without_optimizer_state(tmp_path):
         [sys.executable, "-m", "utils.checkpoint", tmp_path / "a.pth", tmp_path / "b.pth"], cwd=ROOT, check=True
     )
     assert load_checkpoint(tmp_path / "b.pth").keys() == {"epoch", "state_dict"}
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ({"args": None}, "its args is None"),
+        ({"arch": ["x"]}, "its arch is ['x']"),
+        ({"epoch": "last"}, "its epoch is 'last'"),
+        ({"averaged_epochs": 3}, "its averaged_epochs is 3"),
+        ({"args": {"dataset": "mnist"}}, "unknown data set 'mnist'"),
+    ],
+)
+def test_facts_of_the_wrong_kind(rejected, tmp_path, facts, message):
+    save_checkpoint(tmp_path / "a.pth", {"state_dict": ResNet32(10).state_dict(), **facts})
+    assert message in rejected("eval.py", "--model_path", "a.pth")
+
+
+def test_facts_that_are_missing(tmp_path):
+    assert training_facts({"args": {"psg": 1}, "averaged_epochs": []}) == {"trained": "", "seed": "", "epoch": ""}

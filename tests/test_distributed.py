@@ -131,7 +131,7 @@ def test_a_process_that_dies_ends_the_run_and_leaves_a_good_checkpoint(tmp_path,
     os.kill(int(children[-1]), signal.SIGKILL)
     _, err = started.communicate(timeout=100)
     assert started.returncode != 0
-    assert "Signal 9 (SIGKILL)" in err or "lost one of its processes" in err
+    assert "Signal 9 (SIGKILL)" in err
     done = load_checkpoint(last)["epoch"]
     assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", done + 1).code == 0
     assert load_checkpoint(last)["epoch"] == done + 1

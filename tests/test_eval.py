@@ -23,7 +23,7 @@ from quant import (
     weight_mse,
 )
 from tests.conftest import CIFAR100, ROOT, needs_cifar100
-from utils.checkpoint import load_checkpoint, load_weights
+from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint
 from utils.data import DATASETS, calibration_batches, load_dataset
 from utils.engine import evaluate, evaluate_batches, fold_batch_norm
 
@@ -186,7 +186,7 @@ def test_sparsity_sweep(cli, tmp_path, digits_run, network, digits):
 
 
 def test_post_training_methods_on_a_pruned_network(cli, tmp_path, digits_run):
-    """Pruned weights stay zero, and mean outputs are brought back to those of the whole network."""
+    """Mean outputs are brought back to those of the whole network, and weight_mse is that of what is rounded."""
     flags = ["--sparsity", "0.7", "--w_bit", "32", "3", "--post", "none", "bias_correct", "adaround", "--out", "a"]
     flags += ["--calib_images", "64", "--iterations", "20"]
     assert cli("eval.py", "--model_path", digits_run, *flags).code == 0
@@ -197,6 +197,8 @@ def test_post_training_methods_on_a_pruned_network(cli, tmp_path, digits_run):
     ]  # fmt: skip
     pruned = int(written[1]["nonzero"])
     assert all(int(row["nonzero"]) <= pruned for row in written[2:]) and written[1]["loss"] != written[2]["loss"]
+    model = model_from_checkpoint(load_checkpoint(digits_run), digits_run)
+    assert float(written[3]["weight_mse"]) == pytest.approx(weight_mse(prune_weights(model, 0.7), 3))
 
 
 def test_report(cli, tmp_path, digits_run, network, digits):

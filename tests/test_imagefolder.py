@@ -129,3 +129,10 @@ def test_imagefolder_statistics_are_imagenets():
     spec = DATASETS["imagefolder"]
     assert [round(m / 255, 3) for m in spec.mean] == [0.485, 0.456, 0.406]
     assert [round(s / 255, 3) for s in spec.std] == [0.229, 0.224, 0.225]
+
+
+def test_any_seed_will_do(folder):
+    """The largest that --seed takes, at a late epoch."""
+    dataset = load_dataset("imagefolder", folder, CPU)
+    images, _ = next(iter(train_batches(dataset.train, dataset.spec, 2, seed=2**31 - 1).epoch(300)))
+    assert images.shape == (2, 3, 224, 224)

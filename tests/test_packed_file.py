@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from models import ResNet32
 from quant import load_packed, quantize_weights, read_facts, save_packed
@@ -121,3 +122,31 @@ def test_truncated_and_foreign_files(packed, content):
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match="is not a readable packed file"):
         read_facts(tmp_path / "no.safetensors")
+
+
+class Tied(nn.Module):
+    """An embedding and three linear layers that share one weight, of which one has a name before the first linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 6)
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+        self.a.weight = self.b.weight = self.c.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.c(self.b(self.a(self.embed(x))))
+
+
+def test_shared_weights_are_stored_once(tmp_path):
+    torch.manual_seed(0)
+    net, words = Tied().eval(), torch.arange(6)
+    save_packed(tmp_path / "a.safetensors", net, {}, bits=4)
+    again = load_packed(tmp_path / "a.safetensors", Tied())
+    assert again.a.weight is again.embed.weight
+    assert torch.equal(again(words), quantize_weights(net, 4)(words)) and not torch.equal(again(words), net(words))
+
+
+def test_half_precision_is_refused(tmp_path, net):
+    with pytest.raises(ValueError, match="conv1.weight is torch.float16: packed files are of float32 networks"):
+        save_packed(tmp_path / "a.safetensors", net.half(), {}, bits=4)
+    assert not list(tmp_path.iterdir())

@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from models import vgg16_bn
+from models import build_model, vgg16_bn
 from quant import (
     adaround,
+    calibrate,
     correct_bias,
     fake_quantize_weight,
+    layer_rows,
     prune_weights,
     quantize_weights,
     reestimate_batch_norm,
     weight_scale,
 )
-from utils.checkpoint import load_checkpoint, model_from_checkpoint
+from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.data import calibration_batches, load_dataset
 
 
@@ -162,3 +164,46 @@ def test_bad_input_of_average(rejected, three_epochs):
     assert "runs/no/epoch_1.pth is not there" in rejected("utils.average", "runs/no", *flags, "1")
     too_many = [*flags, "1-3", "--calib_images", "5000"]
     assert "--calib_images 5000 is more than the 1437" in rejected("utils.average", three_epochs, *too_many)
+
+
+def test_adaround_leaves_pruned_weights_at_zero(net):
+    pruned = prune_weights(net.eval(), 0.5)
+    images = torch.randn(64, 3, 8, 8)
+    learned = adaround(copy.deepcopy(pruned), pruned, [images], bits=4, iterations=50, lr=0.5)
+    nearest = quantize_weights(pruned, 4)
+    for name in ("conv1.weight", "conv2.weight"):
+        zero = pruned.get_parameter(name) == 0
+        assert zero.any() and not learned.get_parameter(name)[zero].any()
+        assert not torch.equal(learned.get_parameter(name), nearest.get_parameter(name))
+
+
+def test_correct_bias_of_linear_layers_on_tokens():
+    """[N, T, C]: the channels are the last dimension, also where T equals C."""
+    torch.manual_seed(0)
+    stack, tokens = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5)), torch.randn(32, 6, 6)
+    corrected = correct_bias(quantize_weights(stack, 2, first_last=False), stack, [tokens], first_last=True)
+    with torch.no_grad():
+        assert torch.allclose(corrected[0](tokens).mean((0, 1)), stack[0](tokens).mean((0, 1)), atol=1e-5)
+        assert torch.allclose(corrected(tokens).mean((0, 1)), stack(tokens).mean((0, 1)), atol=1e-5)
+
+
+def test_modes_of_the_float_network_are_restored(net):
+    net.train()
+    net.bn1.eval()
+    images = torch.randn(8, 3, 8, 8)
+    modes = [module.training for module in net.modules()]
+    correct_bias(quantize_weights(net, 4), net, [images])
+    adaround(quantize_weights(net, 4), net, [images], bits=4, iterations=1)
+    for _ in layer_rows(net, [images], bits=4):
+        pass
+    calibrate(net, [images], 8)
+    assert [module.training for module in net.modules()] == modes
+
+
+def test_average_needs_batch_norm(rejected, tmp_path):
+    network = build_model("squeezenet1_1", 10)
+    checkpoint = {"epoch": 1, "state_dict": network.state_dict(), "arch": "squeezenet1_1", "num_classes": 10}
+    checkpoint["args"] = {"dataset": "digits", "val_split": 0, "first_last_quant": 1}
+    save_checkpoint(tmp_path / "epoch_1.pth", checkpoint)
+    message = rejected("utils.average", tmp_path, "--epochs", "1", "--out", "a.pth", "--calib_images", "64")
+    assert "epoch_1.pth: SqueezeNet has no batch-norm statistics" in message

@@ -35,6 +35,11 @@ def test_foreign_files(rejected, tmp_path, content):
     assert "lacks the column trained: it is no results.csv" in rejected("utils.table", "x.csv")
 
 
+def test_missing_numbers(rejected, tmp_path):
+    (tmp_path / "x.csv").write_text(HEADER + "a,SGD,1,150,4,32,none,50\nb,PSGD W4,1,150,4,32,none,\n")
+    assert "x.csv, line 3: top1 is '' instead of a number" in rejected("utils.table", "x.csv")
+
+
 def test_missing_file(rejected):
     assert "no.csv cannot be read" in rejected("utils.table", "no.csv")
 

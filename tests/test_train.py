@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from utils import checkpoint as checkpoints
 from utils.checkpoint import load_checkpoint, training_facts
 
 QUICK = ["--dataset", "digits", "--batch_size", "256", "--lr", "0.05", "--deterministic", "--device", "cpu"]
@@ -78,7 +79,46 @@ def test_save_epochs_takes_epochs_and_ranges(cli, tmp_path):
     assert sorted(path.name for path in (tmp_path / "runs/a").glob("epoch_*")) == [
         "epoch_1.pth", "epoch_2.pth", "epoch_4.pth",
     ]  # fmt: skip
-    assert json.loads((tmp_path / "runs/a/args.json").read_text())["args"]["save_epochs"] == [1, 2, 3]
+    settings = json.loads((tmp_path / "runs/a/args.json").read_text())
+    assert settings["args"]["save_epochs"] == [1, 2, 3] and settings["resumed"][0]["save_epochs"] == [4]
+
+
+def test_a_resume_goes_on_to_the_last_epoch_of_the_resume_before(cli, tmp_path, monkeypatch):
+    """A run begun for one epoch, resumed for three, cut off after its second, and resumed without --epoch."""
+    assert cli("train.py", *QUICK, "--psg", "0", "--exp_name", "a", "--epoch", "1").code == 0
+    save = checkpoints.save_checkpoint
+
+    def cut_off(path, checkpoint):
+        save(path, checkpoint)
+        if checkpoint["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", cut_off)
+    assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", "3", "--save_epochs", "3").code == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert cli("train.py", "--exp_name", "a", "--resume").code == 0
+    assert len(metrics(tmp_path / "runs/a")) == 3 and (tmp_path / "runs/a/epoch_3.pth").exists()
+
+
+def test_a_decay_at_or_before_the_first_epoch_does_not_count(cli, tmp_path):
+    flags = [*QUICK, "--psg", "0", "--exp_name", "a", "--epoch", "2", "--decay_epoch", "1", "2"]
+    assert cli("train.py", *flags).code == 0
+    assert [row["lr"] for row in metrics(tmp_path / "runs/a")] == [0.05, pytest.approx(0.005)]
+
+
+def test_a_weight_of_zeros_is_refused_before_the_run_begins(rejected, digits_run, tmp_path):
+    checkpoint = load_checkpoint(digits_run)
+    checkpoint["state_dict"]["fc.weight"].zero_()
+    checkpoints.save_checkpoint(tmp_path / "zero.pth", checkpoint)
+    flags = [*QUICK, "--load_pretrained", "zero.pth", "--epoch", "5"]
+    assert "fc.weight is all zeros, which PSG never moves: use --eps 0.01" in rejected("train.py", *flags)
+
+
+def test_run_folders_below_a_link_to_nowhere(rejected, tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "gone")
+    message = rejected("train.py", *QUICK, "--psg", "0", "--epoch", "1", "--exp_name", "a/b")
+    assert "cannot be made" in message
 
 
 def test_psg_starts_from_a_checkpoint(cli, tmp_path, digits_run):

@@ -65,7 +65,10 @@ def main() -> None:
     pruned = prune_weights(mean, args.sparsity, first_last=first_last)
     deployed = quantize_weights(pruned, args.w_bit, first_last, per_channel, inplace=True)
     images = (batch for batch, _ in calibration_batches(train, dataset.spec, args.calib_images, args.seed))
-    state = reestimate_batch_norm(deployed, images).state_dict() | dict(mean.named_parameters())
+    try:
+        state = reestimate_batch_norm(deployed, images).state_dict() | dict(mean.named_parameters())
+    except ValueError as error:
+        raise UserError(f"{paths[-1]}: {error}") from None
     kept = {key: value for key, value in last.items() if key not in (*RUN_STATE, "metrics")}
     kept["state_dict"] = {name: value.detach().cpu() for name, value in state.items()}
     kept["averaged_epochs"] = [args.epochs[0], args.epochs[-1]]

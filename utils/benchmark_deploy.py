@@ -38,18 +38,22 @@ def main() -> None:
         raise UserError(f"{error}: pip install -r requirements-export.txt") from None
     import torch
 
-    from utils.checkpoint import load_checkpoint, model_from_checkpoint
-    from utils.data import load_dataset
+    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint
+    from utils.data import check_calib_images, load_dataset
 
     device = torch.device("cpu")
     rows: list[dict[str, Any]] = []
     print(f"{machine()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {args.rounds} rounds")
     for path in args.model_path:
         checkpoint = load_checkpoint(path)
-        dataset = load_dataset(checkpoint.get("args", {}).get("dataset", "cifar100"), args.data_dir, device)
+        dataset = load_dataset(dataset_name(checkpoint), args.data_dir, device)
+        check_calib_images(args.calib_images, dataset.train)
         model = model_from_checkpoint(checkpoint, path, None, len(dataset.classes)).eval()
         with tempfile.TemporaryDirectory() as folder:
-            rows += [{"model": path, **row} for row in compare(args, model, dataset, Path(folder))]
+            try:
+                rows += [{"model": path, **row} for row in compare(args, model, dataset, Path(folder))]
+            except ValueError as error:  # an operation without a counterpart in the file
+                raise UserError(f"{path}: {error}") from None
     if args.json:
         facts = {"command": command_line(), "commit": git_commit(), "machine": machine(), "torch": torch.__version__}
         write_json(args.json, {**facts, "onnxruntime": onnxruntime.__version__, "rounds": args.rounds, "rows": rows})

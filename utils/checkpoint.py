@@ -21,6 +21,7 @@ from utils.files import atomic_write
 # Quantizer constants that the published code kept in its state_dicts; ours are derived from the weights.
 PUBLISHED_EXTRAS = (".scale_value", ".wscale_value", ".bscale_value")
 RUN_STATE = ("optimizer", "scheduler")
+KINDS = {"epoch": int, "arch": str, "args": dict, "averaged_epochs": list}  # of what a file says beside its weights
 MOST_CLASSES = 10**6  # what a file may claim before a network is built by it
 HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias"}  # their length is the class count
 
@@ -51,7 +52,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     state = checkpoint["state_dict"] if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state_dict of tensors: it is not a checkpoint of this project")
+    for key, kind in KINDS.items():
+        if not isinstance(checkpoint.get(key, kind()), kind):
+            raise UserError(f"{path} is not a checkpoint of this project: its {key} is {checkpoint[key]!r}"[:300])
     return checkpoint
+
+
+def dataset_name(checkpoint: dict[str, Any]) -> str:
+    """The data set that a network was trained on; published files, which do not say, are of CIFAR-100."""
+    return str(checkpoint.get("args", {}).get("dataset", "cifar100"))
 
 
 def warn_if_changed(path: Path) -> None:
@@ -139,16 +148,17 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
     """
     args = checkpoint.get("args", {})
     facts = {"trained": "", "seed": str(args.get("seed", "")), "epoch": str(checkpoint.get("epoch", ""))}
-    if "psg" in args:
+    if {"psg", "adam"} <= args.keys():
         plain, scaled = ("Adam", "PSG-Adam") if args["adam"] else ("SGD", "PSGD")
-        goal = "sparse" if args.get("target") == "zero" else f"W{args['w_bit']}"
+        goal = "sparse" if args.get("target") == "zero" else f"W{args.get('w_bit')}"
         facts["trained"] = f"{scaled} {goal}" if args["psg"] else plain
         if args["psg"] and args.get("granularity") == "channel":
             facts["trained"] += " channel"
         facts["trained"] += " L1" if args.get("l1") else ""
         facts["trained"] += " grad-L1" if args.get("grad_l1") else ""
-    if "averaged_epochs" in checkpoint:
-        first, last = checkpoint["averaged_epochs"]
+    averaged = checkpoint.get("averaged_epochs", [])
+    if len(averaged) == 2:
+        first, last = averaged
         if first == last:
             facts["trained"] += " bn"
         else:

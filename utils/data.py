@@ -94,6 +94,8 @@ def load_dataset(name: str, data_dir: str | Path, device: torch.device, workers:
     `workers` is the number of processes that read images of an imagefolder; 0: this one. Raises UserError for a file
     that is not what the module's docstring says, or if the set cannot be had.
     """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: --dataset is one of {', '.join(DATASETS)}")
     if name == "imagefolder":
         from utils.imagefolder import load_folder
 

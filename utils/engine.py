@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from quant.activations import conv_norm_pairs, trace
 from quant.goals import GridGoal, SparseGoal
 from quant.penalty import Penalty
+from quant.sparsity import prunable_weights
 from utils.cli import UserError
 from utils.data import DataSpec, Split, eval_batches
 from utils.device import autocast
@@ -112,6 +113,15 @@ def check_takes(model: nn.Module, name: str, size: int) -> None:
     except Exception as error:  # torch and torchvision raise several kinds
         reason = str(error).splitlines()[0]
         raise UserError(f"--arch {name} cannot take {size} x {size} images ({reason})") from None
+
+
+def check_moves(model: nn.Module, first_last: bool = True) -> None:
+    """Raises UserError if a whole weight of `model` is zero: it is on its target, and PSG with eps 0 never moves it."""
+    for name, weight in prunable_weights(model, first_last).items():
+        if not weight.any():
+            raise UserError(
+                f"{name} is all zeros, which PSG never moves: use --eps 0.01, or start from trained weights"
+            )
 
 
 @torch.no_grad()

@@ -132,12 +132,12 @@ def digits_rows(seed: int) -> tuple[list[dict], list[dict]]:
 
 def load_network(path: str, args) -> tuple[nn.Module, dict[str, str], Tensor, Tensor]:
     """A checkpoint's network in eval mode, how it was trained, and the images and labels that its loss is about."""
-    from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
+    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, training_facts
     from utils.device import select_device
 
     checkpoint = load_checkpoint(path)
     device, _ = select_device(args.device, args.cu_num)
-    dataset = load_dataset(checkpoint.get("args", {}).get("dataset", "cifar100"), args.data_dir, device)
+    dataset = load_dataset(dataset_name(checkpoint), args.data_dir, device)
     check_calib_images(args.images, dataset.train)
     model = model_from_checkpoint(checkpoint, path, num_classes=len(dataset.classes)).to(device).eval()
     ((images, labels),) = calibration_batches(dataset.train, dataset.spec, args.images, args.seed, args.images)

@@ -33,19 +33,22 @@ class RunFolder:
         name = str(Path(exp_name))
         if Path(name).is_absolute() or ".." in Path(name).parts or name == ".":
             raise UserError(f"--exp_name {exp_name!r} must name a folder below {ROOT}/")
-        attempt = 1
-        while True:
-            path = ROOT / (name if attempt == 1 else f"{name}-{attempt}")
-            try:
-                path.mkdir(parents=True)
-                folder = cls(path)
-                folder.lock()
-                return folder
-            except FileExistsError:
-                attempt += 1
-            except OSError as error:
-                reason = f"run folder {path} cannot be made ({error.strerror})"
-                raise UserError(f"{reason}: choose another --exp_name") from None
+        path, attempt = ROOT / name, 1
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                try:
+                    path.mkdir()
+                    break
+                except FileExistsError:
+                    attempt += 1
+                    path = ROOT / f"{name}-{attempt}"
+            folder = cls(path)
+            folder.lock()
+        except OSError as error:
+            reason = f"run folder {path} cannot be made ({error.strerror})"
+            raise UserError(f"{reason}: choose another --exp_name") from None
+        return folder
 
     @classmethod
     def reopen(cls, exp_name: str) -> "RunFolder":
@@ -74,6 +77,12 @@ class RunFolder:
             return json.loads((self.path / "args.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / 'args.json'} cannot be read ({error})") from None
+
+    def latest_args(self) -> dict[str, Any]:
+        """The run's args, with the epoch and save_epochs of the last resume."""
+        settings = self.settings()
+        last = settings.get("resumed", [{}])[-1]
+        return settings["args"] | {key: last[key] for key in ("epoch", "save_epochs") if key in last}
 
     def note_resume(self, after_epoch: int, **facts: Any) -> None:
         """Adds a resume, with the commit it runs at, to args.json."""

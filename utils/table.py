@@ -17,6 +17,7 @@ from utils.cli import Parser, UserError, run
 
 SAME = ("trained", "epoch", "post", "arch", "dataset", "split", "weight_range", "granularity")  # of one cell's rows
 NEEDED = ("trained", "epoch", "post", "seed", "w_bit", "a_bit", "top1")
+NUMBERS = ("w_bit", "a_bit", "top1")
 
 
 def read_rows(path: str | Path, columns: Sequence[str], kind: str) -> list[dict[str, str]]:
@@ -32,9 +33,21 @@ def read_rows(path: str | Path, columns: Sequence[str], kind: str) -> list[dict[
     return rows
 
 
-def read_results(paths: Sequence[str | Path]) -> list[dict[str, str]]:
-    """The rows of results.csv files of eval.py. Raises UserError if one is none."""
-    return [row for path in paths for row in read_rows(path, NEEDED, "results.csv of eval.py --out DIR")]
+def read_results(paths: Sequence[str | Path], numbers: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of results.csv files of eval.py. Raises UserError if one is none, or a number is missing.
+
+    `numbers` are columns that are needed beside those of a table.
+    """
+    rows = []
+    for path in paths:
+        for number, row in enumerate(read_rows(path, (*NEEDED, *numbers), "results.csv of eval.py --out DIR"), 2):
+            for name in (*NUMBERS, *numbers):
+                try:
+                    float(row[name])
+                except (TypeError, ValueError):
+                    raise UserError(f"{path}, line {number}: {name} is {row[name]!r} instead of a number") from None
+            rows.append(row)
+    return rows
 
 
 def cell(values: list[float]) -> str:
