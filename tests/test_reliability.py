@@ -28,12 +28,12 @@ FLAGS = ["--dataset", "digits", "--arch", "squeezenet1_1", "--lr", "0.001", "--b
 FLAGS += ["--device", "cpu", "--precision", "fp32", "--deterministic"]
 
 
-def start(folder, *flags, limit=None):
+def start(folder, *flags, limit=None, script="train.py"):
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, flags)], cwd=folder, text=True,
+        [sys.executable, ROOT / script, *map(str, flags)], cwd=folder, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=limited if limit else None,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -125,6 +125,13 @@ def test_full_disk(tmp_path, cli):
     assert (tmp_path / "runs/a/last.pth").read_bytes() == good and not list((tmp_path / "runs/a").glob("*.tmp"))
     assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2").code == 0
     assert [row["epoch"] for row in rows(tmp_path / "runs/a")] == ["1", "2"]
+
+
+def test_full_disk_at_an_export(tmp_path, digits_run):
+    process = start(tmp_path, "--model_path", digits_run, limit=2**16, script="export.py")
+    _, err = process.communicate()
+    assert process.returncode == 2 and len(err.strip().splitlines()) == 1, err
+    assert "deploy/last_w4.safetensors cannot be written" in err and not list((tmp_path / "deploy").iterdir())
 
 
 def test_strength_without_measure_is_named(tmp_path, cli):
