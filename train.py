@@ -224,7 +224,7 @@ def main() -> None:
     decays = [epoch for epoch in args.decay_epoch if epoch > first_epoch]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epoch - first_epoch for epoch in decays], gamma=0.1)
     begun = folder.settings()["args"] if folder else vars(args)
-    steer_until = min([*decays, begun["epoch"] + 1])  # not by the --epoch of a resume
+    steer_until = min(decays, default=begun["epoch"] + 1)  # not by the --epoch of a resume
 
     done, last_good = first_epoch - 1, args.load_pretrained or "none"
     if folder:
