@@ -44,7 +44,8 @@ def main() -> None:
     paths = [Path(args.run) / f"epoch_{epoch}.pth" for epoch in args.epochs]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise UserError(f"{missing[0]} is not there: train with --save_epochs {args.epochs[0]}-{args.epochs[-1]}")
+        wanted = "-".join(str(epoch) for epoch in dict.fromkeys((args.epochs[0], args.epochs[-1])))
+        raise UserError(f"{missing[0]} is not there: train with --save_epochs {wanted}")
     last = load_checkpoint(paths[-1])
     mean = model_from_checkpoint(last, paths[-1])
     sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in mean.named_parameters()}
