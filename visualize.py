@@ -151,14 +151,14 @@ def bits_figures(args: Namespace) -> list:
 
 
 def curve_figures(args: Namespace) -> list:
-    from utils.figures import training_curves
+    from utils.figures import target_column, training_curves
     from utils.table import read_rows
 
     runs = {}
     for label, folder in zip(args.labels, args.runs, strict=True):
         rows = read_rows(Path(folder) / "metrics.csv", ("epoch", "fp_top1"), "metrics.csv of train.py")
         whole = [row for row in rows if all(row.values())]  # a run that was cut off may leave half a row
-        if not any(key.endswith("_top1") and key[0] in "ws" for key in rows[0]):
+        if not target_column(rows[0]):
             raise UserError(f"{folder}/metrics.csv has no top-1 at a bit-width or sparsity: it is none of train.py")
         runs[label] = {key: [float(row[key]) for row in whole] for key in rows[0]}
     return [("curves", 1, partial(training_curves, runs))]

@@ -3,6 +3,8 @@
 Call matplotlib.use("Agg") before where there is no display.
 """
 
+from collections.abc import Iterable
+
 import numpy
 import seaborn
 from matplotlib import pyplot
@@ -79,6 +81,11 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]):
     return figure
 
 
+def target_column(columns: Iterable[str]) -> str | None:
+    """The column of a metrics.csv with the top-1 at the run's bit-width or sparsity: w4_top1, s90_top1, ..."""
+    return next((key for key in columns if key[0] in "ws" and key.endswith("_top1")), None)
+
+
 def training_curves(runs: dict[str, dict[str, list[float]]]):
     """Top-1 (solid: float, dashed: at the run's bit-width or sparsity) and share of weights near the grid, over epochs.
 
@@ -87,7 +94,7 @@ def training_curves(runs: dict[str, dict[str, list[float]]]):
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9.5, 6), sharex=True, layout="constrained")
     for position, (label, columns) in enumerate(runs.items()):
         color = color_of(label, position)
-        low = next(key for key in columns if key[0] in "ws" and key.endswith("_top1"))
+        low = target_column(columns)
         top.plot(columns["epoch"], columns["fp_top1"], color=color, label=f"{label}, float")
         number = low[1:].removesuffix("_top1")
         low_label = f"{label}, {number} bits" if low[0] == "w" else f"{label}, {number} % zeros"
