@@ -82,8 +82,9 @@ reproduce: $(PSGD_RUNS:%=%/bn.pth) $(RUNS:%=%/epoch_150.pth)
 	$(BIN)/python visualize.py --figure curves --runs runs/vanilla $(PSGD_RUNS) \
 		--labels SGD $(PSGD_RUNS:runs/cifar100/%=%) --out results/reproduce
 
+# a process a core, of one thread each, is quicker than one process with all threads
 test: $(READY)
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests
 
 lint: $(READY)
 	$(BIN)/ruff check .
