@@ -77,7 +77,7 @@ def parser() -> Parser:
     p.add_argument("--w_decay", type=cli.non_negative, default=None,
                    help="weight decay (default: 1e-4, or 0 with --psg 1 --w_bit 2)")
     p.add_argument("--l1", type=cli.non_negative, default=0.0, metavar="W",
-                   help="adds W times the sum of the weights' magnitudes to the loss")
+                   help="adds W times the sum of the weights' magnitudes to the loss; PSG does not scale its gradient")
     p.add_argument("--grad_l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="adds W times the sum of the magnitudes of the weights' gradients to the loss")
     p.add_argument("--batch_size", type=cli.count, default=128, help="images a step, of all processes together")
@@ -148,7 +148,7 @@ def build_optimizer(args: Namespace, model, goal, device):
     """SGD with momentum or Adam, inside PSGD with --psg 1."""
     import torch
 
-    from quant import PSGD, auto_lambda_s
+    from quant import PSGD, auto_lambda_s, penalise_l1
 
     groups = goal.param_groups(model) if args.psg else model.parameters()
     try:
@@ -158,6 +158,7 @@ def build_optimizer(args: Namespace, model, goal, device):
     lr = args.lr * (0.01 * lambda_s if args.adam and args.psg else 1)
     common = {"lr": lr, "weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
     base = torch.optim.Adam(groups, **common) if args.adam else torch.optim.SGD(groups, momentum=0.9, **common)
+    penalise_l1(base, model, args.l1, bool(args.first_last_quant))
     return PSGD(base, lambda_s=lambda_s, eps=args.eps) if args.psg else base
 
 
@@ -176,7 +177,7 @@ def main() -> None:
 
     import torch
 
-    from quant import build_penalty, steer_lambda_s
+    from quant import gradient_penalty, steer_lambda_s
     from utils import checkpoint as checkpoints
     from utils.data import load_dataset, train_batches
     from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
@@ -203,13 +204,12 @@ def main() -> None:
         dataset = load_dataset(args.dataset, args.data_dir, device, args.workers)
     train_split, eval_split, eval_name = dataset.splits(args.val_split)
     num_classes = len(dataset.classes)
-    first_epoch = args.resume_epoch or (pretrained or {}).get("epoch", 0) + 1
+    first_epoch = args.resume_epoch = args.resume_epoch or (pretrained or {}).get("epoch", 0) + 1
     if pretrained:
         model = checkpoints.model_from_checkpoint(pretrained, args.load_pretrained, args.arch, num_classes)
     else:
         with world.main_first():
             model = checkpoints.new_model(args.arch, num_classes, args.weights if not folder else None)
-    args.resume_epoch = first_epoch
     if args.epoch < first_epoch:
         raise UserError(f"--epoch {args.epoch} is before the first epoch, {first_epoch}: nothing to train")
     batches = train_batches(train_split, dataset.spec, args.batch_size, args.seed, world)
@@ -247,7 +247,7 @@ def main() -> None:
     print(f"{args.arch} on {args.dataset} {described(args, goal, optimizer)}")
     print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images", flush=True)
 
-    penalty = build_penalty(model, args.l1, args.grad_l1, bool(args.first_last_quant))
+    penalty = gradient_penalty(model, args.grad_l1, bool(args.first_last_quant))
     use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
     training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph, stop)
     for epoch in range(done + 1, args.epoch + 1):

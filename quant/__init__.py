@@ -13,7 +13,7 @@ from .layers import layer_bits
 from .network import grid_share, packed_bytes, quantize_weights, weight_mse
 from .onnx_graph import to_onnx
 from .packed_file import integer_weights, load_packed, read_facts, save_packed
-from .penalty import build_penalty
+from .penalty import gradient_penalty, penalise_l1
 from .post import adaround, correct_bias, reestimate_batch_norm
 from .psgd import PSGD, psg_multipliers, psg_param_groups
 from .report import layer_rows
@@ -31,12 +31,12 @@ __all__ = [
     "adaround",
     "auto_lambda_s",
     "bn_ranges",
-    "build_penalty",
     "calibrate",
     "correct_bias",
     "export",
     "fake_quantize",
     "fake_quantize_weight",
+    "gradient_penalty",
     "grid_share",
     "integer_weights",
     "layer_bits",
@@ -47,6 +47,7 @@ __all__ = [
     "mse_ranges",
     "nonzero_weights",
     "packed_bytes",
+    "penalise_l1",
     "percentile_ranges",
     "prunable_weights",
     "prune_weights",

@@ -1,32 +1,48 @@
-"""Penalties that other methods add to the loss, as baselines beside PSG."""
+"""Penalties that other methods add to the loss: baselines beside PSG, and L1 together with it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .sparsity import prunable_weights
 
 Penalty = Callable[[Tensor], Tensor]  # of a batch's loss, 0-d, to what is added to it, 0-d
 
 
-def build_penalty(model: nn.Module, l1: float = 0.0, grad_l1: float = 0.0, first_last: bool = True) -> Penalty | None:
-    """l1 * sum |w| + grad_l1 * sum |d loss / d w| over the prunable weights of `model`; None if both are 0.
+def penalise_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_last: bool = True) -> None:
+    """Makes each step of `optimizer` minimise strength * sum |w| over the prunable weights of `model` as well.
 
-    The first term is sparse training by L1 regularisation, the second robustness to quantization by gradient-L1
-    regularisation (Alizadeh et al. 2020), which differentiates twice: a step then takes several times as long.
+    For an optimizer that is, or will be, the base of a PSGD: the penalty's gradient, strength * sign(w), is then added
+    after the scaling, as weight decay is. Scaled, it would pull at every weight in proportion, as weight decay does,
+    and make none of them zero. Does nothing for a strength of 0. (Ours; the paper has no penalty.)
     """
-    if not l1 and not grad_l1:
+    if not strength:
+        return
+    weights = [*prunable_weights(model, first_last).values()]
+
+    @torch.no_grad()
+    def add_gradient(*_: Any) -> None:
+        moved = [weight for weight in weights if weight.grad is not None]
+        torch._foreach_add_([weight.grad for weight in moved], torch._foreach_sign(moved), alpha=strength)
+
+    optimizer.register_step_pre_hook(add_gradient)
+
+
+def gradient_penalty(model: nn.Module, strength: float, first_last: bool = True) -> Penalty | None:
+    """strength * sum |d loss / d w| over the prunable weights of `model`; None for a strength of 0.
+
+    Robustness to quantization by gradient-L1 regularisation (Alizadeh et al. 2020). It differentiates twice: a step
+    takes several times as long.
+    """
+    if not strength:
         return None
     weights = [*prunable_weights(model, first_last).values()]
 
     def penalty(loss: Tensor) -> Tensor:
-        total = torch.zeros_like(loss)
-        if l1:
-            total = total + l1 * sum(weight.abs().sum() for weight in weights)
-        if grad_l1:
-            gradients = torch.autograd.grad(loss, weights, create_graph=True)
-            total = total + grad_l1 * sum(gradient.abs().sum() for gradient in gradients)
-        return total
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        return strength * sum(gradient.abs().sum() for gradient in gradients)
 
     return penalty

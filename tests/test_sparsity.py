@@ -10,8 +10,9 @@ from torch.nn.utils import prune
 from models import ResNet32
 from quant import (
     PSGD,
-    build_penalty,
+    gradient_penalty,
     nonzero_weights,
+    penalise_l1,
     prunable_weights,
     prune_weights,
     pruning_mse,
@@ -131,21 +132,33 @@ def test_psg_to_zero_is_powerpropagation_to_first_order():
     assert gap(1e-4) / gap(5e-5) == pytest.approx(4, rel=0.05)
 
 
-def test_penalty_adds_its_gradient(net):
-    """L1: strength * sign(w), on the prunable weights alone; none without a strength."""
-    assert build_penalty(net) is None
-    penalty = build_penalty(net, l1=0.3, first_last=False)
-    penalty(torch.zeros(())).backward()
-    assert torch.allclose(net.conv2.weight.grad, 0.3 * net.conv2.weight.sign())
-    assert net.fc.weight.grad is None and net.conv2.bias.grad is None
+@pytest.mark.parametrize("psg", [False, True])
+def test_l1_is_its_gradient_in_the_loss_after_the_scaling_of_psg(net, psg):
+    """One step with the penalty and one without differ by lr * strength * sign(w), on the prunable weights alone."""
+    lr, strength, images = 0.1, 0.3, torch.randn(4, 3, 8, 8)
+
+    def stepped(model, strength):
+        base = torch.optim.SGD(sparse_param_groups(model, first_last=False), lr=lr, momentum=0.9)
+        penalise_l1(base, model, strength, first_last=False)
+        optimizer = PSGD(base, lambda_s=4) if psg else base
+        model(images).square().sum().backward()
+        optimizer.step()
+        return dict(model.named_parameters())
+
+    (l1_gradient,) = torch.autograd.grad(strength * net.conv2.weight.abs().sum(), net.conv2.weight)
+    plain, penalised = stepped(copy.deepcopy(net), 0), stepped(copy.deepcopy(net), strength)
+    for name, weight in penalised.items():
+        expected = lr * l1_gradient if name == "conv2.weight" else torch.zeros_like(weight)
+        assert torch.allclose(plain[name] - weight, expected, atol=1e-6), name
 
 
 def test_gradient_penalty_on_a_closed_form():
     """For loss = sum(a * w^2) / 2, the gradient is a * w, and its L1 norm's gradient is a * sign(a * w)."""
     layer = nn.Linear(5, 3, bias=False)
     a = torch.randn(3, 5)
+    assert gradient_penalty(layer, 0) is None
     loss = (a * layer.weight.square()).sum() / 2
-    penalty = build_penalty(layer, grad_l1=0.2)(loss)
+    penalty = gradient_penalty(layer, 0.2)(loss)
     assert penalty.item() == pytest.approx(0.2 * (a * layer.weight).abs().sum().item(), rel=1e-5)
     penalty.backward()
     assert torch.allclose(layer.weight.grad, 0.2 * a * (a * layer.weight).sign(), atol=1e-6)
