@@ -84,7 +84,7 @@ reproduce: $(PSGD_RUNS:%=%/bn.pth) $(RUNS:%=%/epoch_150.pth)
 
 # a process a core, of one thread each, is quicker than one process with all threads
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests
 
 lint: $(READY)
 	$(BIN)/ruff check .
