@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import quant
+from models import ResNet32
 from tests.conftest import ROOT, SmallNet
 from utils.cli import Parser
 
@@ -19,8 +20,8 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = ["train.py", "eval.py", "visualize.py", "export.py"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands(text: str) -> list[list[str]]:
@@ -105,6 +106,16 @@ def test_the_five_lines_run(monkeypatch):
     optimizer.step()
     assert not torch.equal(model.conv2.weight, before)
     assert len(scope["four_bit_model"].conv2.weight.unique()) <= 15
+
+
+def test_every_block_of_the_optimizers_documentation_runs(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "psgd", quant)
+    monkeypatch.chdir(tmp_path)
+    found = blocks("python", (ROOT / "docs/optimizer.md").read_text())
+    assert len(found) == 3
+    for block in found:
+        exec(block, {"model": ResNet32(10), "batches": [torch.randn(4, 3, 32, 32)], "torch": torch})
+    assert (tmp_path / "w4a8.onnx").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
