@@ -99,9 +99,12 @@ def main() -> None:
             raise UserError(f"--a_bit {args.a_bit} needs training images, and there is no {name} in {args.data_dir}")
         check_calib_images(args.calib_images, dataset.train)
         batches = [images for images, _ in calibration_batches(dataset.train, spec, args.calib_images, args.seed)]
-        deployed = quantize_activations(reference, args.a_bit, calibrate(model, batches, args.a_bit))
-        if args.integer_kernels:
-            deployed = quantize_sums(deployed, batches)
+        try:
+            deployed = quantize_activations(reference, args.a_bit, calibrate(model, batches, args.a_bit))
+            if args.integer_kernels:
+                deployed = quantize_sums(deployed, batches)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
 
     if dataset:
         images = dataset.test.images[:CHECKED]

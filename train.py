@@ -181,12 +181,12 @@ def main() -> None:
     from utils import checkpoint as checkpoints
     from utils.data import load_dataset, train_batches
     from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
-    from utils.distributed import join, leave, local_rank
+    from utils.distributed import join, leave, own_device
     from utils.engine import NonFiniteError, check_moves, check_takes, evaluate_goal
     from utils.signals import StopRequest
     from utils.training import Training
 
-    device, device_line = select_device(args.device, args.cu_num if local_rank() is None else local_rank())
+    device, device_line = select_device(*own_device(args.device, args.cu_num))
     world = join(device)
     if folder and world.is_main:
         folder.lock()
@@ -216,7 +216,7 @@ def main() -> None:
     if min(batches.sizes[-1], len(eval_split)) < world.size or (world.size > 1 and args.grad_l1):
         raise UserError(f"{world.size} processes: a step or the evaluation has fewer images, or --grad_l1 needs one")
     model.to(device, memory_format=torch.channels_last)
-    check_takes(model, args.arch, dataset.spec.size)
+    check_takes(model, args.arch, dataset.spec.size, batches.sizes[-1] // world.size)
     if args.psg and not args.eps and not folder:
         check_moves(model, bool(args.first_last_quant))
     goal = build_goal(args)
@@ -231,7 +231,7 @@ def main() -> None:
         done = checkpoints.load_run(folder.last_checkpoint, model, optimizer, scheduler)
         if done >= args.epoch:
             print(f"{folder.path} has all {done} epochs: nothing left to do (a larger --epoch goes on)")
-            return
+            return leave(world)
         last_good = folder.last_checkpoint
     facts = {"torch": torch.__version__, "device": str(device), "processes": world.size}
     if world.is_main:

@@ -152,14 +152,16 @@ def bits_figures(args: Namespace) -> list:
 
 def curve_figures(args: Namespace) -> list:
     from utils.figures import target_column, training_curves
-    from utils.table import read_rows
+    from utils.table import check_numbers, read_rows
 
     runs = {}
     for label, folder in zip(args.labels, args.runs, strict=True):
-        rows = read_rows(Path(folder) / "metrics.csv", ("epoch", "fp_top1"), "metrics.csv of train.py")
+        path = Path(folder) / "metrics.csv"
+        rows = read_rows(path, ("epoch", "fp_top1"), "metrics.csv of train.py")
         whole = [row for row in rows if all(row.values())]  # a run that was cut off may leave half a row
+        check_numbers(path, whole, rows[0])
         if not target_column(rows[0]):
-            raise UserError(f"{folder}/metrics.csv has no top-1 at a bit-width or sparsity: it is none of train.py")
+            raise UserError(f"{path} has no top-1 at a bit-width or sparsity: it is none of train.py")
         runs[label] = {key: [float(row[key]) for row in whole] for key in rows[0]}
     return [("curves", 1, partial(training_curves, runs))]
 
@@ -181,9 +183,8 @@ def report_figures(args: Namespace) -> list:
     from utils.figures import layer_bars
     from utils.table import read_rows
 
-    rows = read_rows(
-        one(args.results), ("model", "layer", "bits", "sqnr", "top1_lost"), "layers.csv of eval.py --report"
-    )
+    numbers = ("sqnr", "top1_lost")
+    rows = read_rows(one(args.results), ("model", "layer", "bits", *numbers), "layers.csv of eval.py --report", numbers)
     models: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         models.setdefault(row["model"], []).append(row)
@@ -219,7 +220,7 @@ def curvature_figures(args: Namespace) -> list:
 
     def columns(name: str, by: str, *wanted: str) -> dict[str, list[list[float]]]:
         read: dict[str, list[list[float]]] = {}
-        for row in read_rows(folder / name, (by, *wanted), f"{name} of utils.hessian"):
+        for row in read_rows(folder / name, (by, *wanted), f"{name} of utils.hessian", wanted):
             held = read.setdefault(row[by], [[] for _ in wanted])
             for values, key in zip(held, wanted):
                 values.append(float(row[key]))

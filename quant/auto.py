@@ -25,7 +25,7 @@ def mean_distance(weights: Iterable[Tensor], bits: int = 4) -> float:
     if not count:
         raise ValueError("there are no weights to look at")
     unit = {"target": "grid", "bits": bits, "per_channel": False, "lambda_s": 1.0, "psg_eps": 0.0}
-    return sum(psg_multipliers([weight], unit)[0].double().sum().item() for weight in weights) / count
+    return sum(psg_multipliers([weight], unit)[0].cpu().double().sum().item() for weight in weights) / count
 
 
 def auto_lambda_s(groups: list[dict[str, Any]]) -> float:

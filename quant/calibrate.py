@@ -52,7 +52,8 @@ def relu_histograms(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Hi
     counts: dict[str, Tensor] = {}
 
     def observe(name: str, output: Tensor) -> None:
-        bins = torch.histc(output.float(), BINS, 0, tops[name] or 1.0).cpu().double()
+        parts = output.float().flatten().split(2**24)  # histc counts in float32, which is exact up to there
+        bins = sum(torch.histc(part, BINS, 0, tops[name] or 1.0).cpu().double() for part in parts)
         counts[name] = counts[name] + bins if name in counts else bins
 
     _watch(model, tops, batches, observe)

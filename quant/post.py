@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from .grid import weight_quant_max, weight_scale
 from .layers import layer_bits
@@ -21,27 +20,35 @@ WARM_UP = 0.2  # share of the iterations without the regulariser
 SAMPLES = 32  # images a step
 
 
+@torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """`model` itself, in eval mode, with batch-norm statistics that are the averages over `batches`. Source: ours.
 
     Quantized weights shift what batch norm sees; statistics taken with the weights as deployed undo the shift.
-    `batches` are images [N, C, H, W] of equal or nearly equal size. Dropout is off while the statistics are taken.
+    `batches` are images [N, C, H, W] of equal or nearly equal size. All but batch norm is in eval mode while
+    the statistics are taken: torch's update_bn would let dropout and stochastic depth draw.
 
     Raises ValueError for a network without batch-norm statistics, and if `batches` is empty.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch-norm statistics to re-estimate")
-    dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-    rates = [m.p for m in dropouts]
-    for dropout in dropouts:
-        dropout.p = 0.0
-    update_bn(batches, model)
-    for dropout, rate in zip(dropouts, rates):
-        dropout.p = rate
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the average over batches
+            norm.train()
+        for images in batches:
+            model(images)
+    finally:
+        model.eval()
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
     if not norms[0].num_batches_tracked:
         raise ValueError("re-estimating batch norm needs at least one batch of images")
-    return model.eval()
+    return model
 
 
 @torch.no_grad()

@@ -55,7 +55,8 @@ def is_scaled(group: dict[str, Any]) -> bool:
 def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
     """lambda_s * |w - target(w)| + psg_eps for each tensor of a scaled group: new tensors of the weights' shapes.
 
-    `weights` share one device and dtype, so that the foreach calls take their fast path.
+    `weights` share one device and dtype, as the foreach calls need for their fast path; dividing and multiplying by the
+    0-d scales has none.
     """
     if group["target"] == "zero":
         distances = list(torch._foreach_abs(weights))

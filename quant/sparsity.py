@@ -84,5 +84,5 @@ def pruning_mse(model: nn.Module, sparsity: float, scope: str = "global", first_
     before, after = (
         prunable_weights(net, first_last).values() for net in (model, prune_weights(model, sparsity, scope, first_last))
     )
-    change = sum((a - b).double().square().sum().item() for a, b in zip(before, after))
+    change = sum((a - b).cpu().double().square().sum().item() for a, b in zip(before, after))
     return change / sum(weight.numel() for weight in before)

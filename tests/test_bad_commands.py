@@ -1,6 +1,9 @@
 """Wrong command lines of every script: exit code 2, one line on stderr that says what to do, no new files."""
 
 import pytest
+import torch
+
+from utils.cli import run
 
 SCRATCH = ["--dataset", "digits", "--load_pretrained", ""]
 BAD = [
@@ -26,12 +29,15 @@ BAD = [
     ("train.py", ["--w_decay", "-1"], "--w_decay: -1 must be 0 or greater"),
     ("train.py", ["--save_epochs", "9-3"], "--save_epochs: 9-3 begins after its end"),
     ("train.py", ["--save_epochs", "1-x"], "--save_epochs: 'x' is not a whole number"),
+    ("train.py", ["--save_epochs", "1-10000000000"], "--save_epochs: 10000000000 must be from 1 to 1000000"),
     ("train.py", ["--epoch", "0"], "--epoch: 0 must be 1 or greater"),
     ("train.py", ["--arch", "ResNet50"], "unknown architecture 'ResNet50'"),
     ("train.py", ["--dataset", "mnist"], "--dataset: invalid choice: 'mnist'"),
     ("train.py", ["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
     ("train.py", ["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
     ("train.py", ["--device", "gpu"], "device 'gpu' cannot be used here"),
+    ("train.py", ["--device", "meta"], "device 'meta' cannot be used here"),
+    ("train.py", [*SCRATCH, "--arch", "resnet18", "--batch_size", "4"], "resnet18 cannot be trained on one image"),
     ("train.py", [*SCRATCH, "--resume_epoch", "9", "--epoch", "3"], "--epoch 3 is before the first epoch, 9"),
     ("train.py", [*SCRATCH, "--val_split", "1437"], "--val_split 1437 leaves nothing of the 1437 training images"),
     ("train.py", [*SCRATCH, "--exp_name", "../out"], "--exp_name '../out' must name a folder below runs/"),
@@ -89,6 +95,24 @@ BAD = [
 @pytest.mark.parametrize("script, flags, message", BAD, ids=[" ".join([script, *flags]) for script, flags, _ in BAD])
 def test_one_line_says_what_is_wrong(rejected, script, flags, message):
     assert message in rejected(script, *flags)
+
+
+@pytest.mark.parametrize(
+    "attempt, message",
+    [
+        (lambda: torch.empty(10**15), "try a smaller batch"),
+        (lambda: torch.zeros(2).put_(torch.tensor([1]), torch.ones(1)), "put_ does not have a deterministic"),
+    ],
+)
+def test_what_torch_finds_out_late(attempt, message, capsys):
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(attempt)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ") and message in line
 
 
 def test_the_table_is_long_enough_and_has_no_line_twice():

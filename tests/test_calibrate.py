@@ -37,6 +37,12 @@ def test_histogram(values):
     assert torch.equal(histogram.counts, expected.double())
 
 
+def test_histogram_counts_beyond_the_whole_numbers_of_float32():
+    count = 2**24 + 1000
+    (histogram,) = relu_histograms(nn.Sequential(nn.ReLU()), [torch.zeros(1, count)]).values()
+    assert histogram.counts[0] == count
+
+
 @pytest.mark.parametrize("percentile", [60, 99, 99.9, 100])
 def test_percentile(values, percentile):
     expected = torch.quantile(values.relu().flatten().double(), percentile / 100).item()

@@ -61,6 +61,11 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_folder_is_no_file():
+    with pytest.raises(UserError, match="name a file"):
+        save_checkpoint(".", {"state_dict": {}})
+
+
 def test_no_space_left(tmp_path):
     path = tmp_path / "last.pth"
     save_checkpoint(path, {"state_dict": {"w": torch.ones(1)}})

@@ -17,7 +17,7 @@ from quant import PSGD, psg_param_groups
 from tests.conftest import ROOT
 from utils.checkpoint import load_checkpoint
 from utils.data import DATASETS, Split, train_batches
-from utils.distributed import ALONE, World, join, leave
+from utils.distributed import ALONE, World, join, leave, own_device
 from utils.engine import evaluate
 from utils.training import Training
 
@@ -75,6 +75,14 @@ def test_alone_without_torchrun(monkeypatch):
     before = copy.deepcopy(model.state_dict())
     ALONE.agree(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_device("cuda:1", 0) == ("cuda:1", 0) and own_device(None, 2) == (None, 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("cuda:1", 0) == own_device("cuda", 0) == ("cuda:3", 3)
+    assert own_device(None, 0) == (None, 3) and own_device("cpu", 0)[0] == "cpu"
 
 
 FLAGS = [

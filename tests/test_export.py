@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from models import ResNet32, vgg16_bn
+from models import ResNet32, build_model, vgg16_bn
 from quant import (
     calibrate,
     integer_weights,
@@ -217,13 +217,18 @@ def test_files_that_fail_their_check_are_not_left_behind(cli, tmp_path, digits_r
     assert not list((tmp_path / "a").iterdir())
 
 
-def test_bad_input(rejected, digits_run, monkeypatch):
+def test_bad_input(rejected, digits_run, tmp_path, monkeypatch):
     flags = ["--model_path", digits_run, "--dataset", "cifar100"]
     assert "has 10 classes, the data set has 100" in rejected("export.py", *flags)
     flags = ["--model_path", digits_run, "--dataset", "cifar10", "--a_bit", "8"]
     assert "--a_bit 8 needs training images, and there is no cifar10 in data" in rejected("export.py", *flags)
     flags = ["--model_path", digits_run, "--a_bit", "8", "--calib_images", "5000"]
     assert "--calib_images 5000 is more than the 1437 training images" in rejected("export.py", *flags)
+    state = build_model("mobilenet_v2", 10).state_dict()
+    facts = {"arch": "mobilenet_v2", "num_classes": 10, "args": {"dataset": "digits"}}
+    torch.save({**facts, "state_dict": state}, tmp_path / "m.pth")
+    message = "m.pth: MobileNetV2 has no nn.ReLU module"
+    assert message in rejected("export.py", "--model_path", "m.pth", "--a_bit", "8", "--calib_images", "8")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert "pip install -r requirements-export.txt" in rejected("export.py", "--model_path", digits_run)
 

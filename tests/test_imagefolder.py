@@ -89,6 +89,17 @@ def test_weights_of_torchvision(cli, tmp_path, monkeypatch):
     assert outcome.code == 0 and "from torchvision's weights IMAGENET1K_V1" in outcome.out
 
 
+def test_damaged_weights_of_torchvision(rejected, tmp_path, monkeypatch):
+    from torchvision.models import get_model_weights
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache/hub/checkpoints").mkdir(parents=True)
+    name = get_model_weights("squeezenet1_1").DEFAULT.url.rpartition("/")[2]
+    (tmp_path / "cache/hub/checkpoints" / name).write_bytes(b"half a file")
+    flags = ["--dataset", "digits", "--arch", "squeezenet1_1", "--weights", "DEFAULT"]
+    assert "--weights DEFAULT of squeezenet1_1 cannot be read" in rejected("train.py", *flags)
+
+
 def test_architectures():
     names = architectures()
     assert names[:2] == ["ResNet32", "vgg16_bn"] and {"resnet18", "mobilenet_v2", "vit_b_16"} <= set(names)

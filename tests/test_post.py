@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from models import build_model, vgg16_bn
 from quant import (
@@ -34,12 +35,17 @@ def test_statistics_are_those_of_the_images():
     assert torch.allclose(normed[1].running_var, batch_vars.mean(0), rtol=1e-5)
 
 
-def test_dropout_is_off_while_statistics_are_taken():
-    """Else two calls would differ; and its rate is there again afterwards."""
-    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 4), nn.BatchNorm1d(4))
+def test_nothing_is_random_while_statistics_are_taken():
+    net = nn.Sequential(nn.Dropout(0.5), StochasticDepth(0.5, "row"), nn.Linear(8, 4), nn.BatchNorm1d(4))
     images = torch.randn(32, 8)
-    first, second = (reestimate_batch_norm(net, [images]) for _ in range(2))
-    assert torch.equal(first[2].running_mean, second[2].running_mean) and first[0].p == 0.5
+    normed = reestimate_batch_norm(net.train(), [images])
+    assert torch.allclose(normed[3].running_mean, net[2](images).mean(0), atol=1e-6)
+
+
+def test_a_batch_that_does_not_fit_leaves_no_layer_in_training_mode(net):
+    with pytest.raises(RuntimeError):
+        reestimate_batch_norm(net, [torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)])
+    assert not any(module.training for module in net.modules()) and net.bn1.momentum == 0.1
 
 
 def test_bad_networks_and_images():
@@ -207,3 +213,6 @@ def test_average_needs_batch_norm(rejected, tmp_path):
     save_checkpoint(tmp_path / "epoch_1.pth", checkpoint)
     message = rejected("utils.average", tmp_path, "--epochs", "1", "--out", "a.pth", "--calib_images", "64")
     assert "epoch_1.pth: SqueezeNet has no batch-norm statistics" in message
+    save_checkpoint(tmp_path / "epoch_1.pth", checkpoint | {"args": {}})
+    message = rejected("utils.average", tmp_path, "--epochs", "1", "--out", "a.pth")
+    assert "epoch_1.pth does not say its --dataset: it is no checkpoint of train.py" in message

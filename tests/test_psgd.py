@@ -340,6 +340,7 @@ def test_cuda_graph(net):
 
     start = copy.deepcopy(net.state_dict())
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(net, optimizer)

@@ -40,6 +40,25 @@ def test_missing_numbers(rejected, tmp_path):
     assert "x.csv, line 3: top1 is '' instead of a number" in rejected("utils.table", "x.csv")
 
 
+@pytest.mark.parametrize(
+    "column, value, message",
+    [
+        ("w_bit", "4.5", "w_bit is 4.5 instead of a bit-width"),
+        ("sparsity", "half", "line 2: sparsity is 'half' instead"),
+    ],
+)
+def test_values_that_are_none(rejected, tmp_path, column, value, message):
+    row = {"model": "a", "trained": "SGD", "seed": 1, "epoch": 150, "w_bit": 4, "a_bit": 32, "post": "none", "top1": 50}
+    row |= {"sparsity": 0, column: value}
+    (tmp_path / "x.csv").write_text(f"{','.join(row)}\n{','.join(map(str, row.values()))}\n")
+    assert message in rejected("utils.table", "x.csv")
+
+
+def test_bit_widths_that_another_program_wrote_as_floats(tmp_path):
+    (tmp_path / "x.csv").write_text(HEADER + "a,SGD,1,150,32.0,32.0,none,69\na,SGD,1,150,4.0,32.0,none,50\n")
+    assert markdown(read_results([tmp_path / "x.csv"])).splitlines()[2] == "| SGD | 150 | none | 69.00 | 50.00 |"
+
+
 def test_missing_file(rejected):
     assert "no.csv cannot be read" in rejected("utils.table", "no.csv")
 

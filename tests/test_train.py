@@ -226,6 +226,9 @@ def test_resume_from_a_file_without_run_state(cli, tmp_path):
     torch.save(checkpoint, path)
     outcome = cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2")
     assert outcome.code == 2 and "lacks optimizer: a run cannot be resumed from it" in outcome.err
+    (tmp_path / "runs/a/args.json").write_text("{}")
+    outcome = cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2")
+    assert outcome.code == 2 and "args.json cannot be read (there are no args of train.py in it)" in outcome.err
 
 
 def test_unwritable_run_folder(rejected, tmp_path):

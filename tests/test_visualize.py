@@ -135,7 +135,9 @@ def test_bad_input_of_figures(rejected, tmp_path):
     assert "metrics.csv lacks the column fp_top1: it is no metrics.csv" in rejected("visualize.py", *flags)
     assert "r.csv cannot be read" in rejected("visualize.py", "--figure", "1a", "--results", "r.csv")
     (tmp_path / "metrics.csv").write_text("epoch,fp_top1\n1,60\n")
-    assert "./metrics.csv has no top-1 at a bit-width or sparsity" in rejected("visualize.py", *flags)
+    assert "metrics.csv has no top-1 at a bit-width or sparsity" in rejected("visualize.py", *flags)
+    (tmp_path / "metrics.csv").write_text("epoch,fp_top1,w4_top1\n1,60,50\n2,sixty,50\n")
+    assert "metrics.csv, line 3: fp_top1 is 'sixty' instead of a number" in rejected("visualize.py", *flags)
     (tmp_path / "r.csv").write_text("trained,epoch,seed,w_bit,a_bit,post,top1\nSGD,150,1,4,32,none,68\n")
     assert "r.csv lacks the column weight_mse" in rejected("visualize.py", "--figure", "1a", "--results", "r.csv")
     (tmp_path / "r.csv").write_text(

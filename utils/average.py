@@ -42,11 +42,15 @@ def main() -> None:
 
     device, device_line = select_device(args.device, args.cu_num)
     paths = [Path(args.run) / f"epoch_{epoch}.pth" for epoch in args.epochs]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    absent = [path for path in paths if not path.is_file()]
+    if absent:
         wanted = "-".join(str(epoch) for epoch in dict.fromkeys((args.epochs[0], args.epochs[-1])))
-        raise UserError(f"{missing[0]} is not there: train with --save_epochs {wanted}")
+        raise UserError(f"{absent[0]} is not there: train with --save_epochs {wanted}")
     last = load_checkpoint(paths[-1])
+    settings = last.get("args", {})
+    missing = [name for name in ("dataset", "val_split", "first_last_quant") if name not in settings]
+    if missing:
+        raise UserError(f"{paths[-1]} does not say its --{missing[0]}: it is no checkpoint of train.py")
     mean = model_from_checkpoint(last, paths[-1])
     sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in mean.named_parameters()}
     for path in paths:
@@ -57,7 +61,6 @@ def main() -> None:
         for name, parameter in mean.named_parameters():
             parameter.copy_(sums[name] / len(paths))
 
-    settings = last["args"]
     dataset = load_dataset(settings["dataset"], args.data_dir, device)
     train, _, _ = dataset.splits(settings["val_split"])
     check_calib_images(args.calib_images, train)

@@ -19,7 +19,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-from utils.cli import Parser, run
+from utils.cli import Parser, UserError, run
 from utils.cli import count as whole_number
 from utils.files import command_line, git_commit, write_json
 
@@ -137,7 +137,13 @@ def training_pieces(dataset, device, precision: str) -> dict[str, Callable[[], o
         model = network()
         optimizer = PSGD(sgd(psg_param_groups(model, 4)), lambda_s=150)
         training = GraphedTraining(model, optimizer, source, precision)
-        return lambda: training.epoch(1)
+
+        def once() -> None:
+            training.epoch(1)
+            if training.failure:
+                raise UserError(f"the CUDA graph could not be captured ({training.failure}): its epoch has no time")
+
+        return once
 
     whole = {f"epoch of {len(source)} steps, CUDA graph": graphed_epoch()} if device.type == "cuda" else {}
     return whole | {

@@ -7,6 +7,7 @@ Keys: epoch, state_dict, optimizer, scheduler, arch, num_classes, args (a plain 
 """
 
 import hashlib
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,10 @@ def new_model(arch: str, num_classes: int, weights: str | None = None) -> nn.Mod
         return build_model(arch, num_classes, weights)
     except ValueError as error:
         raise UserError(str(error)) from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:  # from torch's reader of a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        advice = f"delete its file in {Path(torch.hub.get_dir()) / 'checkpoints'}"
+        raise UserError(f"--weights {weights} of {arch} cannot be read ({reason}): {advice}") from None
 
 
 def model_from_checkpoint(

@@ -51,18 +51,22 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        if (
-            RANK != "0"
-        ):  # torchrun ends the others as soon as one fails: what is wrong in all is said by the first alone
-            time.sleep(3)
+        if RANK != "0":
+            time.sleep(3)  # torchrun ends the others when one fails: what is wrong in all is said by the first alone
         print(f"{SPEAKER}error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if not (type(error).__name__.startswith("Dist") or "gloo" in reason):  # what torch.distributed raises
+        if type(error).__name__.startswith("Dist") or "gloo" in reason:  # what torch.distributed raises
+            advice = "see its message; a run that has saved an epoch goes on with --resume"
+            reason = f"another process of the run has ended ({reason}); {advice}"
+        elif type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
+            reason = f"the memory does not suffice ({reason}); try a smaller batch, network or number of images"
+        elif "does not have a deterministic implementation" in reason:
+            reason = f"{reason.partition(',')[0]}: leave --deterministic out"
+        else:
             raise
-        advice = "see its message; a run that has saved an epoch goes on with --resume"
-        print(f"{SPEAKER}error: another process of the run has ended ({reason}); {advice}", file=sys.stderr)
+        print(f"{SPEAKER}error: {reason}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         if RANK == "0":
@@ -149,9 +153,10 @@ def epochs(text: str) -> list[int]:
     first, dash, last = text.partition("-")
     if not dash:
         return [count(first)]
-    if count(first) > count(last):
+    start, end = (_whole(word, 1, 10**6) for word in (first, last))
+    if start > end:
         raise argparse.ArgumentTypeError(f"{text} begins after its end")
-    return list(range(count(first), count(last) + 1))
+    return list(range(start, end + 1))
 
 
 class EpochSet(argparse.Action):

@@ -21,10 +21,11 @@ def select_device(name: str | None, cu_num: int) -> tuple[torch.device, str]:
             return torch.device("cpu"), "device: cpu (no CUDA GPU found)"
         name = f"cuda:{cu_num}"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        probe = torch.zeros(1, device=name)
+        probe.item()  # there are devices without values, such as meta
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    device = probe.device  # with its number, also for a bare "cuda"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, graphs and libraries follow the current device
         torch.backends.cudnn.allow_tf32 = False  # float32 convolutions in float32, as the published code's were

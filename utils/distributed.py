@@ -58,9 +58,12 @@ class World:
 ALONE = World()
 
 
-def local_rank() -> int | None:
-    """Which GPU of this machine is this process's, if torchrun started it; else None."""
-    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
+def own_device(name: str | None, cu_num: int) -> tuple[str | None, int]:
+    """Device name and GPU number for `select_device`: those given, but of torchrun's processes each has its own GPU."""
+    if "LOCAL_RANK" not in os.environ:
+        return name, cu_num
+    rank = int(os.environ["LOCAL_RANK"])
+    return (f"cuda:{rank}" if name and name.startswith("cuda") else name), rank
 
 
 def join(device: torch.device) -> World:

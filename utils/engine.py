@@ -73,7 +73,8 @@ def epoch_result(model: nn.Module, losses: Tensor, hits: Tensor, images_seen: in
     if len(bad):
         step = int(bad[0])
         raise NonFiniteError(f"the loss became {per_step[step].item()} at step {step + 1}")
-    for name, parameter in model.named_parameters():
+    network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    for name, parameter in network.named_parameters():
         if not parameter.isfinite().all():
             raise NonFiniteError(f"{name} was no longer finite after step {len(losses)}")
         if parameter.dim() > 1 and not parameter.any():
@@ -106,13 +107,21 @@ def train_epoch(
 
 
 @torch.no_grad()
-def check_takes(model: nn.Module, name: str, size: int) -> None:
-    """Raises UserError if `model`, called `name`, cannot take images of size x size."""
+def check_takes(model: nn.Module, name: str, size: int, smallest_step: int) -> None:
+    """Raises UserError if `model`, called `name`, cannot take images of size x size, or be trained on `smallest_step`
+    of them."""
+    image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
     try:
-        model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+        model.eval()(image)
     except Exception as error:  # torch and torchvision raise several kinds
         reason = str(error).splitlines()[0]
         raise UserError(f"--arch {name} cannot take {size} x {size} images ({reason})") from None
+    if smallest_step == 1:  # batch norm over one number has no variance
+        try:
+            copy.deepcopy(model).train()(image)
+        except ValueError as error:
+            advice = "choose a --batch_size that leaves more than one image to the last step of an epoch"
+            raise UserError(f"--arch {name} cannot be trained on one image ({error}): {advice}") from None
 
 
 def check_moves(model: nn.Module, first_last: bool = True) -> None:

@@ -23,6 +23,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     Raises UserError if it cannot be written; what `path` was before then stays.
     """
     path = Path(path)
+    if not path.name:
+        raise UserError(f"{path} is a folder: name a file")
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

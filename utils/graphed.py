@@ -5,6 +5,7 @@ the epoch's plan by a counter on the device, and writes loss and hits where an e
 those of `train_step`, kernel for kernel.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -87,7 +88,8 @@ class GraphedTraining:
             self.eager_left -= 1
             side = torch.cuda.Stream(self.device)  # as a capture needs it, gradients are first made off the main stream
             side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's: it waits for a capture
                 self._step(len(self.window))
             torch.cuda.current_stream(self.device).wait_stream(side)
             return
@@ -109,6 +111,7 @@ class GraphedTraining:
             with torch.cuda.stream(now), torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):
                 self._step(len(self.window))
         except RuntimeError as error:
-            self.failure = (str(error) or type(error).__name__).splitlines()[0]
+            cause = error.__context__ or error  # the end of a broken capture raises an error of its own
+            self.failure = (str(cause) or type(cause).__name__).splitlines()[0]
             return
         self._replay = graph.replay

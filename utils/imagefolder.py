@@ -46,7 +46,7 @@ class _Files(torch.utils.data.Dataset):
             raise UserError(f"{path} cannot be read as an image ({str(error).splitlines()[0]})") from None
         # Crop and flip depend on (seed, epoch, image) alone, whichever process or worker draws them.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 2**26 + index) % 2**63)
+            torch.default_generator.manual_seed((self.seed * 2**26 + index) % 2**63)  # a GPU's stays as it is
             return self.transform(image), label
 
 

@@ -74,7 +74,10 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """What args.json holds: args, command, commit, versions, and where the run was resumed."""
         try:
-            return json.loads((self.path / "args.json").read_text())
+            settings = json.loads((self.path / "args.json").read_text())
+            if not (isinstance(settings, dict) and isinstance(settings.get("args"), dict)):
+                raise ValueError("there are no args of train.py in it")
+            return settings
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / 'args.json'} cannot be read ({error})") from None
 

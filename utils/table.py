@@ -10,18 +10,19 @@ Rows of eval.py's results.csv that differ in the seed alone are one cell: their 
 import csv
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils.cli import Parser, UserError, run
 
 SAME = ("trained", "epoch", "post", "arch", "dataset", "split", "weight_range", "granularity")  # of one cell's rows
 NEEDED = ("trained", "epoch", "post", "seed", "w_bit", "a_bit", "top1")
-NUMBERS = ("w_bit", "a_bit", "top1")
+BIT_WIDTHS = ("w_bit", "a_bit")
 
 
-def read_rows(path: str | Path, columns: Sequence[str], kind: str) -> list[dict[str, str]]:
-    """The rows of a CSV file of `kind` that has `columns` and at least one row; else UserError."""
+def read_rows(path: str | Path, columns: Sequence[str], kind: str, numbers: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV file of `kind` that has `columns` and at least one row; else UserError, and also if a value in
+    the columns `numbers`, where the file has them, is no number."""
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
@@ -30,22 +31,34 @@ def read_rows(path: str | Path, columns: Sequence[str], kind: str) -> list[dict[
     missing = [name for name in columns if not rows or rows[0].get(name) is None]
     if missing:
         raise UserError(f"{path} lacks the column {missing[0]}: it is no {kind}")
+    check_numbers(path, rows, [name for name in numbers if name in rows[0]])
     return rows
 
 
-def read_results(paths: Sequence[str | Path], numbers: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The rows of results.csv files of eval.py. Raises UserError if one is none, or a number is missing.
+def check_numbers(path: str | Path, rows: Sequence[dict[str, str]], names: Iterable[str]) -> None:
+    """Raises UserError if one of the columns `names` has a value in `rows` of the file `path` that is no number."""
+    for name in names:
+        for line, row in enumerate(rows, 2):
+            try:
+                float(row[name])
+            except (TypeError, ValueError):
+                raise UserError(f"{path}, line {line}: {name} is {row[name]!r} instead of a number") from None
 
-    `numbers` are columns that are needed beside those of a table.
+
+def read_results(paths: Sequence[str | Path], numbers: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of results.csv files of eval.py, bit-widths as whole numbers whatever program has written the file.
+
+    `numbers` are columns that are needed beside those of a table. Raises UserError if a file is none, or a number is
+    missing.
     """
     rows = []
+    kind = "results.csv of eval.py --out DIR"
     for path in paths:
-        for number, row in enumerate(read_rows(path, (*NEEDED, *numbers), "results.csv of eval.py --out DIR"), 2):
-            for name in (*NUMBERS, *numbers):
-                try:
-                    float(row[name])
-                except (TypeError, ValueError):
-                    raise UserError(f"{path}, line {number}: {name} is {row[name]!r} instead of a number") from None
+        for row in read_rows(path, (*NEEDED, *numbers), kind, (*BIT_WIDTHS, "top1", "sparsity", *numbers)):
+            for name in BIT_WIDTHS:
+                if not float(row[name]).is_integer():
+                    raise UserError(f"{path}: {name} is {row[name]} instead of a bit-width")
+                row[name] = str(int(float(row[name])))
             rows.append(row)
     return rows
 

@@ -52,7 +52,7 @@ class Training:
         return "CUDA graph" if self._graphed else "plain loop"
 
     def epoch(self, number: int, title: str) -> Result:
-        """Loss and accuracy of one epoch, with a progress bar called `title`; see `train_epoch`."""
+        """Loss and accuracy of one epoch; see `train_epoch`. The plain loop has a progress bar called `title`."""
         if self._graphed and not self._graphed.failure:
             return self._graphed.epoch(number)
         silent = None if self.world.is_main else True  # None: silent where there is no terminal
