@@ -65,11 +65,11 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]):
         own = [[row for row in rows if int(row["w_bit"]) == width] for width in widths]
         places = [place for place, found in enumerate(own) if found]
         errors = [numpy.mean([100 - float(row["top1"]) for row in own[place]]) for place in places]
-        mses = [numpy.mean([float(row["weight_mse"]) for row in own[place]]) for place in places]
+        mses = [numpy.mean([float(row["weight_mse"]) for row in found]) if found else numpy.nan for found in own]
         shift = (position - (len(series) - 1) / 2) * share
         drawn = bars.bar(numpy.add(places, shift), errors, share, color=color, alpha=0.45, label=f"{label}, test error")
         bars.bar_label(drawn, fmt="%.1f", fontsize="x-small", padding=1)
-        lines.plot(places, mses, "o-", color=color, label=f"{label}, weight error")
+        lines.plot(range(len(widths)), mses, "o-", color=color, label=f"{label}, weight error")
     bars.set_xticks(range(len(widths)), [f"W{width}" for width in widths])
     bars.set_xlabel("bit-width of the weights (PSGD: trained for that bit-width)")
     bars.set_ylabel("top-1 test error in percent (bars)")
