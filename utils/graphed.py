@@ -5,7 +5,6 @@ the epoch's plan by a counter on the device, and writes loss and hits where an e
 those of `train_step`, kernel for kernel.
 """
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -88,8 +87,7 @@ class GraphedTraining:
             self.eager_left -= 1
             side = torch.cuda.Stream(self.device)  # as a capture needs it, gradients are first made off the main stream
             side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*capturable=True")  # Adam's: it waits for a capture
+            with torch.cuda.stream(side):
                 self._step(len(self.window))
             torch.cuda.current_stream(self.device).wait_stream(side)
             return
