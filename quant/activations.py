@@ -54,8 +54,15 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The torch.fx graph of `model`, in which an activation quantizer is one node."""
-    return _Tracer().trace(model)
+    """The torch.fx graph of `model`, in which an activation quantizer is one node.
+
+    Raises ValueError naming a module that is called without a positional argument.
+    """
+    graph = _Tracer().trace(model)
+    for node in graph.nodes:
+        if node.op == "call_module" and not node.args:
+            raise ValueError(f"{node.target} is called without a positional argument: its input cannot be followed")
+    return graph
 
 
 def relu_names(model: nn.Module) -> list[str]:

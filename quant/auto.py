@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .grid import number
 from .psgd import is_scaled, psg_multipliers
 
 AUTO_MULTIPLIER = 4.0  # mean multiplier of the paper's run: lambda_s 150 on ResNet-32 at 4 bits
@@ -25,16 +26,21 @@ def mean_distance(weights: Iterable[Tensor], bits: int = 4) -> float:
     if not count:
         raise ValueError("there are no weights to look at")
     unit = {"target": "grid", "bits": bits, "per_channel": False, "lambda_s": 1.0, "psg_eps": 0.0}
-    return sum(psg_multipliers([weight], unit)[0].cpu().double().sum().item() for weight in weights) / count
+    return sum(number(psg_multipliers([weight], unit)[0].cpu().double().sum()) for weight in weights) / count
 
 
 def auto_lambda_s(groups: list[dict[str, Any]]) -> float:
     """The lambda_s to start with: the mean multiplier at 4 bits is then that of the paper's run. Source: ours.
 
     `groups` are parameter groups as `psg_param_groups` makes them. At 4 bits whatever the target is: how fast a weight
-    moves within its cell is the same at every bit-width if lambda_s is, so the target's own distances say nothing.
-    Raises ValueError if no group is scaled, or if all weights are on the 4-bit grid.
+    moves within its cell is the same at every bit-width if lambda_s is, so the target's own distances say nothing;
+    and on a grid for each tensor, also with per_channel.
+    Raises ValueError if no group is scaled, or if all weights are on the 4-bit grid; TypeError for a group whose params
+    are no list: reading them here would use an iterator up.
     """
+    for group in groups:
+        if not isinstance(group["params"], (list, tuple)):
+            raise TypeError(f"a group's params must be a list of tensors, got {type(group['params']).__name__}")
     weights = [weight for group in groups if is_scaled(group) for weight in group["params"]]
     distance = mean_distance(weights)
     if distance == 0:
@@ -49,8 +55,8 @@ def steer_lambda_s(optimizer: Optimizer, share: float, progress: float) -> float
     (0 to 1) of weights near the grid, as `grid_share` gives it, and the `progress` (0 to 1) through the epochs before
     the first learning-rate decay. The plan is a share that rises evenly over them from AUTO_SHARE[0] to AUTO_SHARE[1];
     an epoch that ends below it multiplies the lambda_s of every scaled group by AUTO_RISE, up to AUTO_LIMIT times the
-    start. It never falls, and stays once `progress` has reached 1. All state is in the parameter groups, saved and
-    restored with them.
+    start. It never falls, and stays once `progress` has reached 1. A share that counts frozen layers cannot follow the
+    plan: give such a network a fixed lambda_s. All state is in the parameter groups, saved and restored with them.
 
     Raises ValueError if the optimizer has no scaled group.
     """

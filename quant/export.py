@@ -22,8 +22,8 @@ def export(
     """Writes `model`, its weights at `bits` bits, to `path`.
 
     A .safetensors file holds packed integers and `facts` (plain values); `load_packed` reads it. An .onnx file takes
-    normalised float32 images [N, 3, image_size, image_size]. They need the package safetensors or onnx. Raises
-    ValueError for another suffix, bits outside 2..8, or an operation that has no ONNX counterpart here.
+    normalised float32 images [N, C, image_size, image_size]. They need the package safetensors or onnx. Raises
+    ValueError for another suffix, bits outside 2..8, a weight that is not finite, or what `to_onnx` cannot express.
     """
     grid = {"bits": bits, "first_last": first_last, "per_channel": per_channel}
     suffix = Path(path).suffix

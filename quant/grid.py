@@ -46,7 +46,7 @@ def weight_scale(weight: Tensor, bits: int, per_channel: bool = False, weight_ra
     dims = tuple(range(1, weight.dim())) if per_channel and weight.dim() > 1 else tuple(range(weight.dim()))
     if weight.numel() == 0:
         return nonzero_scale(weight.new_zeros(()))
-    absmax = weight.abs().amax(dim=dims, keepdim=len(dims) < weight.dim())
+    absmax = weight.abs().amax(dims, keepdim=True) if len(dims) < weight.dim() else _largest_magnitude(weight)
     scale = nonzero_scale(absmax / quant_max)
     if weight_range == "absmax":
         return scale
@@ -57,6 +57,27 @@ def weight_scale(weight: Tensor, bits: int, per_channel: bool = False, weight_ra
         error = error.sum(dim=dims, keepdim=len(dims) < weight.dim())
         best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
     return best
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, of which this process may hold a part, or nothing."""
+    return hasattr(tensor, "full_tensor")
+
+
+def number(value: Tensor) -> float:
+    """The 0-d `value` on the host; of a DTensor the whole's, where .item() would read this process's part."""
+    return (value.full_tensor() if is_sharded(value) else value).item()
+
+
+def _largest_magnitude(weight: Tensor) -> Tensor:
+    """max|w|, 0-d, of a tensor that is not empty, though this process's part of it may be."""
+    if not is_sharded(weight):
+        return weight.abs().amax()
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    part, mesh = weight.to_local(), weight.device_mesh
+    peak = part.abs().amax() if part.numel() else part.new_zeros(())
+    return DTensor.from_local(peak, mesh, [Partial("max")] * mesh.ndim).redistribute(mesh, [Replicate()] * mesh.ndim)
 
 
 def nonzero_scale(scale: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Which parameters the method touches, and at how many bits: the one rule that training and evaluation share."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from .grid import check_bits
 
@@ -12,11 +12,11 @@ def layer_bits(model: nn.Module, bits: int, first_last: bool = True) -> dict[str
     """Bit-width of every quantized parameter, by its state_dict name, in the order of the model's modules.
 
     These are the weights of convolutions and linear layers, and the biases of linear layers; normalisation layers,
-    embeddings and convolution biases stay float. The first and the last of those layers get `bits` bits if bits >= 4,
-    else 8; with first_last=False they are left out (published rule). A parameter that several layers share appears
-    once, under its first name.
+    embeddings, convolution biases and other parameters of such a layer stay float. The first and the last of those
+    layers get `bits` bits if bits >= 4, else 8; with first_last=False they are left out (published rule). A parameter
+    that several layers share appears once, under its first name.
 
-    Raises ValueError for bits outside 2..8 and for a model with no such layer.
+    Raises ValueError for bits outside 2..8 and for a model of which no such layer is left.
     """
     check_bits(bits)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
@@ -30,8 +30,18 @@ def layer_bits(model: nn.Module, bits: int, first_last: bool = True) -> dict[str
         if at_end and not first_last:
             continue
         for key, parameter in module.named_parameters(name, recurse=False):
-            if id(parameter) in seen or (key.endswith("bias") and not isinstance(module, nn.Linear)):
+            kind = key.rpartition(".")[2].removesuffix("_orig")  # what nn.utils.spectral_norm and prune make of it
+            quantized = kind == "weight" or (kind == "bias" and isinstance(module, nn.Linear))
+            if id(parameter) in seen or not quantized:
                 continue
             seen.add(id(parameter))
             result[key] = FIRST_LAST_BITS if at_end and bits < 4 else bits
+    if not result:
+        raise ValueError(f"{type(model).__name__} has no weights to quantize in its convolution and linear layers")
     return result
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """ValueError with the name of a weight that is not finite."""
+    if not weight.isfinite().all():
+        raise ValueError(f"{name} has values that are not finite: it can be neither quantized nor pruned")

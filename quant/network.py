@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .grid import FLOAT_BITS, fake_quantize_weight, weight_scale
-from .layers import WEIGHT_LAYERS, layer_bits
+from .grid import FLOAT_BITS, fake_quantize_weight, number, weight_scale
+from .layers import WEIGHT_LAYERS, check_finite, layer_bits
 
 
 @torch.no_grad()
@@ -30,8 +30,7 @@ def quantize_weights(
         return quantized
     for name, width in layer_bits(model, bits, first_last).items():
         parameter = quantized.get_parameter(name)
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{name} has values that are not finite: it cannot be quantized")
+        check_finite(name, parameter)
         parameter.copy_(fake_quantize_weight(parameter, width, per_channel, weight_range))
     return quantized
 
@@ -58,14 +57,8 @@ def weight_mse(
     total, count = 0.0, 0
     for name, width in layer_bits(model, bits, first_last).items():
         weight = model.get_parameter(name)
-        total += (
-            (weight - fake_quantize_weight(weight, width, per_channel, weight_range))
-            .cpu()
-            .double()
-            .square()
-            .sum()
-            .item()
-        )
+        error = weight - fake_quantize_weight(weight, width, per_channel, weight_range)
+        total += number(error.cpu().double().square().sum())
         count += weight.numel()
     return total / count
 
@@ -82,7 +75,7 @@ def grid_share(
     for name, width in layer_bits(model, bits, first_last).items():
         weight = model.get_parameter(name)
         distance = (weight - fake_quantize_weight(weight, width, per_channel)).abs()
-        near += int((distance <= tolerance * weight_scale(weight, width, per_channel)).sum())
+        near += number((distance <= tolerance * weight_scale(weight, width, per_channel)).sum())
         count += weight.numel()
     return near / count
 

@@ -29,12 +29,14 @@ def to_onnx(
 ) -> Any:
     """The onnx.ModelProto of `model` in eval mode, with `integers`, as `integer_weights` gives them, for its weights.
 
-    Input "images": float32 [batch, 3, S, S], already normalised; with `normalize`, mean and std [3] in units of 0..255,
-    uint8 [batch, S, S, 3] as a file holds them. Output "logits": float32 [batch, classes]. A bit-width without an ONNX
-    type goes into the next wider one: 3 into INT4, 5 to 7 into INT8. With `int8` all go into INT8: a larger file of the
-    same numbers, which runtimes without 4-bit kernels (onnxruntime on a CPU) can convolve as integers.
+    Input "images": float32 [batch, C, S, S], already normalised, C being what the first convolution takes; with
+    `normalize`, mean and std [C] in units of 0..255, uint8 [batch, S, S, C] as a file holds them. Output "logits":
+    float32 [batch, classes]. A bit-width without an ONNX type goes into the next wider one: 3 into INT4, 5 to 7 into
+    INT8. With `int8` all go into INT8: a larger file of the same numbers, which runtimes without 4-bit kernels
+    (onnxruntime on a CPU) can convolve as integers.
 
-    Raises ValueError naming the layer or operation that has no counterpart here.
+    Raises ValueError naming the layer or operation that has no counterpart here, and for a network that does not take
+    one batch of images and give one tensor.
     """
     with eval_mode(model):
         return _Builder(model, integers, 8 if int8 else 2).build(image_size, normalize)
@@ -50,9 +52,14 @@ class _Builder:
         self.initializers: list[Any] = []
 
     def build(self, image_size: int, normalize: tuple[Tensor, Tensor] | None) -> Any:
-        from onnx import TensorProto, checker, helper
+        from onnx import TensorProto, checker, helper, shape_inference
 
-        image = ["batch", image_size, image_size, 3] if normalize else ["batch", 3, image_size, image_size]
+        name = type(self.model).__name__
+        convolutions = [module for module in self.model.modules() if isinstance(module, nn.Conv2d)]
+        if not convolutions:
+            raise ValueError(f"{name} has no Conv2d, so that it takes no images: it cannot be exported to ONNX")
+        channels = convolutions[0].in_channels
+        image = [image_size, image_size, channels] if normalize else [channels, image_size, image_size]
         kind = TensorProto.UINT8 if normalize else TensorProto.FLOAT
         names: dict[fx.Node, str] = {}
         result = None
@@ -61,16 +68,20 @@ class _Builder:
         for node in traced.nodes:
             if node in folded:
                 names[node] = names[node.args[0]]
+            elif node.op == "placeholder" and names:
+                raise ValueError(f"{name} has a second input, {node.name}: it cannot be exported to ONNX")
             elif node.op == "placeholder":
                 names[node] = self.normalized("images", *normalize) if normalize else "images"
+            elif node.op == "output" and not isinstance(node.args[0], fx.Node):
+                raise ValueError(f"{name} gives more than one tensor: it cannot be exported to ONNX")
             elif node.op == "output":
                 result = names[node.args[0]]
             else:
                 names[node] = self.translate(node, [names[a] for a in node.args if isinstance(a, fx.Node)])
         self.nodes.append(helper.make_node("Identity", [result], ["logits"]))
         graph = helper.make_graph(
-            self.nodes, type(self.model).__name__,
-            [helper.make_tensor_value_info("images", kind, image)],
+            self.nodes, name,
+            [helper.make_tensor_value_info("images", kind, ["batch", *image])],
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", None])],
             self.initializers,
         )  # fmt: skip
@@ -78,7 +89,10 @@ class _Builder:
         opset = helper.make_opsetid("", OPSET_INT2 if has_int2 else OPSET)
         version = IR_VERSION_INT2 if has_int2 else IR_VERSION
         proto = helper.make_model(graph, opset_imports=[opset], ir_version=version, producer_name="psgd")
-        checker.check_model(proto)
+        try:
+            checker.check_model(proto, full_check=True)
+        except shape_inference.InferenceError as error:
+            raise ValueError(f"{name} cannot be exported to ONNX: {' '.join(str(error).split())}") from None
         return proto
 
     def fold_batch_norm(self, graph: fx.Graph) -> set[fx.Node]:
@@ -152,7 +166,7 @@ class _Builder:
         if is_sum(node):
             return self.emit("Add", inputs)
         operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if operation == "flatten" and tuple(node.args[1:]) == (1,):
+        if operation == "flatten" and (node.args[1:], dict(node.kwargs)) in (((1,), {}), ((), {"start_dim": 1})):
             return self.emit("Flatten", inputs, axis=1)
         raise ValueError(f"the operation {operation} ({node.name}) cannot be exported to ONNX")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .grid import BITS, quantize, weight_quant_max, weight_scale
-from .layers import layer_bits
+from .layers import check_finite, layer_bits
 from .packing import pack_bits, unpack_bits
 
 FORMAT = "psgd-packed-1"
@@ -27,11 +27,13 @@ def integer_weights(
 ) -> dict[str, tuple[Tensor, Tensor, int]]:
     """Of every parameter that `layer_bits` names: its integers (int8, same shape), scale (float32) and bit-width.
 
-    integers * scale are the weights of `quantize_weights`, bit for bit. Raises ValueError for bits outside 2..8.
+    integers * scale are the weights of `quantize_weights`, bit for bit. Raises ValueError for bits outside 2..8, and
+    for a weight that is not finite.
     """
     found = {}
     for name, width in layer_bits(model, bits, first_last).items():
         weight = model.get_parameter(name).detach()
+        check_finite(name, weight)
         scale = weight_scale(weight, width, per_channel, weight_range)
         limit = weight_quant_max(width)
         found[name] = (quantize(weight, scale, -limit, limit).to(torch.int8), scale, width)

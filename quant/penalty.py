@@ -18,15 +18,21 @@ def penalise_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_l
     For an optimizer that is, or will be, the base of a PSGD: the penalty's gradient, strength * sign(w), is then added
     after the scaling, as weight decay is. Scaled, it would pull at every weight in proportion, as weight decay does,
     and make none of them zero. Does nothing for a strength of 0. (Ours; the paper has no penalty.)
+
+    It is a hook on `optimizer`, which a deepcopy or a pickle of it lacks. A step with a closure raises ValueError: the
+    gradients that the closure makes would not have the penalty's.
     """
     if not strength:
         return
     weights = [*prunable_weights(model, first_last).values()]
 
     @torch.no_grad()
-    def add_gradient(*_: Any) -> None:
+    def add_gradient(_: Optimizer, step_args: tuple[Any, ...], step_kwargs: dict[str, Any]) -> None:
+        if any(callable(argument) for argument in [*step_args[1:], *step_kwargs.values()]):
+            raise ValueError("an L1 penalty cannot be added in a step with a closure")
         moved = [weight for weight in weights if weight.grad is not None]
-        torch._foreach_add_([weight.grad for weight in moved], torch._foreach_sign(moved), alpha=strength)
+        if moved:
+            torch._foreach_add_([weight.grad for weight in moved], torch._foreach_sign(moved), alpha=strength)
 
     optimizer.register_step_pre_hook(add_gradient)
 

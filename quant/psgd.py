@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .grid import check_bits, nonzero_scale, weight_quant_max, weight_scale
+from .grid import check_bits, is_sharded, nonzero_scale, weight_quant_max, weight_scale
 from .layers import layer_bits
 
 TARGETS = ("grid", "zero")
 # Settings of a scaled group. It is psg_eps because Adam and others have an eps of their own in the same dict.
-PSG_KEYS = ("bits", "target", "lambda_s", "psg_eps", "per_channel")
+PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "lambda_s_limit"}
 
 
 def psg_param_groups(
@@ -31,8 +31,9 @@ def psg_param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for a base optimizer: the quantized parameters by bit-width, then all others, unscaled.
 
-    Which parameters are quantized, and the meaning of `first_last`, is `layer_bits`'s rule. Parameters that do not
-    require a gradient are left out. Raises ValueError for bits outside 2..8 or a model with nothing to quantize.
+    Which parameters are quantized, and the meaning of `first_last`, is `layer_bits`'s rule. One element alone is on its
+    grid whatever its value and would never move: it stays unscaled. Parameters that do not require a gradient are left
+    out. Raises ValueError for bits outside 2..8 or a model with nothing to scale.
     """
     # By identity, not by name: a parameter shared with, say, an embedding goes by the embedding's name there.
     widths = {id(model.get_parameter(name)): width for name, width in layer_bits(model, bits, first_last).items()}
@@ -40,10 +41,12 @@ def psg_param_groups(
     others = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (by_width[widths[id(parameter)]] if id(parameter) in widths else others).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": by_width[width], "bits": width, "per_channel": per_channel} for width in sorted(by_width)
-    ]
+            grids = len(parameter) if per_channel and parameter.dim() > 1 else 1
+            scaled = id(parameter) in widths and parameter.numel() > grids
+            (by_width[widths[id(parameter)]] if scaled else others).append(parameter)
+    if not by_width:
+        raise ValueError(f"{type(model).__name__} has no weights to scale: all are frozen, or on any grid")
+    groups = [{"params": by_width[width], "bits": width, "per_channel": per_channel} for width in sorted(by_width)]
     return groups + ([{"params": others}] if others else [])
 
 
@@ -61,13 +64,13 @@ def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor
     if group["target"] == "zero":
         distances = list(torch._foreach_abs(weights))
     else:
-        if group["per_channel"]:
-            scales = [weight_scale(weight, group["bits"], per_channel=True) for weight in weights]
+        if group["per_channel"] or is_sharded(weights[0]):
+            scales = [weight_scale(weight, group["bits"], group["per_channel"]) for weight in weights]
         else:
             # Not _foreach_norm(weights, inf): on a CPU that takes as long as all the rest of the rule.
             absmax = torch.stack(torch._foreach_max(torch._foreach_abs(weights)))
             scales = list(nonzero_scale(absmax / weight_quant_max(group["bits"])).unbind())
-        # |round(w / s) * s - w|; no clamp is needed, since max|w| / s is the grid's last integer.
+        # |round(w / s) * s - w|; no clamp is needed, since max|w| / s is the grid's last integer (in bfloat16 nearly).
         distances = list(torch._foreach_div(weights, scales))
         torch._foreach_round_(distances)
         torch._foreach_mul_(distances, scales)
@@ -91,19 +94,19 @@ class PSGD(Optimizer):
     Args:
         base: an optimizer instance. In its parameter groups `bits` (2..8) or `target="zero"` marks what is scaled;
             the other groups pass through untouched.
-        lambda_s: strength, > 0, for the scaled groups that name none (default 150: the paper's for 4 bits). What a
-            group says wins, also over the lambda_s of an earlier PSGD round the same base.
+        lambda_s: strength, > 0, for the scaled groups that name none (default 150: the paper's for 4 bits). It is
+            written into them, so that groups used a second time keep the first lambda_s.
         eps: added to the multiplier, >= 0, for the scaled groups without a `psg_eps` (default 0, as published).
 
-    A tensor of zeros lies on its grid and so stays zero unless eps > 0.
+    What lies on its grid stays unless eps > 0: a tensor of zeros, and the largest weight, which sets the grid.
 
-    Raises TypeError if `base` is not an optimizer instance; ValueError for a setting out of range, for PSG settings in
-    a group that is not marked, and if no group is marked.
+    Raises TypeError if `base` is not an optimizer instance, or a PSGD; ValueError for a setting out of range, for PSG
+    settings in a group that is not marked, and if no group is marked.
     """
 
     def __init__(self, base: Optimizer, lambda_s: float = 150.0, eps: float = 0.0) -> None:
-        if not isinstance(base, Optimizer):
-            raise TypeError(f"base must be a torch optimizer instance, got {base!r}")
+        if not isinstance(base, Optimizer) or isinstance(base, PSGD):
+            raise TypeError(f"base must be an instance of another torch optimizer, got {base!r}")
         self.psg_defaults = {"target": "grid", "lambda_s": lambda_s, "psg_eps": eps, "per_channel": False}
         for group in base.param_groups:
             self._complete(group)
@@ -111,9 +114,13 @@ class PSGD(Optimizer):
             raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, bits)')
         super().__init__(base.param_groups, base.defaults)
         self.base = base
-        self._share()
+        self._follow()
 
-    def _share(self) -> None:
+    def _follow(self) -> None:
+        self._share()
+        self.base.register_load_state_dict_post_hook(self._share)  # loading replaces them
+
+    def _share(self, *_: Optimizer) -> None:
         self.param_groups = self.base.param_groups
         self.state = self.base.state
         self.defaults = self.base.defaults
@@ -121,11 +128,9 @@ class PSGD(Optimizer):
     def _complete(self, group: dict[str, Any]) -> None:
         """Checks a scaled group's settings, then fills in the missing ones; other groups stay as they are."""
         if not is_scaled(group):
-            stray = [key for key in PSG_KEYS if key in group]
-            if stray:
-                raise ValueError(
-                    f'a group with {stray[0]}={group[stray[0]]!r} needs "bits", or target "zero", to be scaled'
-                )
+            if stray := PSG_KEYS & group.keys():
+                key = min(stray)
+                raise ValueError(f'a group with {key}={group[key]!r} needs "bits", or target "zero", to be scaled')
             return
         settings = {key: group.get(key, default) for key, default in self.psg_defaults.items()}
         if settings["target"] not in TARGETS:
@@ -179,17 +184,16 @@ class PSGD(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state_dict of PSGD or of the bare base; the latter keeps this instance's PSG settings."""
-        before = [{key: group[key] for key in PSG_KEYS if key in group} for group in self.param_groups]
+        before = [{key: group[key] for key in PSG_KEYS & group.keys()} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         for group, settings in zip(self.base.param_groups, before, strict=True):
             for key, value in settings.items():
                 group.setdefault(key, value)
-        self._share()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "psg_defaults": self.psg_defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._share()
+        self._follow()
         super().__setstate__(state)

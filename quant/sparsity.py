@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import layer_bits
+from .layers import check_finite, layer_bits
 
 SCOPES = ("global", "layer")
 
@@ -58,8 +58,7 @@ def prune_weights(
     pruned = model if inplace else copy.deepcopy(model)
     weights = prunable_weights(pruned, first_last)
     for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite: it cannot be pruned")
+        check_finite(name, weight)
     for group in [[*weights.values()]] if scope == "global" else [[weight] for weight in weights.values()]:
         _prune_smallest(group, sparsity)
     return pruned

@@ -89,6 +89,8 @@ def test_no_start():
         auto_lambda_s(psg_param_groups(net, 4))
     with pytest.raises(ValueError, match="no weights"):
         auto_lambda_s([{"params": list(net.parameters())}])
+    with pytest.raises(TypeError, match="params must be a list of tensors, got generator"):
+        auto_lambda_s([{"params": net.parameters(), "bits": 4}])
 
 
 def test_nothing_to_steer(net):

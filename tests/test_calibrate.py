@@ -7,6 +7,7 @@ from torch import nn
 from models import vgg16_bn
 from quant import (
     SumQuantizer,
+    calibrate,
     fake_quantize,
     minmax_ranges,
     mse_ranges,
@@ -35,6 +36,16 @@ def test_histogram(values):
     assert histogram.top == 30 and histogram.counts.sum() == values.numel()
     expected = torch.histogram(values.relu().flatten(), BINS, range=(0, 30)).hist
     assert torch.equal(histogram.counts, expected.double())
+
+
+def test_calibrate_by_each_rule(net):
+    batches = torch.randn(64, 3, 8, 8).split(32)
+    found = relu_histograms(net, batches)
+    assert calibrate(net, batches, 3, "minmax") == minmax_ranges(net, batches)
+    assert calibrate(net, batches, 3, "percentile", 90) == percentile_ranges(found, 90)
+    assert calibrate(net, batches, 3) == mse_ranges(found, 3) != mse_ranges(found, 4)
+    with pytest.raises(ValueError, match="rule must be one of minmax, percentile, mse, got 'max'"):
+        calibrate(net, batches, 3, "max")
 
 
 def test_histogram_counts_beyond_the_whole_numbers_of_float32():

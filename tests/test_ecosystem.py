@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
-from quant import PSGD, layer_bits, psg_param_groups
+from quant import PSGD, auto_lambda_s, grid_share, layer_bits, psg_param_groups, weight_mse
 from tests.test_psgd import backward, fill_gradients, run, same, sgd, twin_multiplier, weights
 
 BASES = {
@@ -210,15 +210,25 @@ def test_compiled_step(net):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
-def distributed(rank, ranks, store, wrap):
-    """Three steps of `wrap`ped training, every rank on its part of the batch, against the same in one process."""
+def auto_of_model(model, bits):
+    return auto_lambda_s(psg_param_groups(model, bits))
+
+
+def distributed(rank, ranks, store, wrap, per_channel):
+    """Three steps of `wrap`ped training, every rank on its part of the batch, against the same in one process.
+
+    On 3 ranks the last holds nothing of the second layer, if the weights are sharded.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     reference = copy.deepcopy(model)
     wrapped = wrap(model)
-    optimizer, other = (PSGD(sgd(net), lambda_s=50) for net in (model, reference))
+    for figure in (auto_of_model, grid_share, weight_mse):
+        assert figure(model, bits=4) == pytest.approx(figure(reference, bits=4)), figure
+    groups = (psg_param_groups(net, 4, per_channel=per_channel) for net in (model, reference))
+    optimizer, other = (PSGD(torch.optim.SGD(group, lr=0.1, momentum=0.9), lambda_s=50) for group in groups)
     for step in range(3):
         images = torch.randn(4 * ranks, 6, generator=torch.Generator().manual_seed(step))
         for net, batch, chosen in ((wrapped, images[4 * rank : 4 * rank + 4], optimizer), (reference, images, other)):
@@ -242,9 +252,10 @@ def sharded(model):
 NO_FSDP2_ON_CPU = pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6's FSDP2 needs a GPU")
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize(
     "wrap", [nn.parallel.DistributedDataParallel, pytest.param(sharded, marks=NO_FSDP2_ON_CPU)], ids=["DDP", "FSDP2"]
 )
-def test_two_processes_equal_one(tmp_path, wrap):
-    """Also with the weights sharded: the grid is that of the whole weight."""
-    torch.multiprocessing.spawn(distributed, (2, tmp_path / "store", wrap), nprocs=2)
+def test_three_processes_equal_one(tmp_path, wrap, per_channel):
+    """Also with the weights sharded: the grid, and every figure, is that of the whole weight."""
+    torch.multiprocessing.spawn(distributed, (3, tmp_path / "store", wrap, per_channel), nprocs=3)

@@ -9,7 +9,7 @@ from models import ResNet32
 from quant import quantize_activations
 from quant.activations import relu_names
 from utils.data import DATASETS, Split, eval_batches
-from utils.engine import NonFiniteError, evaluate, fold_batch_norm, train_epoch
+from utils.engine import NonFiniteError, evaluate, fold_batch_norm, train_epoch, train_step
 
 SPEC = DATASETS["cifar100"]
 
@@ -54,6 +54,14 @@ def test_folding_batch_norm_keeps_the_function(a_bit):
         difference = (folded(images) - model(images)).abs()
     # A value that falls between two levels of a quantizer may go the other way.
     assert difference.max() < 1e-3 if a_bit == 32 else difference.median() < 0.02
+
+
+def test_a_penalty_is_minimised():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    twin, images, labels = copy.deepcopy(model), torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    for net, penalty in ((model, None), (twin, lambda loss: twin[1].weight.sum())):
+        train_step(net, torch.optim.SGD(net.parameters(), lr=0.1), images, labels, "fp32", penalty)
+    assert torch.allclose(model[1].weight - twin[1].weight, torch.tensor(0.1), atol=1e-6)
 
 
 def test_folding_leaves_what_is_used_twice():

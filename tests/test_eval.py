@@ -11,16 +11,14 @@ import torch
 from models import ResNet32
 from quant import (
     bn_ranges,
+    calibrate,
     fake_quantize_weight,
-    mse_ranges,
     nonzero_weights,
     packed_bytes,
-    percentile_ranges,
     prune_weights,
     quantize_activations,
     quantize_weights,
     reestimate_batch_norm,
-    relu_histograms,
     weight_mse,
 )
 from tests.conftest import CIFAR100, ROOT, needs_cifar100
@@ -89,16 +87,6 @@ def test_published_clipping_flags_equal_bn_published(cli, tmp_path, digits_run, 
     assert float(old[1]["top1"]) == pytest.approx(expected.top1, abs=1e-3)
 
 
-def test_minmax_ranges_are_seeded_and_differ_from_bn(cli, tmp_path, digits_run):
-    common = ["--model_path", digits_run, "--w_bit", "32", "--a_bit", "32", "3"]
-    for name, flags in {"a": [], "b": [], "c": ["--act_range", "bn"]}.items():
-        flags = [*common, "--calib_images", "64", *flags, "--out", name]
-        assert cli("eval.py", *flags).code == 0
-    a, b, c = (rows(tmp_path / name) for name in "abc")
-    assert a == b and a[1]["act_range"] == "minmax" and a[1]["loss"] != c[1]["loss"]
-    assert a[0]["act_range"] == "none" and a[1]["w_bit"] == "32"
-
-
 def test_post_bn_reestimate(cli, tmp_path, digits_run, network, digits):
     """A row without and a row with it at every setting, with statistics of the quantized network."""
     flags = ["--w_bit", "3", "--post", "none", "bn_reestimate", "--calib_images", "512", "--out", "a"]
@@ -113,17 +101,31 @@ def test_post_bn_reestimate(cli, tmp_path, digits_run, network, digits):
     assert float(written[3]["loss"]) < float(written[2]["loss"])
 
 
-@pytest.mark.parametrize("rule", ["percentile", "mse"])
+@pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
 def test_calibrated_ranges(cli, tmp_path, digits_run, network, digits, rule):
-    flags = ["--w_bit", "8", "--a_bit", "3", "--act_range", rule, "--percentile", "99.5", "--calib_images", "256"]
+    flags = [
+        "--w_bit",
+        "8",
+        "--a_bit",
+        "3",
+        "--act_range",
+        rule,
+        "--percentile",
+        "99.5",
+        "--calib_images",
+        "256",
+        "--seed",
+        "2",
+    ]
+    flags = flags if rule != "minmax" else [flag for flag in flags if flag not in ("--act_range", rule)]  # the default
     assert cli("eval.py", "--model_path", digits_run, *flags, "--out", "a").code == 0
-    images = [batch for batch, _ in calibration_batches(digits.train, DATASETS["digits"], 256, seed=1)]
-    histograms = relu_histograms(network, images)
-    ranges = percentile_ranges(histograms, 99.5) if rule == "percentile" else mse_ranges(histograms, 3)
+    images = [batch for batch, _ in calibration_batches(digits.train, DATASETS["digits"], 256, seed=2)]
+    ranges = calibrate(network, images, 3, rule, 99.5)
     quantized = quantize_activations(quantize_weights(network, 8), 3, ranges)
     expected = evaluate(fold_batch_norm(quantized), digits.test, DATASETS["digits"])
     row = rows(tmp_path / "a")[1]
     assert row["act_range"] == rule and float(row["loss"]) == pytest.approx(expected.loss, rel=1e-3)
+    assert rows(tmp_path / "a")[0]["act_range"] == "none"
 
 
 def test_clipping_range_is_searched_on_training_images(cli, tmp_path, digits_run, network, digits):
@@ -143,13 +145,14 @@ def test_clipping_range_is_searched_on_training_images(cli, tmp_path, digits_run
     assert "taken: " in cli("eval.py", *flags, "--clipping_range", "search").out
 
 
-def test_grids_of_the_weights(cli, tmp_path, digits_run, network):
+def test_grids_of_the_weights(cli, tmp_path, digits_run, network, digits):
     flags = ["--w_bit", "3", "--weight_range", "mse", "--granularity", "channel", "--out", "a"]
     assert cli("eval.py", "--model_path", digits_run, *flags).code == 0
     row = rows(tmp_path / "a")[1]
     assert (row["weight_range"], row["granularity"]) == ("mse", "channel")
     assert float(row["weight_mse"]) == pytest.approx(weight_mse(network, 3, True, True, "mse"), rel=1e-6)
-    assert float(row["weight_mse"]) < weight_mse(network, 3, True, True)
+    expected = evaluate(quantize_weights(network, 3, True, True, "mse"), digits.test, DATASETS["digits"])
+    assert float(row["loss"]) == pytest.approx(expected.loss, rel=1e-3)
     assert int(row["bytes"]) == packed_bytes(network, 3, per_channel=True)
 
 

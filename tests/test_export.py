@@ -13,6 +13,7 @@ from torch import nn
 from models import ResNet32, build_model, vgg16_bn
 from quant import (
     calibrate,
+    export,
     integer_weights,
     load_packed,
     mse_ranges,
@@ -24,6 +25,8 @@ from quant import (
     to_onnx,
 )
 from tests.test_engine import trained_resnet
+from utils.checkpoint import load_checkpoint, model_from_checkpoint
+from utils.data import DATASETS, calibration_batches, load_dataset
 
 
 def run(proto, images):
@@ -185,7 +188,54 @@ def test_what_has_no_counterpart_is_named():
             return x * 2
 
     with pytest.raises(ValueError, match=r"the operation mul \(mul\) cannot be exported"):
-        to_onnx(Doubled(), {})
+        to_onnx(nn.Sequential(nn.Conv2d(3, 2, 1), Doubled()), {})
+
+
+class Inputs(nn.Module):
+    """A convolution called as `call` says."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.conv, self.call = nn.Conv2d(3, 2, 1), call
+
+    def forward(self, x):
+        return self.call(self.conv, x)
+
+
+class TwoInputs(Inputs):
+    def forward(self, x, mask):
+        return self.call(self.conv, x)
+
+
+@pytest.mark.parametrize("model, message", [
+    (nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), "no Conv2d, so that it takes no images"),
+    (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(32, 2)), "cannot be exported to ONNX: .*Gemm"),
+    (TwoInputs(lambda conv, x: conv(x)), "TwoInputs has a second input, mask"),
+    (Inputs(lambda conv, x: (conv(x), x)), "Inputs gives more than one tensor"),
+    (Inputs(lambda conv, x: conv(input=x)), "conv is called without a positional argument"),
+])  # fmt: skip
+def test_a_network_of_another_kind_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        to_onnx(model, {})
+
+
+def test_grey_images_and_convolutions_of_every_kind():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3, groups=2, dilation=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(4 * 12 * 12, 3),
+    )  # fmt: skip
+    images = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        expected = quantize_weights(net, 4)(images)
+    assert torch.allclose(run(to_onnx(net, integer_weights(net, 4)), images), expected, atol=1e-5)
+
+
+def test_weights_that_are_not_finite_are_not_written(net, tmp_path):
+    net.conv2.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="conv2.weight has values that are not finite"):
+        export(net, tmp_path / "a.safetensors", 4)
+    assert not any(tmp_path.iterdir())
 
 
 def test_export_writes_both_files(cli, tmp_path, digits_run):
@@ -205,7 +255,14 @@ def test_export_writes_both_files(cli, tmp_path, digits_run):
     assert "bit for bit" in outcome.out and "times smaller; largest logit difference" in outcome.out
     facts = read_facts(tmp_path / "a/b/last_w4.safetensors")
     assert (facts["arch"], facts["num_classes"], facts["grid"]["bits"]) == ("ResNet32", 10, 4)
-    load_packed(tmp_path / "a/b/last_w4.safetensors", ResNet32(10))
+    model = model_from_checkpoint(load_checkpoint(digits_run), digits_run)
+    packed = load_packed(tmp_path / "a/b/last_w4.safetensors", ResNet32(10)).state_dict()
+    assert all(torch.equal(packed[name], value) for name, value in quantize_weights(model, 4).state_dict().items())
+    train = load_dataset("digits", "", torch.device("cpu")).train
+    images = [batch for batch, _ in calibration_batches(train, DATASETS["digits"], 64, seed=1)]
+    constants = {constant.name: constant for constant in onnx.load(tmp_path / "a/b/last_w4a8.onnx").graph.initializer}
+    for name, top in calibrate(model, images, 8).items():
+        assert onnx.numpy_helper.to_array(constants[f"{name}.scale"]) == pytest.approx(top / 255), name
 
 
 def test_files_that_fail_their_check_are_not_left_behind(cli, tmp_path, digits_run, monkeypatch):

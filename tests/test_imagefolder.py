@@ -11,6 +11,7 @@ from PIL import Image
 from models import architectures, build_model
 from utils.checkpoint import load_checkpoint
 from utils.data import DATASETS, calibration_batches, eval_batches, load_dataset, train_batches
+from utils.imagefolder import FolderSplit
 
 CPU = torch.device("cpu")
 
@@ -44,8 +45,22 @@ def test_batches(folder):
     assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(first, again))
     assert not torch.equal(first[0][0], other[0][0])
     assert sorted(torch.cat([labels for _, labels in first]).tolist()) == [0] * 6 + [1] * 6
+    order = [label for _, label in dataset.train.files]
+    assert order != sorted(order)  # --val_split takes the last, not a whole class
     chosen = [*calibration_batches(dataset.train, dataset.spec, 7, seed=3, batch_size=4)]
     assert [len(labels) for _, labels in chosen] == [4, 3]
+
+
+def test_training_images_alone_are_augmented(folder, monkeypatch):
+    dataset, augmented = load_dataset("imagefolder", folder, CPU), []
+    monkeypatch.setattr(FolderSplit, "batches", lambda self, chosen, augment, seed=0: augmented.append(augment) or [])
+    for batches in (
+        train_batches(dataset.train, dataset.spec, 4, seed=1).epoch(1),
+        eval_batches(dataset.test, dataset.spec, 4),
+        calibration_batches(dataset.train, dataset.spec, 4, seed=1),
+    ):
+        list(batches)
+    assert augmented == [True, False, False]
 
 
 def test_train_resume_and_evaluate(cli, tmp_path, folder):

@@ -22,9 +22,18 @@ def test_layer_bits_counts_a_shared_parameter_once():
     assert list(layer_bits(nn.Sequential(first, second), 4)) == ["0.weight"]
 
 
-def test_layer_bits_without_layers():
+def test_layer_bits_takes_weights_and_linear_biases_alone(net):
+    """Not what a subclass adds; a weight under the name that spectral_norm gives it is one."""
+    net.fc.lora = nn.Parameter(torch.ones(5, 2))
+    nn.utils.spectral_norm(net.conv2)
+    assert list(layer_bits(net, 4)) == ["conv1.weight", "conv2.weight_orig", "fc.weight", "fc.bias"]
+
+
+def test_nothing_to_quantize(net):
     with pytest.raises(ValueError, match="no convolution or linear layer"):
         layer_bits(nn.Sequential(nn.ReLU()), 4)
+    with pytest.raises(ValueError, match="Sequential has no weights to quantize"):
+        grid_share(nn.Sequential(net.conv1, net.fc), 4, first_last=False)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -75,7 +84,8 @@ def test_packed_bytes():
     assert packed_bytes(net, 4) == (68 + 4) + 4 * 5 + (11 + 4) + (2 + 4)
     assert packed_bytes(net, 4, per_channel=True) == (68 + 4 * 5) + 4 * 5 + (11 + 4 * 3) + (2 + 4)
     assert packed_bytes(net, 2) == (135 + 4) + 4 * 5 + (21 + 4) + (3 + 4)  # both layers are ends: 8 bits
-    assert packed_bytes(net, 4, first_last=False) == packed_bytes(net, 32)
+    three = nn.Sequential(net, nn.Linear(3, 2, bias=False))
+    assert packed_bytes(three, 4, first_last=False) == packed_bytes(net[0], 32) + (11 + 4) + (2 + 4) + 4 * 6
 
 
 def test_layer_rows(net):

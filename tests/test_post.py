@@ -113,6 +113,10 @@ def test_adaround_on_a_network(net):
             rounded.get_parameter(name) / scale, (rounded.get_parameter(name) / scale).round(), atol=1e-4
         )
     assert torch.equal(rounded.fc.bias, fake_quantize_weight(net.fc.bias, 8))
+    grid = {"per_channel": True, "weight_range": "mse"}
+    rounded = adaround(quantize_weights(net, 3, **grid), net, [images], bits=3, **grid, iterations=20)
+    steps = rounded.conv2.weight / weight_scale(net.conv2.weight, 3, **grid)
+    assert torch.allclose(steps, steps.round(), atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +191,7 @@ def test_correct_bias_of_linear_layers_on_tokens():
     """[N, T, C]: the channels are the last dimension, also where T equals C."""
     torch.manual_seed(0)
     stack, tokens = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5)), torch.randn(32, 6, 6)
-    corrected = correct_bias(quantize_weights(stack, 2, first_last=False), stack, [tokens], first_last=True)
+    corrected = correct_bias(quantize_weights(stack, 4), stack, [tokens], first_last=True)
     with torch.no_grad():
         assert torch.allclose(corrected[0](tokens).mean((0, 1)), stack[0](tokens).mean((0, 1)), atol=1e-5)
         assert torch.allclose(corrected(tokens).mean((0, 1)), stack(tokens).mean((0, 1)), atol=1e-5)

@@ -159,6 +159,18 @@ def test_parameter_shared_with_an_embedding_is_scaled():
 def test_frozen_parameters_are_left_out(net):
     net.conv2.weight.requires_grad_(False)
     assert not any(p is net.conv2.weight for group in psg_param_groups(net, 4) for p in group["params"])
+    with pytest.raises(ValueError, match="SmallNet has no weights to scale"):
+        psg_param_groups(net.requires_grad_(False), 4)
+
+
+def test_one_element_of_a_grid_of_its_own_still_learns():
+    """It is the largest of its grid, so that PSG would freeze it."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1))
+    assert [len(group["params"]) for group in psg_param_groups(model, 4)] == [3, 1]
+    assert psg_param_groups(model, 4)[-1]["params"] == [model[1].bias]
+    depthwise = nn.Sequential(nn.Conv2d(3, 3, 1, groups=3, bias=False), nn.Linear(6, 4))
+    assert psg_param_groups(depthwise, 4, per_channel=True)[-1]["params"] == [depthwise[0].weight]
+    assert len(psg_param_groups(depthwise, 4)) == 1
 
 
 def test_groups_without_bits_pass_through(net):
@@ -194,8 +206,9 @@ def test_bad_settings(net):
     with pytest.raises(ValueError, match="lambda_s"):
         PSGD(base, lambda_s=0)
     assert PSGD(base, lambda_s=7).param_groups[0]["lambda_s"] == 7  # the failed one left nothing behind
-    with pytest.raises(TypeError, match="instance"):
-        PSGD(torch.optim.SGD)
+    for wrong in (torch.optim.SGD, PSGD(base)):
+        with pytest.raises(TypeError, match="instance of another torch optimizer"):
+            PSGD(wrong)
 
 
 # --- the wrapper's contract ---------------------------------------------------------------------------------------
@@ -208,8 +221,12 @@ def test_shares_groups_and_state_with_the_base(net):
     run(net, optimizer)
     assert optimizer.param_groups is base.param_groups and optimizer.state is base.state
     assert optimizer.defaults is base.defaults
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert optimizer.param_groups is base.param_groups and optimizer.state is base.state
+    for loading in (optimizer, base, copy.deepcopy(optimizer).base):
+        loading.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert optimizer.param_groups is base.param_groups and optimizer.state is base.state
+    twin = copy.deepcopy(optimizer)
+    twin.base.load_state_dict(optimizer.state_dict())
+    assert twin.param_groups is twin.base.param_groups
 
 
 def test_base_state_is_untouched_before_the_first_step(net):

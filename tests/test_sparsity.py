@@ -85,6 +85,12 @@ def test_bad_sparsity(net, sparsity):
         prune_weights(net, sparsity)
 
 
+def test_of_equal_weights_the_exact_number_is_pruned():
+    pruned = prune_weights(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 10)).apply(
+        lambda layer: [nn.init.ones_(parameter) for parameter in layer.parameters()]), 0.3)  # fmt: skip
+    assert nonzero_weights(pruned) == 70
+
+
 def test_bad_scope_and_broken_weights(net):
     with pytest.raises(ValueError, match="scope must be one of global, layer, got 'channel'"):
         prune_weights(net, 0.5, "channel")
@@ -150,6 +156,15 @@ def test_l1_is_its_gradient_in_the_loss_after_the_scaling_of_psg(net, psg):
     for name, weight in penalised.items():
         expected = lr * l1_gradient if name == "conv2.weight" else torch.zeros_like(weight)
         assert torch.allclose(plain[name] - weight, expected, atol=1e-6), name
+
+
+def test_l1_penalty_takes_no_closure(net):
+    base = torch.optim.SGD(sparse_param_groups(net), lr=0.1)
+    penalise_l1(base, net, 1e-3)
+    for optimizer in (base, PSGD(base)):
+        with pytest.raises(ValueError, match="cannot be added in a step with a closure"):
+            optimizer.step(lambda: 0)
+    base.step()  # no gradients at all
 
 
 def test_gradient_penalty_on_a_closed_form():

@@ -8,8 +8,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from quant import grid_share, quantize_weights
 from utils import checkpoint as checkpoints
-from utils.checkpoint import load_checkpoint, training_facts
+from utils import data
+from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
+from utils.engine import evaluate
 
 QUICK = ["--dataset", "digits", "--batch_size", "256", "--lr", "0.05", "--deterministic", "--device", "cpu"]
 SMALL = ["--arch", "squeezenet1_1"]  # a tenth of ResNet32's time
@@ -123,7 +126,7 @@ def test_run_folders_below_a_link_to_nowhere(rejected, tmp_path):
 
 
 def test_psg_starts_from_a_checkpoint(cli, tmp_path, digits_run):
-    """Epochs go on from the checkpoint's, momentum starts at zero, and the learning rate decays at its epoch."""
+    """Epochs go on from the checkpoint's, and the learning rate decays at its epoch."""
     outcome = cli("train.py", *QUICK, "--load_pretrained", digits_run, "--epoch", "5", "--decay_epoch", "5")
     assert outcome.code == 0
     rows = metrics(tmp_path / "runs/cifar100/4bits")
@@ -176,9 +179,58 @@ def test_penalties_change_the_run_and_are_named(cli, tmp_path, digits_run, flags
     assert not torch.equal(plain["state_dict"]["conv1.weight"], penalised["state_dict"]["conv1.weight"])
 
 
-def test_validation_split_keeps_the_test_set_out(cli):
-    outcome = cli("train.py", *QUICK, "--psg", "0", "--val_split", "200", "--epoch", "1")
-    assert "200 validation images" in outcome.out
+def test_flags_reach_what_they_set(cli, tmp_path, monkeypatch):
+    """The images that are trained on and looked at, the seeds, the algorithms, and every setting of PSG."""
+    batches, seed, used, seeds, algorithms = data.train_batches, torch.manual_seed, [], [], []
+
+    def train_batches(split, spec, batch_size, seed, world):
+        used.append((len(split), batch_size, seed))
+        return batches(split, spec, batch_size, seed, world)
+
+    monkeypatch.setattr(data, "train_batches", train_batches)
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, **_: algorithms.append(on))
+    flags = [*QUICK, *SMALL, "--seed", "5", "--val_split", "200", "--epoch", "1", "--exp_name", "a", "--w_bit", "3"]
+    flags += ["--granularity", "channel", "--first_last_quant", "0", "--eps", "0.01", "--lambda_s", "7", "--lr", "0.01"]
+    outcome = cli("train.py", *flags)
+    assert outcome.code == 0 and "200 validation images" in outcome.out
+    assert used == [(1237, 256, 5)] and seeds[0] == 5 and 5 * 2**20 + 1 in seeds and algorithms[0] is True
+    checkpoint = load_checkpoint(tmp_path / "runs/a/last.pth")
+    group, others = checkpoint["optimizer"]["param_groups"]
+    assert (group["bits"], group["per_channel"], group["psg_eps"], group["lambda_s"]) == (3, True, 0.01, 7)
+    assert "bits" not in others and len(others["params"]) > 2  # the biases, the first layer and the last
+    model = model_from_checkpoint(checkpoint, "a")
+    digits = data.load_dataset("digits", "", torch.device("cpu"))
+    held_out = data.Split(digits.train.images[-200:], digits.train.labels[-200:])
+    quantized = quantize_weights(model, 3, first_last=False, per_channel=True)
+    (row,) = metrics(tmp_path / "runs/a")
+    for name, network in (("fp", model), ("w3", quantized)):
+        assert row[f"{name}_loss"] == pytest.approx(evaluate(network, held_out, digits.spec).loss, rel=1e-4)
+    assert row["grid_share"] == pytest.approx(grid_share(model, 3, False, True))
+
+
+@pytest.mark.parametrize("flags, step", [
+    ("--psg 0 --lr 0.1", [0.1, 0.19]),  # momentum 0.9: 0.1 * g, then 0.1 * (0.9 + 1) * g
+    ("--psg 0 --lr 0.1 --adam 1", [0.1, 0.1]),  # Adam's steps are the learning rate, whatever lambda_s is
+    ("--lr 0.1 --eps 2", [0.2, 0.38]),  # on its grid a weight moves by eps alone
+    ("--lr 0.1 --l1 3", [0.3, 0.57]),  # PSG does not scale the penalty
+])  # fmt: skip
+def test_steps_of_the_base_optimizer(net, flags, step):
+    import train
+
+    args = train.parser().parse_args([*flags.split(), "--w_bit", "4", "--w_decay", "0"])
+    weight = net.conv2.weight
+    with torch.no_grad():
+        weight.fill_(1)
+    optimizer = train.build_optimizer(args, net, train.build_goal(args), torch.device("cpu"))
+    for expected in step:
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.fill_(1)
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, 0 if args.l1 else 1)
+        optimizer.step()
+        assert torch.allclose(1 - weight, torch.full_like(before, expected), atol=1e-5)
 
 
 def test_cu_num_without_a_gpu_says_so(cli):
