@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 
 from .grid import FLOAT_BITS, activation_quant_max, fake_quantize, nonzero_scale
 
@@ -56,12 +57,12 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module) -> fx.Graph:
     """The torch.fx graph of `model`, in which an activation quantizer is one node.
 
-    Raises ValueError naming a module that is called without a positional argument.
+    Raises torch.fx's TraceError, a ValueError, naming a module that is called without a positional argument.
     """
     graph = _Tracer().trace(model)
     for node in graph.nodes:
         if node.op == "call_module" and not node.args:
-            raise ValueError(f"{node.target} is called without a positional argument: its input cannot be followed")
+            raise TraceError(f"{node.target} is called without a positional argument: its input cannot be followed")
     return graph
 
 
