@@ -33,8 +33,8 @@ def auto_lambda_s(groups: list[dict[str, Any]]) -> float:
     """The lambda_s to start with: the mean multiplier at 4 bits is then that of the paper's run. Source: ours.
 
     `groups` are parameter groups as `psg_param_groups` makes them. At 4 bits whatever the target is: how fast a weight
-    moves within its cell is the same at every bit-width if lambda_s is, so the target's own distances say nothing;
-    and on a grid for each tensor, also with per_channel.
+    moves within its cell is the same at every bit-width if lambda_s is, so the target's own distances say nothing. The
+    grid is that of the whole tensor, also with per_channel.
     Raises ValueError if no group is scaled, or if all weights are on the 4-bit grid; TypeError for a group whose params
     are no list: reading them here would use an iterator up.
     """

@@ -59,6 +59,11 @@ def weight_scale(weight: Tensor, bits: int, per_channel: bool = False, weight_ra
     return best
 
 
+def scale_count(weight: Tensor, per_channel: bool) -> int:
+    """Number of grids of `weight`, each with a step of its own: see `weight_scale`."""
+    return len(weight) if per_channel and weight.dim() > 1 else 1
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether `tensor` is a DTensor, of which this process may hold a part, or nothing."""
     return hasattr(tensor, "full_tensor")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .grid import FLOAT_BITS, fake_quantize_weight, number, weight_scale
+from .grid import FLOAT_BITS, fake_quantize_weight, number, scale_count, weight_scale
 from .layers import WEIGHT_LAYERS, check_finite, layer_bits
 
 
@@ -97,8 +97,7 @@ def packed_bytes(model: nn.Module, bits: int, first_last: bool = True, per_chann
                 continue
             seen.add(id(parameter))
             if key in widths:
-                scales = parameter.shape[0] if per_channel and parameter.dim() > 1 else 1
-                total += (parameter.numel() * widths[key] + 7) // 8 + 4 * scales
+                total += (parameter.numel() * widths[key] + 7) // 8 + 4 * scale_count(parameter, per_channel)
             else:
                 total += 4 * parameter.numel()
     return total

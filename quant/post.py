@@ -40,15 +40,13 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mod
             norm.reset_running_stats()
             norm.momentum = None  # the average over batches
             norm.train()
-        seen = False
         for images in batches:
             model(images)
-            seen = True
     finally:
         model.eval()
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
-    if not seen:
+    if not any(norm.num_batches_tracked for norm in norms):
         raise ValueError("re-estimating batch norm needs at least one batch of images")
     return model
 

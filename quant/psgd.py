@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .grid import check_bits, is_sharded, nonzero_scale, weight_quant_max, weight_scale
+from .grid import check_bits, is_sharded, nonzero_scale, scale_count, weight_quant_max, weight_scale
 from .layers import layer_bits
 
 TARGETS = ("grid", "zero")
@@ -41,8 +41,7 @@ def psg_param_groups(
     others = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            grids = len(parameter) if per_channel and parameter.dim() > 1 else 1
-            scaled = id(parameter) in widths and parameter.numel() > grids
+            scaled = id(parameter) in widths and parameter.numel() > scale_count(parameter, per_channel)
             (by_width[widths[id(parameter)]] if scaled else others).append(parameter)
     if not by_width:
         raise ValueError(f"{type(model).__name__} has no weights to scale: all are frozen, or on any grid")

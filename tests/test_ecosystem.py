@@ -227,8 +227,7 @@ def distributed(rank, ranks, store, wrap, per_channel):
     wrapped = wrap(model)
     for figure in (auto_of_model, grid_share, weight_mse):
         assert figure(model, bits=4) == pytest.approx(figure(reference, bits=4)), figure
-    groups = (psg_param_groups(net, 4, per_channel=per_channel) for net in (model, reference))
-    optimizer, other = (PSGD(torch.optim.SGD(group, lr=0.1, momentum=0.9), lambda_s=50) for group in groups)
+    optimizer, other = (PSGD(sgd(net, per_channel=per_channel), lambda_s=50) for net in (model, reference))
     for step in range(3):
         images = torch.randn(4 * ranks, 6, generator=torch.Generator().manual_seed(step))
         for net, batch, chosen in ((wrapped, images[4 * rank : 4 * rank + 4], optimizer), (reference, images, other)):

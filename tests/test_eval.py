@@ -103,21 +103,8 @@ def test_post_bn_reestimate(cli, tmp_path, digits_run, network, digits):
 
 @pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
 def test_calibrated_ranges(cli, tmp_path, digits_run, network, digits, rule):
-    flags = [
-        "--w_bit",
-        "8",
-        "--a_bit",
-        "3",
-        "--act_range",
-        rule,
-        "--percentile",
-        "99.5",
-        "--calib_images",
-        "256",
-        "--seed",
-        "2",
-    ]
-    flags = flags if rule != "minmax" else [flag for flag in flags if flag not in ("--act_range", rule)]  # the default
+    flags = ["--w_bit", "8", "--a_bit", "3", "--percentile", "99.5", "--calib_images", "256", "--seed", "2"]
+    flags += [] if rule == "minmax" else ["--act_range", rule]  # minmax is the default
     assert cli("eval.py", "--model_path", digits_run, *flags, "--out", "a").code == 0
     images = [batch for batch, _ in calibration_batches(digits.train, DATASETS["digits"], 256, seed=2)]
     ranges = calibrate(network, images, 3, rule, 99.5)
@@ -151,6 +138,7 @@ def test_grids_of_the_weights(cli, tmp_path, digits_run, network, digits):
     row = rows(tmp_path / "a")[1]
     assert (row["weight_range"], row["granularity"]) == ("mse", "channel")
     assert float(row["weight_mse"]) == pytest.approx(weight_mse(network, 3, True, True, "mse"), rel=1e-6)
+    assert float(row["weight_mse"]) < weight_mse(network, 3, True, True)
     expected = evaluate(quantize_weights(network, 3, True, True, "mse"), digits.test, DATASETS["digits"])
     assert float(row["loss"]) == pytest.approx(expected.loss, rel=1e-3)
     assert int(row["bytes"]) == packed_bytes(network, 3, per_channel=True)

@@ -48,6 +48,13 @@ def test_a_batch_that_does_not_fit_leaves_no_layer_in_training_mode(net):
     assert not any(module.training for module in net.modules()) and net.bn1.momentum == 0.1
 
 
+def test_a_batch_norm_that_is_not_called_is_no_missing_batch(net):
+    model = nn.ModuleList([nn.BatchNorm2d(3), net])
+    model.forward = net.forward
+    reestimate_batch_norm(model, [torch.randn(8, 3, 8, 8)])
+    assert [int(norm.num_batches_tracked) for norm in (model[0], net.bn1)] == [0, 1]
+
+
 def test_bad_networks_and_images():
     with pytest.raises(ValueError, match="Sequential has no batch-norm statistics"):
         reestimate_batch_norm(nn.Sequential(nn.Linear(2, 2)), [torch.randn(4, 2)])

@@ -86,9 +86,10 @@ def test_bad_sparsity(net, sparsity):
 
 
 def test_of_equal_weights_the_exact_number_is_pruned():
-    pruned = prune_weights(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 10)).apply(
-        lambda layer: [nn.init.ones_(parameter) for parameter in layer.parameters()]), 0.3)  # fmt: skip
-    assert nonzero_weights(pruned) == 70
+    model = nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 10))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    assert nonzero_weights(prune_weights(model, 0.3)) == 70
 
 
 def test_bad_scope_and_broken_weights(net):
