@@ -48,7 +48,7 @@ PSGD_RUNS := $(foreach seed,$(SEEDS),$(foreach bits,$(W_BITS),runs/cifar100/$(bi
 ADAM_RUNS := runs/cifar100/adam_seed1 runs/cifar100/adam_4bits_seed1
 RUNS := runs/vanilla $(PSGD_RUNS) $(ADAM_RUNS)
 
-# lambda_s: the published 150 at 4 bits; at the others 600, from short stages at 4, 3 and 2 bits (docs/results.md)
+# lambda_s: the published 150 at 4 bits, and at 5 and 6; else 600, from short stages at 3 and 2 bits (docs/results.md)
 # $(call train,run folder,last epoch,flags): go on with the run if it has an epoch to go on from, else start it
 train = if [ -f $(1)/last.pth ]; then $(BIN)/python train.py --exp_name $(1:runs/%=%) --resume --epoch $(2); \
 	else rm -rf $(1) && $(BIN)/python train.py $(3) --epoch $(2) --exp_name $(1:runs/%=%); fi
@@ -67,7 +67,7 @@ runs/cifar100/adam_4bits_seed1/epoch_150.pth: | $(VANILLA)
 
 define psgd_run
 runs/cifar100/$(1)bits_seed$(2)/epoch_150.pth: | $(VANILLA)
-	$$(call train,$$(@D),150,$(STAGE) --w_bit $(1) --lambda_s $(if $(filter 4,$(1)),150,600) --seed $(2))
+	$$(call train,$$(@D),150,$(STAGE) --w_bit $(1) --lambda_s $(if $(filter 4 5 6,$(1)),150,600) --seed $(2))
 
 runs/cifar100/$(1)bits_seed$(2)/bn.pth: runs/cifar100/$(1)bits_seed$(2)/epoch_150.pth
 	$(BIN)/python -m utils.average $$(@D) --epochs 150 --w_bit $(1) --out $$@
