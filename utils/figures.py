@@ -13,7 +13,7 @@ from quant import fake_quantize_weight, weight_scale
 from quant.grid import weight_quant_max
 
 COLORS = {"SGD": "#3b6fb6", "PSGD": "#c8443c"}  # the paper's blue and red
-OTHER_COLORS = ["#4c9a5b", "#8a63a8", "#c98a2b", "#2a9d9d", "#7a7a7a"]
+OTHER_COLORS = ["#4c9a5b", "#8a63a8", "#c98a2b", "#2a9d9d", "#7a7a7a", "#d36ba6"]
 BINS = 201
 
 
@@ -145,8 +145,9 @@ def layer_bars(models: dict[str, list[dict[str, str]]]):
     names = [row["layer"] for row in next(iter(models.values()))]
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(11, 7), sharex=True, layout="constrained")
     share = 0.8 / len(models)
+    colors = [*COLORS.values()] if len(models) <= len(COLORS) else OTHER_COLORS
     for position, (label, rows) in enumerate(models.items()):
-        color = ([*COLORS.values()] if len(models) <= 2 else OTHER_COLORS)[position % 5]
+        color = colors[position % len(colors)]
         places = numpy.arange(len(rows)) + (position - (len(models) - 1) / 2) * share
         top.bar(places, [float(row["top1_lost"]) for row in rows], share, color=color, label=label)
         bottom.bar(places, [float(row["sqnr"]) for row in rows], share, color=color)
