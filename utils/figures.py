@@ -68,7 +68,7 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]):
         mses = [numpy.mean([float(row["weight_mse"]) for row in found]) if found else numpy.nan for found in own]
         shift = (position - (len(series) - 1) / 2) * share
         drawn = bars.bar(numpy.add(places, shift), errors, share, color=color, alpha=0.45, label=f"{label}, test error")
-        bars.bar_label(drawn, fmt="%.1f", fontsize="x-small", padding=1)
+        bars.bar_label(drawn, fmt="%.1f", fontsize="x-small", label_type="center")  # clear of the lines
         lines.plot(range(len(widths)), mses, "o-", color=color, label=f"{label}, weight error")
     bars.set_xticks(range(len(widths)), [f"W{width}" for width in widths])
     bars.set_xlabel("bit-width of the weights (PSGD: trained for that bit-width)")
