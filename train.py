@@ -57,11 +57,12 @@ def parser() -> Parser:
                    help="share of zero weights with --target zero, by magnitude over all layers (default: 0.9)")
     p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=150.0,
                    help="strength of the scaling; auto: from the weights, and rising while too few are near the grid")
+    p.add_argument("--psg_acts_on", choices=["gradient", "update"], default="gradient",
+                   help="what PSG scales: gradients, as published, or the optimizer's whole step, better with --adam 1")
     p.add_argument("--eps", type=cli.non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out, also of pruning")
-    p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor",
-                   help="a grid for each weight tensor, or for each of its output channels")
+    p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor", help="what has a grid of its own")
     p.add_argument("--a_bit", type=cli.bits, default=4, help="target bit-width of activations; no effect in training")
     p.add_argument("--load_pretrained", default=None, metavar="FILE",
                    help='checkpoint to start from, or "" for scratch '
@@ -73,9 +74,8 @@ def parser() -> Parser:
     p.add_argument("--decay_epoch", type=cli.count, nargs="*", default=[123], metavar="N",
                    help="epochs, after the first of the run, from which the learning rate is a tenth of before")
     p.add_argument("--adam", type=int, choices=[0, 1], default=0,
-                   help="1: Adam; with PSG its learning rate is multiplied by 0.01 * lambda_s, as published")
-    p.add_argument("--w_decay", type=cli.non_negative, default=None,
-                   help="weight decay (default: 1e-4, or 0 with --psg 1 --w_bit 2)")
+                   help="1: Adam; with PSG on its gradients the rate is multiplied by 0.01 * lambda_s, as published")
+    p.add_argument("--w_decay", type=cli.non_negative, default=None, help="(default: 1e-4, or 0 with PSG at --w_bit 2)")
     p.add_argument("--l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="adds W times the sum of the weights' magnitudes to the loss; PSG does not scale its gradient")
     p.add_argument("--grad_l1", type=cli.non_negative, default=0.0, metavar="W",
@@ -89,8 +89,7 @@ def parser() -> Parser:
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                    help="of the forward and backward pass; auto: bf16 where the device is fast at it")
-    p.add_argument("--cuda_graph", type=int, choices=[0, 1], default=1,
-                   help="1: on a GPU, the whole step in one CUDA graph; 0: the plain loop")
+    p.add_argument("--cuda_graph", type=int, choices=[0, 1], default=1, help="1: on a GPU, a step is one CUDA graph")
     p.add_argument("--deterministic", action="store_true", help="deterministic algorithms alone")
     # fmt: on
     return p
@@ -155,11 +154,11 @@ def build_optimizer(args: Namespace, model, goal, device):
         lambda_s = auto_lambda_s(groups) if args.lambda_s == "auto" and args.psg else args.lambda_s
     except ValueError as error:
         raise UserError(f"--lambda_s auto: {error}") from None
-    lr = args.lr * (0.01 * lambda_s if args.adam and args.psg else 1)
+    lr = args.lr * (0.01 * lambda_s if args.adam and args.psg and args.psg_acts_on == "gradient" else 1)
     common = {"lr": lr, "weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
     base = torch.optim.Adam(groups, **common) if args.adam else torch.optim.SGD(groups, momentum=0.9, **common)
     penalise_l1(base, model, args.l1, bool(args.first_last_quant))
-    return PSGD(base, lambda_s=lambda_s, eps=args.eps) if args.psg else base
+    return PSGD(base, lambda_s, args.eps, args.psg_acts_on) if args.psg else base
 
 
 def described(args: Namespace, goal, optimizer) -> str:
@@ -167,6 +166,7 @@ def described(args: Namespace, goal, optimizer) -> str:
     start = f"torchvision's weights {args.weights}" if args.weights else args.load_pretrained or "scratch"
     auto = "auto, now " if args.lambda_s == "auto" else ""
     method = f"PSG for {goal.name}, lambda_s {auto}{optimizer.param_groups[0]['lambda_s']:g}" if args.psg else "no PSG"
+    method += f" on the {args.psg_acts_on}" if args.psg else ""
     method += "".join(f", {flag} {getattr(args, flag):g}" for flag in ("l1", "grad_l1") if getattr(args, flag))
     why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
     return f"from {start}, {method}, weight decay {args.w_decay:g}{why}"

@@ -9,13 +9,13 @@ from .calibrate import calibrate, minmax_ranges, mse_ranges, percentile_ranges, 
 from .export import export
 from .goals import GridGoal, SparseGoal
 from .grid import FLOAT_BITS, fake_quantize, fake_quantize_weight, quantize, weight_scale
-from .layers import layer_bits
+from .layers import layer_bits, psg_param_groups
 from .network import grid_share, packed_bytes, quantize_weights, weight_mse
 from .onnx_graph import to_onnx
 from .packed_file import integer_weights, load_packed, read_facts, save_packed
 from .penalty import gradient_penalty, penalise_l1
 from .post import adaround, correct_bias, reestimate_batch_norm
-from .psgd import PSGD, psg_multipliers, psg_param_groups
+from .psgd import PSGD, psg_multipliers
 from .report import layer_rows
 from .sparsity import nonzero_weights, prunable_weights, prune_weights, pruning_mse, sparse_param_groups
 from .warp import unwarp, warp

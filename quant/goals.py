@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from .layers import psg_param_groups
 from .network import grid_share, quantize_weights, weight_mse
-from .psgd import psg_param_groups
 from .sparsity import prune_weights, pruning_mse, sparse_param_groups
 
 

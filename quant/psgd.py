@@ -6,47 +6,26 @@ momentum and weight decay:
     g <- g * (lambda_s * |w - Q(w)| + eps)      Q: the nearest point of the weight's own low-bit grid
     g <- g * (lambda_s * |w| + eps)             target "zero": sparse training
 
-A weight on its target stays there, the others move, and the float weights end up on the grid.
+A weight on its target stays there, the others move, and the float weights end up on the grid. Adam and its kin divide
+the factor out of the gradient again; for them it can act on the step itself instead (ours):
+
+    w <- w + (lambda_s * |w - Q(w)| + eps) * (the step that the base optimizer makes from w)
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from .grid import check_bits, is_sharded, nonzero_scale, scale_count, weight_quant_max, weight_scale
-from .layers import layer_bits
+from .grid import check_bits, is_sharded, nonzero_scale, weight_quant_max, weight_scale
 
-TARGETS = ("grid", "zero")
+CHOICES = {"target": ("grid", "zero"), "acts_on": ("gradient", "update")}
 # Settings of a scaled group. It is psg_eps because Adam and others have an eps of their own in the same dict.
-PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "lambda_s_limit"}
-
-
-def psg_param_groups(
-    model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False
-) -> list[dict[str, Any]]:
-    """Parameter groups for a base optimizer: the quantized parameters by bit-width, then all others, unscaled.
-
-    Which parameters are quantized, and the meaning of `first_last`, is `layer_bits`'s rule. One element alone is on its
-    grid whatever its value and would never move: it stays unscaled. Parameters that do not require a gradient are left
-    out. Raises ValueError for bits outside 2..8 or a model with nothing to scale.
-    """
-    # By identity, not by name: a parameter shared with, say, an embedding goes by the embedding's name there.
-    widths = {id(model.get_parameter(name)): width for name, width in layer_bits(model, bits, first_last).items()}
-    by_width: dict[int, list[nn.Parameter]] = defaultdict(list)
-    others = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            scaled = id(parameter) in widths and parameter.numel() > scale_count(parameter, per_channel)
-            (by_width[widths[id(parameter)]] if scaled else others).append(parameter)
-    if not by_width:
-        raise ValueError(f"{type(model).__name__} has no weights to scale: all are frozen, or on any grid")
-    groups = [{"params": by_width[width], "bits": width, "per_channel": per_channel} for width in sorted(by_width)]
-    return groups + ([{"params": others}] if others else [])
+PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "acts_on", "lambda_s_limit"}
 
 
 def is_scaled(group: dict[str, Any]) -> bool:
@@ -90,12 +69,16 @@ class PSGD(Optimizer):
     is the base's, key for key. `step` makes no host synchronisation and leaves the scaled gradients in `.grad`, so
     clear them before the next backward pass. With a closure, gradients are scaled after each evaluation.
 
+    With acts_on="update" gradients stay as they are, and what the base does to a weight is scaled as a whole: its
+    momentum, preconditioning, weight decay and penalties. The right choice for a base that normalises gradients.
+
     Args:
         base: an optimizer instance. In its parameter groups `bits` (2..8) or `target="zero"` marks what is scaled;
             the other groups pass through untouched.
         lambda_s: strength, > 0, for the scaled groups that name none (default 150: the paper's for 4 bits). It is
             written into them, so that groups used a second time keep the first lambda_s.
         eps: added to the multiplier, >= 0, for the scaled groups without a `psg_eps` (default 0, as published).
+        acts_on: "gradient" (default, as published) or "update", for the scaled groups that name none.
 
     What lies on its grid stays unless eps > 0: a tensor of zeros, and the largest weight, which sets the grid.
 
@@ -103,10 +86,10 @@ class PSGD(Optimizer):
     settings in a group that is not marked, and if no group is marked.
     """
 
-    def __init__(self, base: Optimizer, lambda_s: float = 150.0, eps: float = 0.0) -> None:
+    def __init__(self, base: Optimizer, lambda_s: float = 150.0, eps: float = 0.0, acts_on: str = "gradient") -> None:
         if not isinstance(base, Optimizer) or isinstance(base, PSGD):
             raise TypeError(f"base must be an instance of another torch optimizer, got {base!r}")
-        self.psg_defaults = {"target": "grid", "lambda_s": lambda_s, "psg_eps": eps, "per_channel": False}
+        self.psg_defaults = dict(target="grid", lambda_s=lambda_s, psg_eps=eps, per_channel=False, acts_on=acts_on)
         for group in base.param_groups:
             self._complete(group)
         if not any(map(is_scaled, base.param_groups)):
@@ -132,8 +115,9 @@ class PSGD(Optimizer):
                 raise ValueError(f'a group with {key}={group[key]!r} needs "bits", or target "zero", to be scaled')
             return
         settings = {key: group.get(key, default) for key, default in self.psg_defaults.items()}
-        if settings["target"] not in TARGETS:
-            raise ValueError(f"target must be one of {TARGETS}, got {settings['target']!r}")
+        for key, choices in CHOICES.items():
+            if settings[key] not in choices:
+                raise ValueError(f"{key} must be one of {choices}, got {settings[key]!r}")
         if settings["target"] == "grid":
             check_bits(group["bits"])
         for key, least in (("lambda_s", "> 0"), ("psg_eps", ">= 0")):
@@ -143,31 +127,48 @@ class PSGD(Optimizer):
                 raise ValueError(f"{key} must be a finite number {least}, got {value!r}")
         group.update(settings)
 
-    @torch.no_grad()
-    def scale_gradients(self) -> None:
-        """Multiplies the `.grad` of every parameter in a scaled group by its PSG multiplier, in place."""
+    def _alike(self, acts_on: str) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
+        """The weights of the scaled groups with this `acts_on`, in lists of one group, device and dtype."""
         for group in self.param_groups:
-            if not is_scaled(group):
+            if not is_scaled(group) or group["acts_on"] != acts_on:
                 continue
             alike: dict[Any, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
-                if parameter.grad is not None and parameter.numel():
+                if parameter.numel():
                     alike[parameter.device, parameter.dtype].append(parameter)
-            for weights in alike.values():
-                torch._foreach_mul_([weight.grad for weight in weights], psg_multipliers(weights, group))
+            yield from ((weights, group) for weights in alike.values())
+
+    @torch.no_grad()
+    def scale_gradients(self) -> None:
+        """Multiplies each `.grad` in the groups whose gradients are scaled by its PSG multiplier, in place."""
+        for weights, group in self._alike("gradient"):
+            if moving := [weight for weight in weights if weight.grad is not None]:
+                torch._foreach_mul_([weight.grad for weight in moving], psg_multipliers(moving, group))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer on the scaled gradients; returns the closure's loss, if there is one."""
-        if closure is None:
-            self.scale_gradients()
-            return self.base.step()
+        """One scaled step of the base optimizer; returns the closure's loss, if there is one."""
+        with torch.no_grad():
+            starts = [
+                (weights, [weight.clone() for weight in weights], psg_multipliers(weights, group))
+                for weights, group in self._alike("update")
+            ]
 
         def scaled_closure() -> Any:
             loss = closure()
             self.scale_gradients()
             return loss
 
-        return self.base.step(scaled_closure)
+        if closure:
+            loss = self.base.step(scaled_closure)
+        else:
+            self.scale_gradients()
+            loss = self.base.step()
+        with torch.no_grad():
+            for weights, before, multipliers in starts:
+                torch._foreach_sub_(weights, before)
+                torch._foreach_mul_(weights, multipliers)
+                torch._foreach_add_(weights, before)
+        return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; scaled if it has `bits` or target "zero"."""

@@ -54,6 +54,27 @@ def test_any_base_steps_on_the_scaled_gradient(net, name):
     assert same(weights(net), weights(reference))
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_the_step_of_any_base_is_scaled(net, name):
+    """acts_on="update": all that the base does to a weight, on gradients that stay as they are."""
+    reference = copy.deepcopy(net)
+    optimizer = PSGD(BASES[name](psg_param_groups(net, 4)), lambda_s=50, acts_on="update")
+    plain = BASES[name](psg_param_groups(reference, 4))
+    for step in range(3):
+        fill_gradients(net, step)
+        optimizer.step()
+        fill_gradients(reference, step)
+        assert torch.equal(net.conv2.weight.grad, reference.conv2.weight.grad)
+        before = weights(reference)
+        plain.step()
+        with torch.no_grad():
+            for key, width in layer_bits(reference, 4).items():
+                parameter = reference.get_parameter(key)
+                multiplier = twin_multiplier(before[key], width, 50)
+                parameter.copy_((parameter - before[key]) * multiplier + before[key])
+    assert same(weights(net), weights(reference))
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_muon(net):
     """Muon takes matrices alone."""
@@ -214,7 +235,7 @@ def auto_of_model(model, bits):
     return auto_lambda_s(psg_param_groups(model, bits))
 
 
-def distributed(rank, ranks, store, wrap, per_channel):
+def distributed(rank, ranks, store, wrap, per_channel, acts_on):
     """Three steps of `wrap`ped training, every rank on its part of the batch, against the same in one process.
 
     On 3 ranks the last holds nothing of the second layer, if the weights are sharded.
@@ -227,7 +248,8 @@ def distributed(rank, ranks, store, wrap, per_channel):
     wrapped = wrap(model)
     for figure in (auto_of_model, grid_share, weight_mse):
         assert figure(model, bits=4) == pytest.approx(figure(reference, bits=4)), figure
-    optimizer, other = (PSGD(sgd(net, per_channel=per_channel), lambda_s=50) for net in (model, reference))
+    bases = [sgd(net, per_channel=per_channel) for net in (model, reference)]
+    optimizer, other = (PSGD(base, lambda_s=50, acts_on=acts_on) for base in bases)
     for step in range(3):
         images = torch.randn(4 * ranks, 6, generator=torch.Generator().manual_seed(step))
         for net, batch, chosen in ((wrapped, images[4 * rank : 4 * rank + 4], optimizer), (reference, images, other)):
@@ -251,10 +273,12 @@ def sharded(model):
 NO_FSDP2_ON_CPU = pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6's FSDP2 needs a GPU")
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(
+    "per_channel, acts_on", [(False, "gradient"), (True, "gradient"), (False, "update"), (True, "update")]
+)
 @pytest.mark.parametrize(
     "wrap", [nn.parallel.DistributedDataParallel, pytest.param(sharded, marks=NO_FSDP2_ON_CPU)], ids=["DDP", "FSDP2"]
 )
-def test_three_processes_equal_one(tmp_path, wrap, per_channel):
+def test_three_processes_equal_one(tmp_path, wrap, per_channel, acts_on):
     """Also with the weights sharded: the grid, and every figure, is that of the whole weight."""
-    torch.multiprocessing.spawn(distributed, (3, tmp_path / "store", wrap, per_channel), nprocs=3)
+    torch.multiprocessing.spawn(distributed, (3, tmp_path / "store", wrap, per_channel, acts_on), nprocs=3)

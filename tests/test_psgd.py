@@ -119,9 +119,10 @@ def test_deepcopy_and_pickle(net, clone):
     assert same(weights(net), weights(other_net))
 
 
-def test_closure_is_evaluated_first_and_its_loss_returned(net):
+@pytest.mark.parametrize("acts_on", ["gradient", "update"])
+def test_closure_is_evaluated_first_and_its_loss_returned(net, acts_on):
     reference = copy.deepcopy(net)
-    optimizer, other = PSGD(sgd(net)), PSGD(sgd(reference))
+    optimizer, other = PSGD(sgd(net), acts_on=acts_on), PSGD(sgd(reference), acts_on=acts_on)
     seen = weights(net)
 
     def closure():
@@ -135,8 +136,9 @@ def test_closure_is_evaluated_first_and_its_loss_returned(net):
     assert same(weights(net), weights(reference))
 
 
-def test_parameters_without_gradient_are_skipped(net):
-    optimizer = PSGD(sgd(net))
+@pytest.mark.parametrize("acts_on", ["gradient", "update"])
+def test_parameters_without_gradient_are_skipped(net, acts_on):
+    optimizer = PSGD(sgd(net), acts_on=acts_on)
     before = net.conv2.weight.detach().clone()
     backward(net)
     net.conv2.weight.grad = None
@@ -172,11 +174,12 @@ def test_zero_grad(net):
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_no_host_synchronisation():
+@pytest.mark.parametrize("acts_on", ["gradient", "update"])
+def test_no_host_synchronisation(acts_on):
     """Tensors on the meta device have no values: anything that read one back would raise."""
     weight = nn.Parameter(torch.empty(8, 8, device="meta"))
     weight.grad = torch.empty(8, 8, device="meta")
-    PSGD(torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.1, momentum=0.9)).step()
+    PSGD(torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.1, momentum=0.9), acts_on=acts_on).step()
 
 
 @needs_cuda

@@ -46,6 +46,23 @@ def test_whole_training_equals_a_plain_loop(net):
     assert same(weights(net), weights(reference))
 
 
+def test_adam_undoes_a_factor_of_the_gradient_but_not_of_the_update(net):
+    """Its first step is the rate, whatever the gradient: lambda_s sets the length of a step only by the update."""
+
+    def first_step(acts_on, lambda_s):
+        model = copy.deepcopy(net)
+        base = torch.optim.Adam(psg_param_groups(model, 4), lr=1e-3, eps=0)
+        fill_gradients(model, 0)
+        PSGD(base, lambda_s, acts_on=acts_on).step()
+        return (model.conv2.weight - net.conv2.weight).detach().abs()
+
+    distance = (net.conv2.weight - fake_quantize_weight(net.conv2.weight, 4)).detach().abs()
+    for lambda_s in (10, 1000):
+        steps = first_step("gradient", lambda_s)[distance > 0]
+        assert torch.allclose(steps, torch.full_like(steps, 1e-3), rtol=1e-2)
+        assert torch.allclose(first_step("update", lambda_s), 1e-3 * lambda_s * distance, rtol=1e-2, atol=1e-7)
+
+
 def test_per_channel_grid(net):
     base = torch.optim.SGD(psg_param_groups(net, 4, per_channel=True), lr=0.1)
     backward(net)
@@ -158,6 +175,8 @@ def test_bad_settings(net):
         PSGD(torch.optim.SGD([{"params": net.parameters(), "bits": 1}], lr=0.1))
     with pytest.raises(ValueError, match="target"):
         PSGD(torch.optim.SGD([{"params": net.parameters(), "bits": 4, "target": "one"}], lr=0.1))
+    with pytest.raises(ValueError, match="acts_on must be one of .*, got 'weight'"):
+        PSGD(sgd(net), acts_on="weight")
     with pytest.raises(ValueError, match="psg_param_groups"):
         PSGD(torch.optim.SGD(net.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="lambda_s=5 needs"):

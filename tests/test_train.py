@@ -27,7 +27,7 @@ def metrics(folder):
     "flags",
     [
         ["--load_pretrained", "", "--w_bit", "3", "--granularity", "channel"],
-        ["--load_pretrained", "", "--adam", "1", "--lambda_s", "100", "--lr", "1e-3"],
+        ["--load_pretrained", "", "--adam", "1", "--lambda_s", "100", "--lr", "1e-3", "--psg_acts_on", "update"],
         ["--psg", "0", *SMALL, "--precision", "bf16"],  # dropout: the RNG is resumed too
         ["--target", "zero", "--load_pretrained", "", "--lr", "0.01", "--l1", "1e-5"],
     ],
@@ -192,12 +192,14 @@ def test_flags_reach_what_they_set(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, **_: algorithms.append(on))
     flags = [*QUICK, *SMALL, "--seed", "5", "--val_split", "200", "--epoch", "1", "--exp_name", "a", "--w_bit", "3"]
     flags += ["--granularity", "channel", "--first_last_quant", "0", "--eps", "0.01", "--lambda_s", "7", "--lr", "0.01"]
+    flags += ["--psg_acts_on", "update"]
     outcome = cli("train.py", *flags)
     assert outcome.code == 0 and "200 validation images" in outcome.out
     assert used == [(1237, 256, 5)] and seeds[0] == 5 and 5 * 2**20 + 1 in seeds and algorithms[0] is True
     checkpoint = load_checkpoint(tmp_path / "runs/a/last.pth")
     group, others = checkpoint["optimizer"]["param_groups"]
     assert (group["bits"], group["per_channel"], group["psg_eps"], group["lambda_s"]) == (3, True, 0.01, 7)
+    assert group["acts_on"] == "update"
     assert "bits" not in others and len(others["params"]) > 2  # the biases, the first layer and the last
     model = model_from_checkpoint(checkpoint, "a")
     digits = data.load_dataset("digits", "", torch.device("cpu"))
@@ -213,6 +215,7 @@ def test_flags_reach_what_they_set(cli, tmp_path, monkeypatch):
     ("--psg 0 --lr 0.1", [0.1, 0.19]),  # momentum 0.9: 0.1 * g, then 0.1 * (0.9 + 1) * g
     ("--psg 0 --lr 0.1 --adam 1", [0.1, 0.1]),  # Adam's steps are the learning rate, whatever lambda_s is
     ("--lr 0.1 --eps 2", [0.2, 0.38]),  # on its grid a weight moves by eps alone
+    ("--lr 0.1 --eps 2 --adam 1 --psg_acts_on update", [0.2, 0.2]),  # eps times the rate
     ("--lr 0.1 --l1 3", [0.3, 0.57]),  # PSG does not scale the penalty
 ])  # fmt: skip
 def test_steps_of_the_base_optimizer(net, flags, step):
