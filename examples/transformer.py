@@ -1,4 +1,5 @@
-"""PSGD on a transformer: linear layers go to the grid, embeddings and LayerNorm are left alone. AdamW as the base.
+"""PSGD on a transformer: linear layers go to the grid, embeddings and LayerNorm are left alone. The base is AdamW, which
+divides a factor of the gradient out again, so PSG acts on its updates.
 
     pip install . scikit-learn
     python examples/transformer.py
@@ -7,7 +8,7 @@ scikit-learn's digits as sequences of eight rows.
 """
 
 import torch
-from psgd import PSGD, grid_share, layer_bits, psg_param_groups, quantize_weights
+from psgd import PSGD, auto_lambda_s, grid_share, layer_bits, psg_param_groups, quantize_weights
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -50,7 +51,9 @@ class Classifier(nn.Module):
 model = Classifier()
 left_alone = [name for name, _ in model.named_parameters() if name not in layer_bits(model, 4)]
 print(f"left alone: {', '.join(left_alone)}")
-optimizer = PSGD(torch.optim.AdamW(psg_param_groups(model, bits=4), lr=3e-3, weight_decay=0.01), lambda_s=150)
+groups = psg_param_groups(model, bits=4)
+base = torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.01)
+optimizer = PSGD(base, lambda_s=auto_lambda_s(groups), acts_on="update")
 
 for _ in range(30):
     for chosen in torch.randperm(1437).split(64):
