@@ -75,9 +75,9 @@ def parser() -> Parser:
                    help="epochs, after the first of the run, from which the learning rate is a tenth of before")
     p.add_argument("--adam", type=int, choices=[0, 1], default=0,
                    help="1: Adam; with PSG on its gradients the rate is multiplied by 0.01 * lambda_s, as published")
-    p.add_argument("--w_decay", type=cli.non_negative, default=None, help="(default: 1e-4, or 0 with PSG at --w_bit 2)")
+    p.add_argument("--w_decay", type=cli.non_negative, default=None, help="L2 (default: 1e-4, or 0 with PSG at 2 bits)")
     p.add_argument("--l1", type=cli.non_negative, default=0.0, metavar="W",
-                   help="adds W times the sum of the weights' magnitudes to the loss; PSG does not scale its gradient")
+                   help="adds W times the sum of the weights' magnitudes to the loss; scaled with the update alone")
     p.add_argument("--grad_l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="adds W times the sum of the magnitudes of the weights' gradients to the loss")
     p.add_argument("--batch_size", type=cli.count, default=128, help="images a step, of all processes together")
