@@ -58,7 +58,7 @@ def parser() -> Parser:
     p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=150.0,
                    help="strength of the scaling; auto: from the weights, and rising while too few are near the grid")
     p.add_argument("--psg_acts_on", choices=["gradient", "update"], default="gradient",
-                   help="what PSG scales: gradients, as published, or the optimizer's whole step, better with --adam 1")
+                   help="what PSG scales: gradients, as published, or the optimizer's whole step, meant for --adam 1")
     p.add_argument("--eps", type=cli.non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out, also of pruning")
