@@ -15,9 +15,10 @@ Penalty = Callable[[Tensor], Tensor]  # of a batch's loss, 0-d, to what is added
 def penalise_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_last: bool = True) -> None:
     """Makes each step of `optimizer` minimise strength * sum |w| over the prunable weights of `model` as well.
 
-    For an optimizer that is, or will be, the base of a PSGD: the penalty's gradient, strength * sign(w), is then added
-    after the scaling, as weight decay is. Scaled, it would pull at every weight in proportion, as weight decay does,
-    and make none of them zero. Does nothing for a strength of 0. (Ours; the paper has no penalty.)
+    For an optimizer that is, or will be, the base of a PSGD that acts on gradients: the penalty's, strength * sign(w),
+    is then added after the scaling, as weight decay is. Scaled, as with acts_on="update", it would pull at every weight
+    in proportion, as weight decay does, and make none of them zero. Does nothing for a strength of 0. (Ours; the paper
+    has no penalty.)
 
     It is a hook on `optimizer`, which a deepcopy or a pickle of it lacks. A step with a closure raises ValueError: the
     gradients that the closure makes would not have the penalty's.
