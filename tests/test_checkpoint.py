@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+import train
 from models import ResNet32
 from tests.conftest import ROOT
 from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint, save_checkpoint, training_facts
@@ -199,3 +200,18 @@ def test_facts_of_the_wrong_kind(rejected, tmp_path, facts, message):
 
 def test_facts_that_are_missing(tmp_path):
     assert training_facts({"args": {"psg": 1}, "averaged_epochs": []}) == {"trained": "", "seed": "", "epoch": ""}
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("--psg 0 --granularity channel", "SGD"),
+        ("--adam 1 --psg 0", "Adam"),
+        ("--w_bit 3 --granularity channel", "PSGD W3 channel"),
+        ("--w_bit 4 --adam 1", "PSG-Adam W4"),
+        ("--w_bit 4 --adam 1 --psg_acts_on update", "PSG-Adam W4 update"),
+    ],
+)
+def test_networks_that_were_trained_in_other_ways_have_other_names(flags, name):
+    args = vars(train.parser().parse_args(flags.split()))
+    assert training_facts({"args": args, "epoch": 150, "state_dict": {}})["trained"] == name

@@ -147,9 +147,9 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
     """How a network was trained, as columns of a results table: trained, seed and epoch; empty where not known.
 
     `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-Adam W4", or "PSGD
-    sparse" for target zero; then " channel" for grids of output channels, " L1" and " grad-L1" for penalties. Files of
-    utils.average have " mean" added and the first and the last epoch as `epoch`, or " bn" if they are of one epoch and
-    differ from its file in the batch-norm statistics alone.
+    sparse" for target zero; then " update" where PSG acts on that, " channel" for grids of output channels, " L1" and
+    " grad-L1" for penalties. Files of utils.average have " mean" added and the first and the last epoch as `epoch`, or
+    " bn" if they are of one epoch and differ from its file in the batch-norm statistics alone.
     """
     args = checkpoint.get("args", {})
     facts = {"trained": "", "seed": str(args.get("seed", "")), "epoch": str(checkpoint.get("epoch", ""))}
@@ -157,8 +157,9 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
         plain, scaled = ("Adam", "PSG-Adam") if args["adam"] else ("SGD", "PSGD")
         goal = "sparse" if args.get("target") == "zero" else f"W{args.get('w_bit')}"
         facts["trained"] = f"{scaled} {goal}" if args["psg"] else plain
-        if args["psg"] and args.get("granularity") == "channel":
-            facts["trained"] += " channel"
+        if args["psg"]:
+            facts["trained"] += " update" if args.get("psg_acts_on") == "update" else ""
+            facts["trained"] += " channel" if args.get("granularity") == "channel" else ""
         facts["trained"] += " L1" if args.get("l1") else ""
         facts["trained"] += " grad-L1" if args.get("grad_l1") else ""
     averaged = checkpoint.get("averaged_epochs", [])
