@@ -158,7 +158,7 @@ def main() -> None:
     import torch
 
     from quant import nonzero_weights, packed_bytes, prune_weights, weight_mse
-    from utils.device import keep_freed_memory, resolve_precision, select_device
+    from utils.device import keep_freed_memory, machine, resolve_precision, select_device
     from utils.engine import evaluate, fold_batch_norm
     from utils.files import write_csv, write_results
 
@@ -205,7 +205,8 @@ def main() -> None:
             rows.append(row)
             print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
         if args.out:  # after each model, so that a sweep that is cut off leaves what it has
-            write_results(args.out, rows, torch=torch.__version__, device=str(device), settings=vars(args))
+            facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device)}
+            write_results(args.out, rows, **facts, settings=vars(args))
         if args.report:
             layers += layer_report(args, net)
             write_csv(Path(args.out) / "layers.csv", layers)

@@ -180,7 +180,7 @@ def main() -> None:
     from quant import gradient_penalty, steer_lambda_s
     from utils import checkpoint as checkpoints
     from utils.data import load_dataset, train_batches
-    from utils.device import keep_freed_memory, resolve_precision, select_device, set_deterministic
+    from utils.device import keep_freed_memory, machine, resolve_precision, select_device, set_deterministic
     from utils.distributed import join, leave, own_device
     from utils.engine import NonFiniteError, check_moves, check_takes, evaluate_goal
     from utils.signals import StopRequest
@@ -233,7 +233,7 @@ def main() -> None:
             print(f"{folder.path} has all {done} epochs: nothing left to do (a larger --epoch goes on)")
             return leave(world)
         last_good = folder.last_checkpoint
-    facts = {"torch": torch.__version__, "device": str(device), "processes": world.size}
+    facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device), "processes": world.size}
     if world.is_main:
         if folder:
             folder.note_resume(done, epoch=args.epoch, save_epochs=args.save_epochs, **facts)

@@ -70,7 +70,7 @@ def test_sweep(cli, tmp_path, digits_run, network, digits):
     assert (
         " --model_path " in content["command"] and content["command"].endswith("--out out/deep") and content["commit"]
     )
-    assert content["settings"]["w_bit"] == [8, 3, 32, 3]
+    assert content["settings"]["w_bit"] == [8, 3, 32, 3] and content["machine"]
     table = outcome.out.splitlines()
     assert len({len(line) for line in table[1:8] if not line.startswith("written")}) == 1
 

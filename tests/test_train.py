@@ -63,6 +63,7 @@ def test_run_folder(cli, tmp_path):
     settings = json.loads((folder / "args.json").read_text())
     assert settings["args"]["lr"] == 0.05 and settings["args"]["precision"] in ("fp32", "bf16")
     assert {"command", "commit", "torch", "device"} <= settings.keys()
+    assert settings["machine"].endswith(" threads")
     rows = metrics(folder)
     assert [row["epoch"] for row in rows] == [1, 2]
     assert {"lr", "train_loss", "train_top1", "fp_top1", "w4_top1", "grid_share"} <= rows[0].keys()

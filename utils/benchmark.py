@@ -8,7 +8,6 @@ on one held batch, forward, backward and optimizer; "training loop" is train.py'
 of one run, not times of different ones.
 """
 
-import platform
 import resource
 import statistics
 import subprocess
@@ -40,7 +39,7 @@ def main() -> None:
     import torch
 
     from utils.data import load_dataset
-    from utils.device import keep_freed_memory, resolve_precision, select_device
+    from utils.device import keep_freed_memory, machine, resolve_precision, select_device
 
     device, _ = select_device(args.device, 0)
     precision = resolve_precision("auto", device)
@@ -52,7 +51,8 @@ def main() -> None:
 
     steps = alternate(training_pieces(dataset, device, precision), args.rounds, device)
     steps["training loop, PSGD, with data"] /= LOOP_STEPS
-    print(f"{machine()}, torch {torch.__version__}, device {device}, {precision}, {args.rounds} rounds, batch 128")
+    hardware = machine(device)
+    print(f"{hardware}, torch {torch.__version__}, device {device}, {precision}, {args.rounds} rounds, batch 128")
     show(steps, "SGD step")
     figures |= {"step_seconds": steps, "step_ratios_to_sgd": {k: v / steps["SGD step"] for k, v in steps.items()}}
 
@@ -65,7 +65,7 @@ def main() -> None:
     figures["peak_memory_bytes"] = peak_memory(device)
     print(f"peak memory of this run: {figures['peak_memory_bytes'] / 1e9:.2f} GB")
     if args.json:
-        facts = {"command": command_line(), "commit": git_commit(), "machine": machine(), "torch": torch.__version__}
+        facts = {"command": command_line(), "commit": git_commit(), "machine": hardware, "torch": torch.__version__}
         facts |= {"device": str(device), "precision": precision, "dataset": args.dataset, "rounds": args.rounds}
         write_json(args.json, facts | figures)
 
@@ -224,18 +224,6 @@ def peak_memory(device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def machine() -> str:
-    """Processor and number of threads used, as the operating system names them."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")]  # fmt: skip
-        name = models[0] if models else name
-    import torch
-
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def show(seconds: dict[str, float], unit: str) -> None:

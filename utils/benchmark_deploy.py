@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from utils.benchmark import alternate, machine
+from utils.benchmark import alternate
 from utils.cli import Parser, UserError, bits, count, run
 from utils.files import command_line, git_commit, write_json
 
@@ -40,10 +40,12 @@ def main() -> None:
 
     from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint
     from utils.data import check_calib_images, load_dataset
+    from utils.device import machine
 
     device = torch.device("cpu")
     rows: list[dict[str, Any]] = []
-    print(f"{machine()}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {args.rounds} rounds")
+    hardware = machine(device)
+    print(f"{hardware}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {args.rounds} rounds")
     for path in args.model_path:
         checkpoint = load_checkpoint(path)
         dataset = load_dataset(dataset_name(checkpoint), args.data_dir, device)
@@ -55,7 +57,7 @@ def main() -> None:
             except ValueError as error:  # an operation without a counterpart in the file
                 raise UserError(f"{path}: {error}") from None
     if args.json:
-        facts = {"command": command_line(), "commit": git_commit(), "machine": machine(), "torch": torch.__version__}
+        facts = {"command": command_line(), "commit": git_commit(), "machine": hardware, "torch": torch.__version__}
         write_json(args.json, {**facts, "onnxruntime": onnxruntime.__version__, "rounds": args.rounds, "rows": rows})
 
 

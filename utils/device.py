@@ -3,7 +3,9 @@
 import contextlib
 import ctypes
 import os
+import platform
 import sys
+from pathlib import Path
 
 import torch
 
@@ -31,6 +33,19 @@ def select_device(name: str | None, cu_num: int) -> tuple[torch.device, str]:
         torch.backends.cudnn.allow_tf32 = False  # float32 convolutions in float32, as the published code's were
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return device, f"device: {device} ({kind})"
+
+
+def machine(device: torch.device) -> str:
+    """The hardware, for records: the GPU, or the processor, with the numbers that tell its generation, and threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    first = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    facts = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in first) if colon}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= facts.keys():
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def bf16_is_fast(device: torch.device) -> bool:
