@@ -153,6 +153,7 @@ def training_pieces(dataset, device, precision: str) -> dict[str, Callable[[], o
         "PSGD step": step(lambda groups: PSGD(sgd(groups), lambda_s=150)),
         "Adam step": step(adam),
         "Adam step with PSG": step(lambda groups: PSGD(adam(groups), lambda_s=150)),
+        "Adam step with PSG on the update": step(lambda groups: PSGD(adam(groups), lambda_s=150, acts_on="update")),
         "quantization-aware SGD step": quantization_aware(),
         "SGD step, float32": step(sgd, "fp32"),
         "SGD step, float32, contiguous": step(sgd, "fp32", torch.contiguous_format),
