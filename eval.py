@@ -58,6 +58,7 @@ class Network:
     test: Any
     spec: Any
     images: Callable[[], Any]
+    granularity: str
     histograms: Any = None  # of its ReLUs, where --act_range needs them
 
 
@@ -81,8 +82,9 @@ def parse() -> Namespace:
                    help="weight bit-widths (default: 4, or 32 with --sparsity)")
     p.add_argument("--weight_range", choices=["absmax", "mse"], default="absmax",
                    help="grid of the weights: up to the largest, or the range of the least squared error")
-    p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor",
-                   help="a step for each weight tensor, or for each of its output channels")
+    p.add_argument("--granularity", choices=["tensor", "channel"], default=None,
+                   help="a step for each weight tensor, or for each of its output channels "
+                   "(default: as the file was trained, tensor if it does not say)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="1: quantize and prune the first and last layer too, at 8 bits if the others have fewer "
                    "than 4; 0: keep them float and whole")
@@ -192,11 +194,11 @@ def main() -> None:
             nonzero = nonzero_weights(network, bool(args.first_last_quant))
             result = evaluate(fold_batch_norm(network), net.test, net.spec, args.precision)
             del network  # two models at a time
-            grid, first_last = weight_grid(args, setting.w_bit), bool(args.first_last_quant)
+            grid, first_last = weight_grid(args, net, setting.w_bit), bool(args.first_last_quant)
             pruned = prune_weights(net.model, setting.sparsity, args.prune, first_last)
             row = net.facts | {
                 "sparsity": setting.sparsity, "prune": args.prune if setting.sparsity else "none", "nonzero": nonzero,
-                "w_bit": setting.w_bit, "weight_range": args.weight_range, "granularity": args.granularity,
+                "w_bit": setting.w_bit, "weight_range": args.weight_range, "granularity": net.granularity,
                 "a_bit": setting.a_bit, "act_range": "none" if setting.a_bit == 32 else args.act_range,
                 "clipping_range": f"{n:g}" if n else "", "post": setting.post, "top1": round(result.top1, 4),
                 "loss": round(result.loss, 6), "weight_mse": weight_mse(pruned, **grid),
@@ -219,7 +221,7 @@ def load_networks(args: Namespace, device) -> list[Network]:
     import torch
 
     from quant import relu_histograms
-    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, training_facts
+    from utils.checkpoint import dataset_name, granularity, load_checkpoint, model_from_checkpoint, training_facts
     from utils.data import calibration_batches, check_calib_images, load_dataset
 
     datasets, networks = {}, []
@@ -248,7 +250,8 @@ def load_networks(args: Namespace, device) -> list[Network]:
             "dataset": name,
             "split": split_name,
         }
-        net = Network(facts | training_facts(checkpoint), model, test, dataset.spec, images)
+        own = args.granularity or granularity(checkpoint)
+        net = Network(facts | training_facts(checkpoint), model, test, dataset.spec, images, own)
         try:
             if quantizes and by_batch_norm:
                 activation_ranges(args, net, 8, args.clipping_range[0])
@@ -261,10 +264,10 @@ def load_networks(args: Namespace, device) -> list[Network]:
     return networks
 
 
-def weight_grid(args: Namespace, w_bit: int) -> dict[str, Any]:
+def weight_grid(args: Namespace, net: Network, w_bit: int) -> dict[str, Any]:
     """The grid of the weights, as keyword arguments of quant's functions."""
     return {
-        "bits": w_bit, "first_last": bool(args.first_last_quant), "per_channel": args.granularity == "channel",
+        "bits": w_bit, "first_last": bool(args.first_last_quant), "per_channel": net.granularity == "channel",
         "weight_range": args.weight_range,
     }  # fmt: skip
 
@@ -293,7 +296,7 @@ def deployed(args: Namespace, net: Network, setting: Setting, n: float):
         reestimate_batch_norm,
     )
 
-    first_last, grid, a_bit = bool(args.first_last_quant), weight_grid(args, setting.w_bit), setting.a_bit
+    first_last, grid, a_bit = bool(args.first_last_quant), weight_grid(args, net, setting.w_bit), setting.a_bit
     pruned = prune_weights(net.model, setting.sparsity, args.prune, first_last)
     network = quantize_weights(pruned, **grid, inplace=setting.post != "adaround")  # which rounds the float weights
     if a_bit != 32:
@@ -335,7 +338,7 @@ def layer_report(args: Namespace, net: Network) -> list[dict[str, Any]]:
     from quant import layer_rows
     from utils.engine import evaluate
 
-    grid = weight_grid(args, args.w_bit[0])
+    grid = weight_grid(args, net, args.w_bit[0])
     full = evaluate(net.model, net.test, net.spec, args.precision).top1
     rows = []
     for row, network in layer_rows(net.model, (images for images, _ in net.images()), **grid):

@@ -31,8 +31,9 @@ def parse() -> Namespace:
     # fmt: off
     p.add_argument("--model_path", default="models/W4_ResNet.pth", metavar="FILE", help="checkpoint")
     p.add_argument("--w_bit", type=bits, default=4, help="bit-width of the weights")
-    p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor",
-                   help="a step for each weight tensor, or for each of its output channels")
+    p.add_argument("--granularity", choices=["tensor", "channel"], default=None,
+                   help="a step for each weight tensor, or for each of its output channels "
+                   "(default: as the file was trained, tensor if it does not say)")
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
                    help="1: first and last layer too, at 8 bits if the others have fewer than 4; 0: keep them float")
     p.add_argument("--a_bit", type=bits_or_float, default=32, help="bit-width of the activations in the .onnx file")
@@ -76,7 +77,7 @@ def main() -> None:
         save_packed,
         to_onnx,
     )
-    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint
+    from utils.checkpoint import dataset_name, granularity, load_checkpoint, model_from_checkpoint
     from utils.data import DATASETS, calibration_batches, check_calib_images, normalize
 
     path = Path(args.model_path)
@@ -89,7 +90,8 @@ def main() -> None:
     model = model_from_checkpoint(checkpoint, path, num_classes=CLASSES[name]).eval()
     spec = DATASETS[name]
     grid = {
-        "bits": args.w_bit, "first_last": bool(args.first_last_quant), "per_channel": args.granularity == "channel",
+        "bits": args.w_bit, "first_last": bool(args.first_last_quant),
+        "per_channel": (args.granularity or granularity(checkpoint)) == "channel",
     }  # fmt: skip
     dataset = dataset_at_hand(args, name)
     reference = quantize_weights(model, **grid)

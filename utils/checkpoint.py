@@ -143,6 +143,11 @@ def model_from_checkpoint(
     return model
 
 
+def granularity(checkpoint: dict[str, Any]) -> str:
+    """What had a grid of its own in training: "channel", or "tensor", also where the file does not say."""
+    return "channel" if checkpoint.get("args", {}).get("granularity") == "channel" else "tensor"
+
+
 def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
     """How a network was trained, as columns of a results table: trained, seed and epoch; empty where not known.
 
@@ -159,7 +164,7 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
         facts["trained"] = f"{scaled} {goal}" if args["psg"] else plain
         if args["psg"]:
             facts["trained"] += " update" if args.get("psg_acts_on") == "update" else ""
-            facts["trained"] += " channel" if args.get("granularity") == "channel" else ""
+            facts["trained"] += " channel" if granularity(checkpoint) == "channel" else ""
         facts["trained"] += " L1" if args.get("l1") else ""
         facts["trained"] += " grad-L1" if args.get("grad_l1") else ""
     averaged = checkpoint.get("averaged_epochs", [])
