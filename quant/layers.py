@@ -15,9 +15,9 @@ def layer_bits(model: nn.Module, bits: int, first_last: bool = True) -> dict[str
     """Bit-width of every quantized parameter, by its state_dict name, in the order of the model's modules.
 
     These are the weights of convolutions and linear layers, and the biases of linear layers; normalisation layers,
-    embeddings, convolution biases and other parameters of such a layer stay float. The first and the last of those
-    layers get `bits` bits if bits >= 4, else 8; with first_last=False they are left out (published rule). A parameter
-    that several layers share appears once, under its first name.
+    embeddings that share no layer's weight, convolution biases and other parameters of such a layer stay float. The
+    first and the last of those layers get `bits` bits if bits >= 4, else 8; with first_last=False they are left out
+    (published rule). A parameter that several layers share appears once, under its first name.
 
     Raises ValueError for bits outside 2..8 and for a model of which no such layer is left.
     """

@@ -25,7 +25,7 @@ FORMAT = "psgd-packed-1"
 def integer_weights(
     model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False, weight_range: str = "absmax"
 ) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """Of every parameter that `layer_bits` names: its integers (int8, same shape), scale (float32) and bit-width.
+    """Of every parameter that `layer_bits` names: its integers (int8, same shape), scale (its dtype) and bit-width.
 
     integers * scale are the weights of `quantize_weights`, bit for bit. Raises ValueError for bits outside 2..8, and
     for a weight that is not finite.
@@ -74,8 +74,8 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     """Fills `model`, a network of the file's architecture, and returns it in eval mode.
 
-    Raises ValueError, naming the file and what is wrong, for a file that is truncated, altered or foreign, or that does
-    not fit the network; `model` is then unchanged.
+    Raises ValueError, naming the file and what is wrong, for a file that is truncated, misshapen or foreign, or that
+    does not fit the network; `model` is then unchanged.
     """
     tensors, _, described = _open(path)
     stored = _stored_names(model, described)

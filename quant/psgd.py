@@ -183,7 +183,7 @@ class PSGD(Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state_dict of PSGD or of the bare base; the latter keeps this instance's PSG settings."""
+        """Restores a state_dict of PSGD, with its PSG settings, or of the bare base, which keeps this instance's."""
         before = [{key: group[key] for key in PSG_KEYS & group.keys()} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         for group, settings in zip(self.base.param_groups, before, strict=True):
