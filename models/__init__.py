@@ -37,7 +37,7 @@ def build_model(arch: str, num_classes: int, weights: str | None = None) -> nn.M
 
     `weights` is a name that torchvision knows for it, such as DEFAULT or IMAGENET1K_V1, and may be downloaded; where
     its head has another number of classes, the head stays freshly initialised. Raises ValueError for an unknown `arch`
-    or `weights`; OSError if a download fails.
+    or `weights`, and for weights of another image size; OSError if a download fails.
     """
     if check_arch(arch) in ARCHITECTURES:
         if weights:
@@ -52,10 +52,12 @@ def build_model(arch: str, num_classes: int, weights: str | None = None) -> nn.M
             chosen = known[weights]
         except KeyError:
             raise ValueError(f"unknown weights {weights!r} for {arch}: it has {', '.join(known.__members__)}") from None
-        wanted = model.state_dict()
-        state = chosen.get_state_dict(progress=True, check_hash=True)
-        # Only a tensor of another shape, the head's, stays; a missing or unknown name is an error, as it should be.
-        model.load_state_dict(
-            {k: wanted[k] if k in wanted and v.shape != wanted[k].shape else v for k, v in state.items()}
-        )
+        state = model.state_dict()
+        # By torchvision's own builder, which knows the names in its old files.
+        for name, value in models.get_model(arch, weights=chosen).state_dict().items():
+            if value.shape == state[name].shape:
+                state[name] = value
+            elif value.shape[1:] != state[name].shape[1:]:  # not the head, which has its own number of classes
+                raise ValueError(f"weights {weights!r} of {arch} are for images of another size: {name} does not fit")
+        model.load_state_dict(state)
     return model

@@ -79,8 +79,8 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     """
     tensors, _, described = _open(path)
     stored = _stored_names(model, described)
-    state = {}
-    for name, wanted in model.state_dict().items():
+    whole, state = model.state_dict(), {}
+    for name, wanted in whole.items():
         if name != stored[name]:
             continue
         keys = [f"{name}.packed", f"{name}.scale"] if name in described else [name]
@@ -96,7 +96,8 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
             raise ValueError(f"{path}: {name} has values that are not finite")
     if tensors:
         raise ValueError(f"{path} has {next(iter(tensors))}, which the network does not know")
-    model.load_state_dict({name: state[stored[name]] for name in stored})
+    whole.update({name: state[stored[name]] for name in stored})  # which keeps the versions of the modules
+    model.load_state_dict(whole)
     return model.eval()
 
 

@@ -287,7 +287,6 @@ def test_readme_has_the_results_of_every_shipped_checkpoint():
     [
         ("W4", ["--w_bit", "4"]),
         ("W2", ["--w_bit", "2"]),
-        ("S90", ["--sparsity", "0.9"]),
         ("S90_PSGD_L1", ["--sparsity", "0.9"]),
     ],
 )

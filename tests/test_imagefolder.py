@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 
 from models import architectures, build_model
-from utils.checkpoint import load_checkpoint
+from quant import load_packed, quantize_weights, save_packed
+from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
+from utils.cli import UserError
 from utils.data import DATASETS, calibration_batches, eval_batches, load_dataset, train_batches
 from utils.imagefolder import FolderSplit
 
@@ -102,6 +105,45 @@ def test_weights_of_torchvision(cli, tmp_path, monkeypatch):
     flags = ["--dataset", "digits", "--arch", "squeezenet1_1", "--weights", "IMAGENET1K_V1", "--epoch", "1"]
     outcome = cli("train.py", *flags, "--lr", "1e-4")
     assert outcome.code == 0 and "from torchvision's weights IMAGENET1K_V1" in outcome.out
+
+
+def densenet_of_old(state: dict) -> dict:
+    """With dots in the names, and from before batch norm counted its batches."""
+    return {
+        re.sub(r"(layer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): value
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize("arch, aged", [("densenet121", densenet_of_old), ("mnasnet0_5", lambda state: state)])
+def test_weights_in_torchvisions_old_files(tmp_path, monkeypatch, arch, aged):
+    """densenet's have other names, mnasnet asks for the version of its layers; checkpoints and packed files too."""
+    from torchvision.models import get_model_weights
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache/hub/checkpoints").mkdir(parents=True)
+    state = build_model(arch, 1000).state_dict()
+    torch.save(aged(state), tmp_path / "cache/hub/checkpoints" / get_model_weights(arch).DEFAULT.url.rpartition("/")[2])
+    model = build_model(arch, 10, "DEFAULT")
+    head = [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])]
+    assert head in (["classifier.weight", "classifier.bias"], ["classifier.1.weight", "classifier.1.bias"])
+
+    save_checkpoint(tmp_path / "a.pth", {"arch": arch, "num_classes": 10, "state_dict": model.state_dict()})
+    again = model_from_checkpoint(load_checkpoint(tmp_path / "a.pth"), "a.pth").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    save_packed(tmp_path / "a.safetensors", model, {}, bits=4)
+    packed = load_packed(tmp_path / "a.safetensors", build_model(arch, 10)).state_dict()
+    assert all(torch.equal(packed[k], value) for k, value in quantize_weights(model, 4).state_dict().items())
+
+
+def test_a_state_dict_alone_has_the_classes_of_the_data(tmp_path):
+    network = build_model("resnet18", 10)
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    model = model_from_checkpoint(load_checkpoint(tmp_path / "a.pth"), "a.pth", "resnet18", 10)
+    assert torch.equal(model.fc.weight, network.fc.weight)
+    with pytest.raises(UserError, match=r"a.pth does not fit ResNet: fc.weight is \[10, 512\] instead of \[7, 512\]"):
+        model_from_checkpoint(load_checkpoint(tmp_path / "a.pth"), "a.pth", "resnet18", 7)
 
 
 def test_damaged_weights_of_torchvision(rejected, tmp_path, monkeypatch):

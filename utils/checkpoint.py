@@ -90,7 +90,8 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} has values that are NaN or infinite")
-    model.load_state_dict(state)
+    wanted.update(state)  # and so keeps the versions of the modules, which some ask for
+    model.load_state_dict(wanted)
 
 
 def known_arch(arch: str) -> str:
@@ -119,7 +120,8 @@ def model_from_checkpoint(
     """The trained network of a checkpoint that was read from `path`.
 
     `arch` None takes the architecture that the file names, ResNet32 for published files, which name none;
-    `num_classes` None takes the file's. Raises UserError if the file is of another architecture or class count.
+    `num_classes` None takes the file's, and is taken where the file does not say. Raises UserError if the file is of
+    another architecture or class count.
     """
     saved_arch = checkpoint.get("arch") or arch or "ResNet32"
     if arch not in (None, saved_arch):
@@ -128,7 +130,7 @@ def model_from_checkpoint(
         check_arch(saved_arch)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    classes = checkpoint.get("num_classes")
+    classes = checkpoint.get("num_classes", num_classes)
     if saved_arch in HEADS:
         head = checkpoint["state_dict"].get(HEADS[saved_arch])
         if head is None or not head.dim() or not len(head):
