@@ -35,10 +35,12 @@ def auto_lambda_s(groups: list[dict[str, Any]]) -> float:
     `groups` are parameter groups as `psg_param_groups` makes them. At 4 bits whatever the target is: how fast a weight
     moves within its cell is the same at every bit-width if lambda_s is, so the target's own distances say nothing. The
     grid is that of the whole tensor, also with per_channel.
-    Raises ValueError if no group is scaled, or if all weights are on the 4-bit grid; TypeError for a group whose params
-    are no list: reading them here would use an iterator up.
+    Raises ValueError if no group is scaled, if one has target "zero", which knows no grid, or if all weights are on the
+    4-bit grid; TypeError for a group whose params are no list: reading them here would use an iterator up.
     """
     for group in groups:
+        if group.get("target") == "zero":
+            raise ValueError('a group has target "zero": lambda_s is found for grids alone')
         if not isinstance(group["params"], (list, tuple)):
             raise TypeError(f"a group's params must be a list of tensors, got {type(group['params']).__name__}")
     weights = [weight for group in groups if is_scaled(group) for weight in group["params"]]
@@ -58,8 +60,10 @@ def steer_lambda_s(optimizer: Optimizer, share: float, progress: float) -> float
     start. It never falls, and stays once `progress` has reached 1. A share that counts frozen layers cannot follow the
     plan: give such a network a fixed lambda_s. All state is in the parameter groups, saved and restored with them.
 
-    Raises ValueError if the optimizer has no scaled group.
+    Raises ValueError if the optimizer has no scaled group, or `share` is not from 0 to 1.
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be from 0 to 1, got {share!r}")
     groups = [group for group in optimizer.param_groups if is_scaled(group)]
     if not groups:
         raise ValueError("the optimizer has no parameter group with PSG settings to steer")

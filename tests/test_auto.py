@@ -18,6 +18,7 @@ from quant import (
     psg_multipliers,
     psg_param_groups,
     quantize_weights,
+    sparse_param_groups,
     steer_lambda_s,
 )
 from utils.checkpoint import load_checkpoint
@@ -91,11 +92,15 @@ def test_no_start():
         auto_lambda_s([{"params": list(net.parameters())}])
     with pytest.raises(TypeError, match="params must be a list of tensors, got generator"):
         auto_lambda_s([{"params": net.parameters(), "bits": 4}])
+    with pytest.raises(ValueError, match='target "zero": lambda_s is found for grids alone'):
+        auto_lambda_s(sparse_param_groups(net))
 
 
 def test_nothing_to_steer(net):
     with pytest.raises(ValueError, match="no parameter group with PSG settings"):
         steer_lambda_s(torch.optim.SGD(net.parameters(), lr=0.1), 0.5, 0.5)
+    with pytest.raises(ValueError, match="share must be from 0 to 1, got 93.7"):  # in percent
+        steer_lambda_s(torch.optim.SGD(net.parameters(), lr=0.1), 93.7, 0.5)
 
 
 def test_a_network_on_its_grid_has_no_start(cli, tmp_path, digits_run):
