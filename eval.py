@@ -178,6 +178,7 @@ def main() -> None:
     columns = {name: shape for name, shape in COLUMNS.items() if shape[0]}
     columns["model"] = (max(map(len, ["model", *args.model_path])), "s")
     print("  ".join(f"{name:>{width}}" for name, (width, _) in columns.items()))
+    facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device)}
     rows: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     for net in networks:
@@ -207,7 +208,6 @@ def main() -> None:
             rows.append(row)
             print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
         if args.out:  # after each model, so that a sweep that is cut off leaves what it has
-            facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device)}
             write_results(args.out, rows, **facts, settings=vars(args))
         if args.report:
             layers += layer_report(args, net)

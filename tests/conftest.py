@@ -103,6 +103,17 @@ def digits_run(tmp_path_factory):
     return folder / "runs" / "v" / "last.pth"
 
 
+@pytest.fixture
+def channel_run(tmp_path, digits_run):
+    """Path of a copy of `digits_run` that says it was trained with a grid for each output channel."""
+    from utils.checkpoint import load_checkpoint, save_checkpoint
+
+    checkpoint = load_checkpoint(digits_run)
+    path = tmp_path / "channel.pth"
+    save_checkpoint(path, checkpoint | {"args": checkpoint["args"] | {"granularity": "channel"}})
+    return path
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory):
     """A folder with psgd in it, installed by pip from a copy of the sources; pip builds in the source folder."""

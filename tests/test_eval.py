@@ -22,7 +22,7 @@ from quant import (
     weight_mse,
 )
 from tests.conftest import CIFAR100, ROOT, needs_cifar100
-from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint
 from utils.data import DATASETS, calibration_batches, load_dataset
 from utils.engine import evaluate, evaluate_batches, fold_batch_norm
 
@@ -144,15 +144,13 @@ def test_grids_of_the_weights(cli, tmp_path, digits_run, network, digits):
     assert int(row["bytes"]) == packed_bytes(network, 3, per_channel=True)
 
 
-def test_the_grids_are_those_of_training_unless_told(cli, tmp_path, digits_run, network):
-    checkpoint = load_checkpoint(digits_run)
-    save_checkpoint(tmp_path / "c.pth", checkpoint | {"args": checkpoint["args"] | {"granularity": "channel"}})
-    assert cli("eval.py", "--model_path", "c.pth", digits_run, "--w_bit", "3", "--out", "a").code == 0
+def test_the_grids_are_those_of_training_unless_told(cli, tmp_path, digits_run, channel_run, network):
+    assert cli("eval.py", "--model_path", channel_run, digits_run, "--w_bit", "3", "--out", "a").code == 0
     (_, by_channel, _, by_tensor) = rows(tmp_path / "a")
     assert (by_channel["granularity"], by_tensor["granularity"]) == ("channel", "tensor")
     assert float(by_channel["weight_mse"]) == pytest.approx(weight_mse(network, 3, per_channel=True), rel=1e-6)
     assert float(by_tensor["weight_mse"]) == pytest.approx(weight_mse(network, 3), rel=1e-6)
-    cli("eval.py", "--model_path", "c.pth", "--w_bit", "3", "--granularity", "tensor", "--out", "b")
+    cli("eval.py", "--model_path", channel_run, "--w_bit", "3", "--granularity", "tensor", "--out", "b")
     assert rows(tmp_path / "b")[1]["weight_mse"] == by_tensor["weight_mse"]
 
 

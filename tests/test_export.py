@@ -25,7 +25,7 @@ from quant import (
     to_onnx,
 )
 from tests.test_engine import trained_resnet
-from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
+from utils.checkpoint import load_checkpoint, model_from_checkpoint
 from utils.data import DATASETS, calibration_batches, load_dataset
 
 
@@ -265,11 +265,9 @@ def test_export_writes_both_files(cli, tmp_path, digits_run):
         assert onnx.numpy_helper.to_array(constants[f"{name}.scale"]) == pytest.approx(top / 255), name
 
 
-def test_a_network_of_channel_grids_is_exported_as_one(cli, tmp_path, digits_run):
-    checkpoint = load_checkpoint(digits_run)
-    save_checkpoint(tmp_path / "c.pth", checkpoint | {"args": checkpoint["args"] | {"granularity": "channel"}})
-    assert cli("export.py", "--model_path", "c.pth", "--w_bit", "3", "--out", "a").code == 0
-    assert read_facts(tmp_path / "a/c_w3.safetensors")["grid"]["per_channel"] is True
+def test_a_network_of_channel_grids_is_exported_as_one(cli, tmp_path, channel_run):
+    assert cli("export.py", "--model_path", channel_run, "--w_bit", "3", "--out", "a").code == 0
+    assert read_facts(tmp_path / "a/channel_w3.safetensors")["grid"]["per_channel"] is True
 
 
 def test_files_that_fail_their_check_are_not_left_behind(cli, tmp_path, digits_run, monkeypatch):

@@ -89,16 +89,22 @@ def test_torchvision_network_on_the_digits(cli, tmp_path):
     assert json.loads((tmp_path / "runs/a/args.json").read_text())["args"]["load_pretrained"] == ""
 
 
-def test_weights_of_torchvision(cli, tmp_path, monkeypatch):
-    """Loaded from torch's cache, where a download would put them; a head of another size stays as it was made."""
+@pytest.fixture
+def default_weights(tmp_path, monkeypatch):
+    """A function that gives the file in torch's cache where a download would put an architecture's default weights."""
     from torchvision.models import get_model_weights
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/hub/checkpoints"
+    folder.mkdir(parents=True)
+    return lambda arch: folder / get_model_weights(arch).DEFAULT.url.rpartition("/")[2]
+
+
+def test_weights_of_torchvision(cli, default_weights):
+    """A head of another size stays as it was made."""
     torch.manual_seed(5)
     pretrained = build_model("squeezenet1_1", 1000)
-    url = get_model_weights("squeezenet1_1").DEFAULT.url
-    (tmp_path / "cache/hub/checkpoints").mkdir(parents=True)
-    torch.save(pretrained.state_dict(), tmp_path / "cache/hub/checkpoints" / url.rpartition("/")[2])
+    torch.save(pretrained.state_dict(), default_weights("squeezenet1_1"))
     model = build_model("squeezenet1_1", 10, "DEFAULT")
     assert torch.equal(model.features[0].weight, pretrained.features[0].weight)
     assert model.classifier[1].weight.shape[0] == 10
@@ -117,14 +123,10 @@ def densenet_of_old(state: dict) -> dict:
 
 
 @pytest.mark.parametrize("arch, aged", [("densenet121", densenet_of_old), ("mnasnet0_5", lambda state: state)])
-def test_weights_in_torchvisions_old_files(tmp_path, monkeypatch, arch, aged):
+def test_weights_in_torchvisions_old_files(tmp_path, default_weights, arch, aged):
     """densenet's have other names, mnasnet asks for the version of its layers; checkpoints and packed files too."""
-    from torchvision.models import get_model_weights
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    (tmp_path / "cache/hub/checkpoints").mkdir(parents=True)
     state = build_model(arch, 1000).state_dict()
-    torch.save(aged(state), tmp_path / "cache/hub/checkpoints" / get_model_weights(arch).DEFAULT.url.rpartition("/")[2])
+    torch.save(aged(state), default_weights(arch))
     model = build_model(arch, 10, "DEFAULT")
     head = [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])]
     assert head in (["classifier.weight", "classifier.bias"], ["classifier.1.weight", "classifier.1.bias"])
@@ -146,13 +148,8 @@ def test_a_state_dict_alone_has_the_classes_of_the_data(tmp_path):
         model_from_checkpoint(load_checkpoint(tmp_path / "a.pth"), "a.pth", "resnet18", 7)
 
 
-def test_damaged_weights_of_torchvision(rejected, tmp_path, monkeypatch):
-    from torchvision.models import get_model_weights
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    (tmp_path / "cache/hub/checkpoints").mkdir(parents=True)
-    name = get_model_weights("squeezenet1_1").DEFAULT.url.rpartition("/")[2]
-    (tmp_path / "cache/hub/checkpoints" / name).write_bytes(b"half a file")
+def test_damaged_weights_of_torchvision(rejected, default_weights):
+    default_weights("squeezenet1_1").write_bytes(b"half a file")
     flags = ["--dataset", "digits", "--arch", "squeezenet1_1", "--weights", "DEFAULT"]
     assert "--weights DEFAULT of squeezenet1_1 cannot be read" in rejected("train.py", *flags)
 
