@@ -27,7 +27,6 @@ which is the first row of every model.
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -44,22 +43,18 @@ COLUMNS = {  # name: (least width on screen, format); without a width only in th
     "bytes": (9, "d"),
 }  # fmt: skip
 POST = ["none", "bn_reestimate", "bias_correct", "adaround"]
-BN_RANGES = ["bn", "bn_published"]
-ACT_RANGES = [*BN_RANGES, "minmax", "percentile", "mse"]
+ACT_RANGES = ["bn", "bn_published", "minmax", "percentile", "mse"]
 SEARCHED = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0]  # values of --clipping_range search
 
 
 @dataclass
 class Network:
-    """A trained network and what it is evaluated on; `images()` gives batches of calibration images."""
+    """A trained network and what it is evaluated on."""
 
     facts: dict[str, str]
-    model: Any
+    deployment: Any
     test: Any
     spec: Any
-    images: Callable[[], Any]
-    granularity: str
-    histograms: Any = None  # of its ReLUs, where --act_range needs them
 
 
 def parse() -> Namespace:
@@ -132,18 +127,10 @@ def parse() -> Namespace:
     return args
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a row's network is deployed."""
-
-    w_bit: int = 32
-    a_bit: int = 32
-    sparsity: float = 0.0
-    post: str = "none"
-
-
-def settings(args: Namespace) -> list[Setting]:
+def settings(args: Namespace) -> list:
     """Every row of a model: full precision first, then the sweep, each once."""
+    from utils.deployment import Setting
+
     rows = [Setting(), *(Setting(post=post) for post in args.post)]
     rows += [Setting(*row) for row in product(args.w_bit, args.a_bit, args.sparsity, args.post)]
     # Roundings need quantized weights, and mean outputs something that shifts them.
@@ -159,7 +146,7 @@ def main() -> None:
 
     import torch
 
-    from quant import nonzero_weights, packed_bytes, prune_weights, weight_mse
+    from quant import nonzero_weights, packed_bytes, weight_mse
     from utils.device import keep_freed_memory, machine, resolve_precision, select_device
     from utils.engine import evaluate, fold_batch_norm
     from utils.files import write_csv, write_results
@@ -182,28 +169,29 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     for net in networks:
-        chosen: dict[Setting, float] = {}
+        deployment = net.deployment
+        chosen: dict[Any, float] = {}
         for setting in settings(args):
             plain = replace(setting, post="none")
             if plain not in chosen:
-                chosen[plain] = clipping_range(args, net, plain)
+                chosen[plain] = clipping_range(args, deployment, plain)
             n = chosen[plain]
             try:
-                network = deployed(args, net, setting, n)
+                network = deployment.network(setting, n)
             except ValueError as error:  # a network that has no batch norm, ReLU, ... for what is asked
                 raise UserError(f"{net.facts['model']}: {error}") from None
-            nonzero = nonzero_weights(network, bool(args.first_last_quant))
+            nonzero = nonzero_weights(network, deployment.first_last)
             result = evaluate(fold_batch_norm(network), net.test, net.spec, args.precision)
             del network  # two models at a time
-            grid, first_last = weight_grid(args, net, setting.w_bit), bool(args.first_last_quant)
-            pruned = prune_weights(net.model, setting.sparsity, args.prune, first_last)
+            grid = deployment.weight_grid(setting.w_bit)
             row = net.facts | {
                 "sparsity": setting.sparsity, "prune": args.prune if setting.sparsity else "none", "nonzero": nonzero,
-                "w_bit": setting.w_bit, "weight_range": args.weight_range, "granularity": net.granularity,
+                "w_bit": setting.w_bit, "weight_range": args.weight_range,
+                "granularity": "channel" if deployment.per_channel else "tensor",
                 "a_bit": setting.a_bit, "act_range": "none" if setting.a_bit == 32 else args.act_range,
                 "clipping_range": f"{n:g}" if n else "", "post": setting.post, "top1": round(result.top1, 4),
-                "loss": round(result.loss, 6), "weight_mse": weight_mse(pruned, **grid),
-                "bytes": packed_bytes(net.model, setting.w_bit, grid["first_last"], grid["per_channel"]),
+                "loss": round(result.loss, 6), "weight_mse": weight_mse(deployment.pruned(setting.sparsity), **grid),
+                "bytes": packed_bytes(deployment.model, setting.w_bit, grid["first_last"], grid["per_channel"]),
             }  # fmt: skip
             rows.append(row)
             print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
@@ -220,9 +208,9 @@ def load_networks(args: Namespace, device) -> list[Network]:
     """Every model with its data; all that can be wrong is looked at before the first evaluation."""
     import torch
 
-    from quant import relu_histograms
     from utils.checkpoint import dataset_name, granularity, load_checkpoint, model_from_checkpoint, training_facts
     from utils.data import calibration_batches, check_calib_images, load_dataset
+    from utils.deployment import BN_RANGES, Deployment
 
     datasets, networks = {}, []
     quantizes = any(a_bit != 32 for a_bit in args.a_bit)
@@ -250,79 +238,30 @@ def load_networks(args: Namespace, device) -> list[Network]:
             "dataset": name,
             "split": split_name,
         }
-        own = args.granularity or granularity(checkpoint)
-        net = Network(facts | training_facts(checkpoint), model, test, dataset.spec, images, own)
+        deployment = Deployment(
+            model, images, first_last=bool(args.first_last_quant), prune=args.prune, weight_range=args.weight_range,
+            per_channel=(args.granularity or granularity(checkpoint)) == "channel", act_range=args.act_range,
+            percentile=args.percentile, iterations=args.iterations, seed=args.seed,
+        )  # fmt: skip
         try:
-            if quantizes and by_batch_norm:
-                activation_ranges(args, net, 8, args.clipping_range[0])
-            elif quantizes:
-                net.histograms = relu_histograms(model, (batch for batch, _ in images()))
+            if quantizes:
+                deployment.look_at_activations()
         except ValueError as error:
             advice = "; use --act_range minmax, percentile or mse" if by_batch_norm else ""
             raise UserError(f"{path}: {error}{advice}") from None
-        networks.append(net)
+        networks.append(Network(facts | training_facts(checkpoint), deployment, test, dataset.spec))
     return networks
 
 
-def weight_grid(args: Namespace, net: Network, w_bit: int) -> dict[str, Any]:
-    """The grid of the weights, as keyword arguments of quant's functions."""
-    return {
-        "bits": w_bit, "first_last": bool(args.first_last_quant), "per_channel": net.granularity == "channel",
-        "weight_range": args.weight_range,
-    }  # fmt: skip
-
-
-def activation_ranges(args: Namespace, net: Network, a_bit: int, n: float) -> dict[str, float]:
-    """x_max of every ReLU by --act_range."""
-    from quant import bn_ranges, mse_ranges, percentile_ranges
-
-    if args.act_range == "minmax":
-        return {name: histogram.top for name, histogram in net.histograms.items()}
-    if args.act_range == "percentile":
-        return percentile_ranges(net.histograms, args.percentile)
-    if args.act_range == "mse":
-        return mse_ranges(net.histograms, a_bit)
-    return bn_ranges(net.model, n, shortcut=args.act_range == "bn")
-
-
-def deployed(args: Namespace, net: Network, setting: Setting, n: float):
-    """A copy of the network, pruned, with quantized weights and activations, and with the post-training method."""
-    from quant import (
-        adaround,
-        correct_bias,
-        prune_weights,
-        quantize_activations,
-        quantize_weights,
-        reestimate_batch_norm,
-    )
-
-    first_last, grid, a_bit = bool(args.first_last_quant), weight_grid(args, net, setting.w_bit), setting.a_bit
-    pruned = prune_weights(net.model, setting.sparsity, args.prune, first_last)
-    network = quantize_weights(pruned, **grid, inplace=setting.post != "adaround")  # which rounds the float weights
-    if a_bit != 32:
-        network = quantize_activations(network, a_bit, activation_ranges(args, net, a_bit, n), inplace=True)
-    if setting.post == "none":
-        return network
-    batches = (images for images, _ in net.images())
-    if setting.post == "bn_reestimate":
-        return reestimate_batch_norm(network, batches)
-    if setting.post == "bias_correct":
-        return correct_bias(network, net.model, batches, first_last)
-    return adaround(network, pruned, batches, **grid, iterations=args.iterations, seed=args.seed)
-
-
-def clipping_range(args: Namespace, net: Network, setting: Setting) -> float:
+def clipping_range(args: Namespace, deployment, setting) -> float:
     """n of the bn ranges: of several the one of least loss on the calibration images; 0 if no bn range is used."""
-    from utils.engine import evaluate_batches, fold_batch_norm
+    from utils.deployment import BN_RANGES
 
     if setting.a_bit == 32 or args.act_range not in BN_RANGES:
         return 0.0
     if len(args.clipping_range) == 1:
         return args.clipping_range[0]
-    losses = {
-        n: evaluate_batches(fold_batch_norm(deployed(args, net, setting, n)), net.images(), args.precision).loss
-        for n in args.clipping_range
-    }
+    losses = deployment.clipping_losses(setting, args.clipping_range, args.precision)
     curve = ", ".join(f"{n:g}: {loss:.4f}" for n, loss in losses.items())
     best = min(losses, key=losses.get)
     pruned = f", sparsity {setting.sparsity:g}" if setting.sparsity else ""
@@ -338,10 +277,11 @@ def layer_report(args: Namespace, net: Network) -> list[dict[str, Any]]:
     from quant import layer_rows
     from utils.engine import evaluate
 
-    grid = weight_grid(args, net, args.w_bit[0])
-    full = evaluate(net.model, net.test, net.spec, args.precision).top1
+    deployment = net.deployment
+    full = evaluate(deployment.model, net.test, net.spec, args.precision).top1
     rows = []
-    for row, network in layer_rows(net.model, (images for images, _ in net.images()), **grid):
+    images = (batch for batch, _ in deployment.images())
+    for row, network in layer_rows(deployment.model, images, **deployment.weight_grid(args.w_bit[0])):
         lost = full - evaluate(network, net.test, net.spec, args.precision).top1
         rows.append({"model": net.facts["model"], **row, "top1_lost": round(lost, 4)})
     return rows

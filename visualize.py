@@ -24,7 +24,8 @@ The paper's figures 2 (a toy loss in the warped space), 3 (a sparse network's we
   python visualize.py --figure 4 --results results/hessian --out fig
 
 Needs no display. In a histogram a column is a network, the upper row its float weights, the lower row the same weights
-quantized; thin lines mark the points of the grid, up to 5 bits.
+quantized on the grid, or the grids of its output channels, that it was trained for; thin lines mark the points of a
+tensor's grid, up to 5 bits.
 """
 
 from argparse import Namespace
@@ -96,10 +97,14 @@ def main() -> None:
 
 
 def load_networks(args: Namespace) -> dict:
-    from utils.checkpoint import load_checkpoint, model_from_checkpoint
+    """(network, whether it was trained for a grid for each output channel) by label."""
+    from utils.checkpoint import granularity, load_checkpoint, model_from_checkpoint
 
-    pairs = zip(args.labels, args.model_path, strict=True)
-    return {label: model_from_checkpoint(load_checkpoint(path), path) for label, path in pairs}
+    networks = {}
+    for label, path in zip(args.labels, args.model_path, strict=True):
+        checkpoint = load_checkpoint(path)
+        networks[label] = model_from_checkpoint(checkpoint, path), granularity(checkpoint) == "channel"
+    return networks
 
 
 def layer_figures(args: Namespace) -> list:
@@ -108,14 +113,20 @@ def layer_figures(args: Namespace) -> list:
     from utils.figures import layer_histograms
 
     networks = load_networks(args)
-    widths = [layer_bits(network, args.w_bit, bool(args.first_last_quant)) for network in networks.values()]
+    by_channel = {label for label, (_, per_channel) in networks.items() if per_channel}
+    widths = [layer_bits(network, args.w_bit, bool(args.first_last_quant)) for network, _ in networks.values()]
     shared = [name for name in widths[0] if name.endswith("weight") and all(name in names for names in widths)]
     unknown = [name for name in args.layers or [] if name not in shared]
     if unknown:
         raise UserError(f"no quantized layer {unknown[0]!r}; the layers are {', '.join(shared)}")
     layers = args.layers or shared
-    weights = {name: {k: network.get_parameter(name).detach() for k, network in networks.items()} for name in layers}
-    return [(name, len(layers), partial(layer_histograms, name, weights[name], widths[0][name])) for name in layers]
+    weights = {
+        name: {k: network.get_parameter(name).detach() for k, (network, _) in networks.items()} for name in layers
+    }
+    return [
+        (name, len(layers), partial(layer_histograms, name, weights[name], widths[0][name], by_channel))
+        for name in layers
+    ]
 
 
 def one(results: list[str]) -> str:
@@ -147,6 +158,9 @@ def bits_figures(args: Namespace) -> list:
         "SGD": [row for row in rows if row["trained"] == "SGD" and row["epoch"] == str(last)],
         "PSGD": [row for row in rows if row["trained"] == f"PSGD W{row['w_bit']}"],
     }
+    by_channel = [row for row in rows if row["trained"] == f"PSGD W{row['w_bit']} channel"]
+    if by_channel:
+        series["PSGD, grids of channels"] = by_channel
     return [("figure1a", 1, partial(errors_over_bits, series))]
 
 
@@ -207,7 +221,7 @@ def sparse_figures(args: Namespace) -> list:
 
     weights = {
         label: torch.cat([weight.detach().flatten() for weight in prunable_weights(network).values()])
-        for label, network in load_networks(args).items()
+        for label, (network, _) in load_networks(args).items()
     }
     return [("figure3", 1, partial(sparse_histograms, weights, args.sparsity))]
 

@@ -4,6 +4,7 @@ All take unaugmented training images, never test images, and change the quantize
 """
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mod
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch-norm statistics to re-estimate")
+    batches = iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("re-estimating batch norm needs at least one batch of images")
     momenta = [norm.momentum for norm in norms]
     model.eval()
     try:
@@ -40,14 +45,12 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mod
             norm.reset_running_stats()
             norm.momentum = None  # the average over batches
             norm.train()
-        for images in batches:
+        for images in chain([first], batches):
             model(images)
     finally:
         model.eval()
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
-    if not any(norm.num_batches_tracked for norm in norms):
-        raise ValueError("re-estimating batch norm needs at least one batch of images")
     return model
 
 
@@ -85,14 +88,17 @@ def adaround(
 
     Layer by layer, in the order in which they run, the roundings are learned by Adam: `iterations` steps on SAMPLES
     images each, on the squared difference between the output of the float network's layer and that of the quantized
-    layer on its own, already quantized input (AdaRound, Nagel et al. 2020). Biases stay rounded to the nearest, and
-    weights that are zero in `model`, as pruned ones are, stay zero.
+    layer on its own, already quantized input (AdaRound, Nagel et al. 2020). Biases stay rounded to the nearest, as do
+    the weights of spectral_norm and its kin, and weights that are zero in `model`, as pruned ones are, stay zero. A
+    weight that layers share is learned in the first of them.
     """
     batches = list(batches)
     widths = layer_bits(model, bits, first_last)
     generator = torch.Generator().manual_seed(seed)
     for name in layers_in_order(model, batches[0], first_last):
-        width = widths[f"{name}.weight"]
+        width = widths.get(f"{name}.weight")
+        if width is None:
+            continue
         layer, source = quantized.get_submodule(name), model.get_submodule(name)
         inputs = torch.cat(capture(quantized, name, batches, output=False))
         targets = torch.cat(capture(model, name, batches, output=True))

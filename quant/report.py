@@ -25,13 +25,16 @@ def layer_rows(
     The model is the same object each time, quantized in place: use it before the next row. A row has layer, bits, the
     number of weights, mse of the weights, sqnr (signal to quantization noise, in dB), grid_share (share of the weights
     within a tenth of a step of the grid), and input_min and input_max of the layer's inputs over `batches` of images.
+    A weight that layers share has its row with the first of them; one that is computed, as by spectral_norm, has none.
     """
     batches = list(batches)
     widths = layer_bits(model, bits, first_last)
     for name in layers_in_order(model, batches[0], first_last):
+        width = widths.get(f"{name}.weight")
+        if width is None:
+            continue
         layer = model.get_submodule(name)
         keys = [key for key in ("weight", "bias") if f"{name}.{key}" in widths]
-        width = widths[f"{name}.weight"]
         before = {key: layer.get_parameter(key).detach().clone() for key in keys}
         weight = before["weight"]
         error = fake_quantize_weight(weight, width, per_channel, weight_range) - weight

@@ -30,12 +30,16 @@ def prunable_weights(model: nn.Module, first_last: bool = True) -> dict[str, nn.
 def sparse_param_groups(model: nn.Module, first_last: bool = True) -> list[dict[str, Any]]:
     """Parameter groups for sparse training with PSGD: the prunable weights with target "zero", then all others.
 
-    Parameters that do not require a gradient are left out. Raises ValueError for a model with nothing to prune.
+    Parameters that do not require a gradient are left out. Raises ValueError for a model with nothing to prune, or of
+    which all that can be pruned is frozen.
     """
     prunable = {id(weight) for weight in prunable_weights(model, first_last).values()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scaled = [parameter for parameter in trained if id(parameter) in prunable]
+    if not scaled:
+        raise ValueError(f"{type(model).__name__} has no weights to scale: all that can be pruned are frozen")
     others = [parameter for parameter in trained if id(parameter) not in prunable]
-    groups = [{"params": [parameter for parameter in trained if id(parameter) in prunable], "target": "zero"}]
+    groups = [{"params": scaled, "target": "zero"}]
     return groups + ([{"params": others}] if others else [])
 
 

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.ops import StochasticDepth
 
-from models import build_model, vgg16_bn
+from models import build_model
 from quant import (
     adaround,
     calibrate,
@@ -58,8 +59,13 @@ def test_a_batch_norm_that_is_not_called_is_no_missing_batch(net):
 def test_bad_networks_and_images():
     with pytest.raises(ValueError, match="Sequential has no batch-norm statistics"):
         reestimate_batch_norm(nn.Sequential(nn.Linear(2, 2)), [torch.randn(4, 2)])
+
+
+def test_no_images_leave_the_statistics_as_they_are(net):
+    before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match="at least one batch"):
-        reestimate_batch_norm(vgg16_bn(10), [])
+        reestimate_batch_norm(net, [])
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
 def test_correct_bias_restores_the_mean_of_every_layer(net):
@@ -215,6 +221,22 @@ def test_modes_of_the_float_network_are_restored(net):
         pass
     calibrate(net, [images], 8)
     assert [module.training for module in net.modules()] == modes
+
+
+def test_layers_without_a_weight_of_their_own():
+    """One that shares its weight, and one whose weight is computed from another."""
+    torch.manual_seed(0)
+    first, tied, computed = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    tied.weight = first.weight
+    stack = nn.Sequential(first, nn.ReLU(), tied, nn.ReLU(), spectral_norm(computed), nn.ReLU(), nn.Linear(4, 2))
+    images = torch.randn(64, 4)
+    assert [row["layer"] for row, _ in layer_rows(stack.eval(), [images], 4)] == ["0", "6"]
+    learned = adaround(quantize_weights(stack, 4), stack, [images], bits=4, iterations=100, lr=0.1)
+    assert learned[2].weight is learned[0].weight and torch.isfinite(learned(images)).all()
+    scale = weight_scale(first.weight, 4)
+    integers = learned[0].weight / scale
+    assert torch.allclose(integers, integers.round(), atol=1e-5)
+    assert torch.equal(learned[4].bias, fake_quantize_weight(computed.bias, 4))
 
 
 def test_average_needs_batch_norm(rejected, tmp_path):

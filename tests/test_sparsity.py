@@ -117,6 +117,13 @@ def test_sparse_param_groups(net, first_last):
         assert torch.allclose(net.get_parameter(name), before[name] - multiplier * gradient, atol=1e-6), name
 
 
+def test_sparse_param_groups_of_a_frozen_network(net):
+    for weight in prunable_weights(net).values():
+        weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="SmallNet has no weights to scale: all that can be pruned are frozen"):
+        sparse_param_groups(net)
+
+
 def test_psg_to_zero_is_powerpropagation_to_first_order():
     """Powerpropagation (Schwarz et al. 2021) with exponent 2 trains p in w = p * |p|; that is PSG with lambda_s = 4."""
     torch.manual_seed(0)

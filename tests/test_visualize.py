@@ -1,5 +1,7 @@
 """visualize.py: one readable picture a layer, without a display."""
 
+from argparse import Namespace
+
 import matplotlib.image
 import numpy
 import pytest
@@ -8,6 +10,7 @@ import torch
 from quant import fake_quantize_weight
 from utils.figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
 from utils.paper_figures import sparse_histograms, toy_trajectories
+from visualize import bits_figures
 
 
 def test_a_picture_for_each_layer(cli, tmp_path, digits_run, monkeypatch):
@@ -44,6 +47,19 @@ def test_histogram_content(width):
         assert {round(point.item(), 5) for point in points} <= lines and len(lines) == 2**width - 1
 
 
+def test_a_network_with_grids_of_channels_is_drawn_on_them(cli, tmp_path, channel_run, digits_run):
+    for out, run in (("channel", channel_run), ("tensor", digits_run)):
+        flags = ["--model_path", run, "--labels", "PSGD", "--layers", "conv1.weight", "--w_bit", "2", "--out", out]
+        assert cli("visualize.py", *flags).code == 0
+    pictures = [matplotlib.image.imread(tmp_path / out / "conv1.weight.png") for out in ("channel", "tensor")]
+    assert not numpy.array_equal(*pictures)
+    weight = torch.tensor([[1.0, 0.3], [0.1, 0.02]])
+    axes = layer_histograms("fc.weight", {"PSGD": weight}, 2, {"PSGD"}).axes
+    assert not axes[0].lines and not axes[1].lines
+    filled = [patch.get_x() + patch.get_width() / 2 for patch in axes[1].patches if patch.get_height()]
+    assert filled == pytest.approx([0, 0.1, 1], abs=0.01)
+
+
 def test_figure_1a(cli, tmp_path):
     """Bars are errors, lines weight errors; a PSGD bar is of the network trained for that bit-width, seeds averaged."""
     header = "trained,epoch,seed,w_bit,a_bit,post,top1,weight_mse\n"
@@ -51,10 +67,15 @@ def test_figure_1a(cli, tmp_path):
         "SGD,82,1,4,32,none,99,1", "SGD,150,1,32,32,none,70,0", "SGD,150,1,8,32,none,69,1e-6",
         "SGD,150,1,4,32,none,50,1e-3", "SGD,150,1,4,32,bn_reestimate,60,1e-3", "PSGD W4,150,1,4,32,none,68,1e-4",
         "PSGD W4,150,2,4,32,none,70,3e-4", "PSGD W4,150,1,8,32,none,1,1", "PSGD W4,150,1,4,4,none,1,1",
+        "PSGD W4 channel,150,1,4,32,none,71,2e-4", "PSGD W4 channel,150,1,2,32,none,1,1",
     ]  # fmt: skip
     (tmp_path / "r.csv").write_text(header + "\n".join(rows) + "\n")
     outcome = cli("visualize.py", "--figure", "1a", "--results", "r.csv", "--out", "fig")
     assert outcome.code == 0 and (tmp_path / "fig/figure1a.png").stat().st_size > 10_000, outcome.err
+    ((_, _, draw),) = bits_figures(Namespace(results=[str(tmp_path / "r.csv")]))
+    assert {label: [row["top1"] for row in rows] for label, rows in draw.args[0].items()} == {
+        "SGD": ["70", "69", "50"], "PSGD": ["68", "70"], "PSGD, grids of channels": ["71"],
+    }  # fmt: skip
     series = {
         "SGD": [{"w_bit": "8", "top1": "69", "weight_mse": "1e-6"}, {"w_bit": "4", "top1": "50", "weight_mse": "1e-3"}],
         "PSGD": [{"w_bit": "4", "top1": top1, "weight_mse": mse} for top1, mse in (("68", "1e-4"), ("70", "3e-4"))],

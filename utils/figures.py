@@ -3,7 +3,7 @@
 Call matplotlib.use("Agg") before where there is no display.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy
 import seaborn
@@ -22,8 +22,12 @@ def color_of(label: str, position: int) -> str:
     return COLORS.get(label, OTHER_COLORS[position % len(OTHER_COLORS)])
 
 
-def layer_histograms(name: str, weights: dict, width: int):
-    """Figure of one layer: a column for each network of `weights` (label -> tensor), float above quantized."""
+def layer_histograms(name: str, weights: dict, width: int, by_channel: Collection[str] = ()):
+    """Figure of one layer: a column for each network of `weights` (label -> tensor), float above quantized.
+
+    The labels in `by_channel` have a grid for each output channel, too many points to mark.
+    """
+    quantized = {label: fake_quantize_weight(weight, width, label in by_channel) for label, weight in weights.items()}
     limit = 1.04 * max(weight.abs().max().item() for weight in weights.values())
     edges = numpy.linspace(-limit, limit, BINS + 1)
     figure, axes = pyplot.subplots(
@@ -32,10 +36,11 @@ def layer_histograms(name: str, weights: dict, width: int):
     )  # fmt: skip
     for column, (label, weight) in enumerate(weights.items()):
         color = color_of(label, column)
-        quantized = fake_quantize_weight(weight, width)
         largest = weight_quant_max(width)
-        points = weight_scale(weight, width).item() * numpy.arange(-largest, largest + 1) if width <= 5 else []
-        for axis, values, kind in ((axes[0][column], weight, "float"), (axes[1][column], quantized, f"{width} bits")):
+        marked = width <= 5 and label not in by_channel
+        points = weight_scale(weight, width).item() * numpy.arange(-largest, largest + 1) if marked else []
+        rows = ((axes[0][column], weight, "float"), (axes[1][column], quantized[label], f"{width} bits"))
+        for axis, values, kind in rows:
             for point in points:
                 axis.axvline(point, color="0.75", linewidth=0.6, zorder=0)
             seaborn.histplot(
@@ -44,7 +49,7 @@ def layer_histograms(name: str, weights: dict, width: int):
             axis.set_title(f"{label}, {kind}")
             axis.set_ylabel("weights in a bin" if column == 0 else "")
         axes[1][column].set_xlabel("weight")
-    mse = ", ".join(f"{k} {(w - fake_quantize_weight(w, width)).square().mean():.2e}" for k, w in weights.items())
+    mse = ", ".join(f"{k} {(w - quantized[k]).square().mean():.2e}" for k, w in weights.items())
     figure.suptitle(f"{name}    mean-squared error at {width} bits: {mse}", fontsize="medium")
     return figure
 
