@@ -208,7 +208,7 @@ def load_networks(args: Namespace, device) -> list[Network]:
     """Every model with its data; all that can be wrong is looked at before the first evaluation."""
     import torch
 
-    from utils.checkpoint import dataset_name, granularity, load_checkpoint, model_from_checkpoint, training_facts
+    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel, training_facts
     from utils.data import calibration_batches, check_calib_images, load_dataset
     from utils.deployment import BN_RANGES, Deployment
 
@@ -240,12 +240,12 @@ def load_networks(args: Namespace, device) -> list[Network]:
         }
         deployment = Deployment(
             model, images, first_last=bool(args.first_last_quant), prune=args.prune, weight_range=args.weight_range,
-            per_channel=(args.granularity or granularity(checkpoint)) == "channel", act_range=args.act_range,
+            per_channel=per_channel(checkpoint, args.granularity), act_range=args.act_range,
             percentile=args.percentile, iterations=args.iterations, seed=args.seed,
         )  # fmt: skip
         try:
             if quantizes:
-                deployment.look_at_activations()
+                deployment.activation_ranges(8, args.clipping_range[0])
         except ValueError as error:
             advice = "; use --act_range minmax, percentile or mse" if by_batch_norm else ""
             raise UserError(f"{path}: {error}{advice}") from None

@@ -77,7 +77,7 @@ def main() -> None:
         save_packed,
         to_onnx,
     )
-    from utils.checkpoint import dataset_name, granularity, load_checkpoint, model_from_checkpoint
+    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel
     from utils.data import DATASETS, calibration_batches, check_calib_images, normalize
 
     path = Path(args.model_path)
@@ -91,7 +91,7 @@ def main() -> None:
     spec = DATASETS[name]
     grid = {
         "bits": args.w_bit, "first_last": bool(args.first_last_quant),
-        "per_channel": (args.granularity or granularity(checkpoint)) == "channel",
+        "per_channel": per_channel(checkpoint, args.granularity),
     }  # fmt: skip
     dataset = dataset_at_hand(args, name)
     reference = quantize_weights(model, **grid)

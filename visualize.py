@@ -98,12 +98,12 @@ def main() -> None:
 
 def load_networks(args: Namespace) -> dict:
     """(network, whether it was trained for a grid for each output channel) by label."""
-    from utils.checkpoint import granularity, load_checkpoint, model_from_checkpoint
+    from utils.checkpoint import load_checkpoint, model_from_checkpoint, per_channel
 
     networks = {}
     for label, path in zip(args.labels, args.model_path, strict=True):
         checkpoint = load_checkpoint(path)
-        networks[label] = model_from_checkpoint(checkpoint, path), granularity(checkpoint) == "channel"
+        networks[label] = model_from_checkpoint(checkpoint, path), per_channel(checkpoint)
     return networks
 
 
@@ -113,7 +113,7 @@ def layer_figures(args: Namespace) -> list:
     from utils.figures import layer_histograms
 
     networks = load_networks(args)
-    by_channel = {label for label, (_, per_channel) in networks.items() if per_channel}
+    by_channel = {label for label, (_, channels) in networks.items() if channels}
     widths = [layer_bits(network, args.w_bit, bool(args.first_last_quant)) for network, _ in networks.values()]
     shared = [name for name in widths[0] if name.endswith("weight") and all(name in names for names in widths)]
     unknown = [name for name in args.layers or [] if name not in shared]

@@ -36,7 +36,7 @@ def main() -> None:
     import torch
 
     from quant import prune_weights, quantize_weights, reestimate_batch_norm
-    from utils.checkpoint import RUN_STATE, granularity, load_checkpoint, model_from_checkpoint, save_checkpoint
+    from utils.checkpoint import RUN_STATE, load_checkpoint, model_from_checkpoint, per_channel, save_checkpoint
     from utils.data import calibration_batches, check_calib_images, load_dataset
     from utils.device import select_device
 
@@ -65,9 +65,9 @@ def main() -> None:
     train, _, _ = dataset.splits(settings["val_split"])
     check_calib_images(args.calib_images, train)
     mean.to(device, memory_format=torch.channels_last)
-    first_last, per_channel = bool(settings["first_last_quant"]), granularity(last) == "channel"
+    first_last = bool(settings["first_last_quant"])
     pruned = prune_weights(mean, args.sparsity, first_last=first_last)
-    deployed = quantize_weights(pruned, args.w_bit, first_last, per_channel, inplace=True)
+    deployed = quantize_weights(pruned, args.w_bit, first_last, per_channel(last), inplace=True)
     images = (batch for batch, _ in calibration_batches(train, dataset.spec, args.calib_images, args.seed))
     try:
         state = reestimate_batch_norm(deployed, images).state_dict() | dict(mean.named_parameters())

@@ -145,9 +145,11 @@ def model_from_checkpoint(
     return model
 
 
-def granularity(checkpoint: dict[str, Any]) -> str:
-    """What had a grid of its own in training: "channel", or "tensor", also where the file does not say."""
-    return "channel" if checkpoint.get("args", {}).get("granularity") == "channel" else "tensor"
+def per_channel(checkpoint: dict[str, Any], granularity: str | None = None) -> bool:
+    """Whether each output channel has a grid of its own: as `granularity`, "tensor" or "channel", says; with None as in
+    training, where a tensor has one if the file does not say.
+    """
+    return (granularity or checkpoint.get("args", {}).get("granularity")) == "channel"
 
 
 def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
@@ -166,7 +168,7 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
         facts["trained"] = f"{scaled} {goal}" if args["psg"] else plain
         if args["psg"]:
             facts["trained"] += " update" if args.get("psg_acts_on") == "update" else ""
-            facts["trained"] += " channel" if granularity(checkpoint) == "channel" else ""
+            facts["trained"] += " channel" if per_channel(checkpoint) else ""
         facts["trained"] += " L1" if args.get("l1") else ""
         facts["trained"] += " grad-L1" if args.get("grad_l1") else ""
     averaged = checkpoint.get("averaged_epochs", [])

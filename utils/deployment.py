@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,14 +50,11 @@ class Deployment:
     percentile: float = 99.99
     iterations: int = 1000  # of adaround
     seed: int = 1
-    histograms: Any = None  # of its ReLUs, where act_range needs them: see `look_at_activations`
 
-    def look_at_activations(self) -> None:
-        """Once, before a row with quantized activations. Raises ValueError if act_range cannot be had of the model."""
-        if self.act_range in BN_RANGES:
-            self.activation_ranges(8, 1.0)
-        else:
-            self.histograms = relu_histograms(self.model, (batch for batch, _ in self.images()))
+    @cached_property
+    def histograms(self) -> Any:
+        """Of the model's ReLUs on the training images."""
+        return relu_histograms(self.model, (batch for batch, _ in self.images()))
 
     def weight_grid(self, w_bit: int) -> dict[str, Any]:
         """The grid of the weights, as keyword arguments of quant's functions."""
@@ -66,7 +64,9 @@ class Deployment:
         }  # fmt: skip
 
     def activation_ranges(self, a_bit: int, n: float) -> dict[str, float]:
-        """x_max of every ReLU by act_range; `n` standard deviations up for the bn ranges."""
+        """x_max of every ReLU by act_range; for the bn ranges `n` standard deviations up. Raises ValueError if the
+        model has none to be had.
+        """
         if self.act_range == "minmax":
             return {name: histogram.top for name, histogram in self.histograms.items()}
         if self.act_range == "percentile":
