@@ -41,26 +41,29 @@ def test_readme_begins_with_the_two_make_commands():
 
 
 def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
-    """Its commands for two seeds and two bit-widths, where there are no runs: all flags parse, none is missing."""
+    """Its commands for two seeds and three targets, where there are no runs: all flags parse, none is missing."""
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, tmp_path)
+    chosen = ["SEEDS=1 2", "TARGETS=4bits 4bits_channel 2bits"]
     done = subprocess.run(
-        ["make", "-n", "reproduce", "SEEDS=1 2", "W_BITS=4 2"], cwd=tmp_path, check=True, capture_output=True, text=True
+        ["make", "-n", "reproduce", *chosen], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     text = done.stdout.replace("\\\n", " ")
     parse = importlib.import_module("train").parser().parse_args
     runs = [parse(shlex.split(flags)) for flags in re.findall(r"python train\.py ([^;\n]*)", text)]
     stages = [args for args in runs if args.psg and not args.adam and not args.resume]
-    assert {(args.w_bit, args.lambda_s) for args in stages} == {(4, 150), (2, 600)}
+    settings = {(args.w_bit, args.lambda_s, args.granularity) for args in stages}
+    assert settings == {(4, 150, "tensor"), (4, 150, "channel"), (2, 600, "tensor")}
     started = {(args.exp_name, args.psg, args.adam, args.w_bit, args.seed) for args in runs if not args.resume}
     assert started == {
         ("vanilla", 0, 0, None, 1),
-        *((f"cifar100/{bits}bits_seed{seed}", 1, 0, bits, seed) for bits in (4, 2) for seed in (1, 2)),
+        *((f"cifar100/4bits{grids}_seed{seed}", 1, 0, 4, seed) for grids in ("", "_channel") for seed in (1, 2)),
+        *((f"cifar100/2bits_seed{seed}", 1, 0, 2, seed) for seed in (1, 2)),
         ("cifar100/adam_seed1", 0, 1, None, 1), ("cifar100/adam_4bits_seed1", 1, 1, 4, 1),
     }  # fmt: skip
     assert {args.exp_name for args in runs if args.resume} == {name for name, *_ in started}
-    renewed = re.findall(r"utils\.average runs/cifar100/(\d)bits_seed\d --epochs 150 --w_bit (\d) --out ", text)
-    assert len(renewed) == 4 and all(bits == width for bits, width in renewed)
+    renewed = re.findall(r"utils\.average runs/cifar100/(\d)bits\w*_seed\d --epochs 150 --w_bit (\d) --out ", text)
+    assert len(renewed) == 6 and all(bits == width for bits, width in renewed)
 
 
 @pytest.fixture
