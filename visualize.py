@@ -24,8 +24,8 @@ The paper's figures 2 (a toy loss in the warped space), 3 (a sparse network's we
   python visualize.py --figure 4 --results results/hessian --out fig
 
 Needs no display. In a histogram a column is a network, the upper row its float weights, the lower row the same weights
-quantized on the grid, or the grids of its output channels, that it was trained for; thin lines mark the points of a
-tensor's grid, up to 5 bits.
+quantized on the grid, or the grids of its output channels, that it was trained for; thin lines mark its points, up to 5
+bits. With grids of channels the axis counts steps, each weight's of its own channel.
 """
 
 from argparse import Namespace

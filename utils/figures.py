@@ -25,30 +25,31 @@ def color_of(label: str, position: int) -> str:
 def layer_histograms(name: str, weights: dict, width: int, by_channel: Collection[str] = ()):
     """Figure of one layer: a column for each network of `weights` (label -> tensor), float above quantized.
 
-    The labels in `by_channel` have a grid for each output channel, too many points to mark.
+    Thin lines mark the points of the grid, up to 5 bits. The labels in `by_channel` have a grid for each output
+    channel: their axis counts steps, each weight's of its own channel, so that one grid shows them all.
     """
     quantized = {label: fake_quantize_weight(weight, width, label in by_channel) for label, weight in weights.items()}
-    limit = 1.04 * max(weight.abs().max().item() for weight in weights.values())
-    edges = numpy.linspace(-limit, limit, BINS + 1)
+    largest = weight_quant_max(width)
+    limit = max((weight.abs().max().item() for label, weight in weights.items() if label not in by_channel), default=0)
     figure, axes = pyplot.subplots(
-        2, len(weights), figsize=(1 + 4.6 * len(weights), 5.6), sharex=True, sharey="row", squeeze=False,
+        2, len(weights), figsize=(1 + 4.6 * len(weights), 5.6), sharex="col", sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for column, (label, weight) in enumerate(weights.items()):
-        color = color_of(label, column)
-        largest = weight_quant_max(width)
-        marked = width <= 5 and label not in by_channel
-        points = weight_scale(weight, width).item() * numpy.arange(-largest, largest + 1) if marked else []
+        scale = weight_scale(weight, width, label in by_channel)
+        unit, step, end = (scale, 1, largest) if label in by_channel else (1, scale.item(), limit)
+        points = step * numpy.arange(-largest, largest + 1) if width <= 5 else []
         rows = ((axes[0][column], weight, "float"), (axes[1][column], quantized[label], f"{width} bits"))
         for axis, values, kind in rows:
             for point in points:
                 axis.axvline(point, color="0.75", linewidth=0.6, zorder=0)
             seaborn.histplot(
-                values.flatten().numpy(), bins=edges, ax=axis, color=color, edgecolor=None, linewidth=0, alpha=1
-            )
+                (values / unit).flatten().numpy(), bins=numpy.linspace(-1.04 * end, 1.04 * end, BINS + 1), ax=axis,
+                color=color_of(label, column), edgecolor=None, linewidth=0, alpha=1,
+            )  # fmt: skip
             axis.set_title(f"{label}, {kind}")
             axis.set_ylabel("weights in a bin" if column == 0 else "")
-        axes[1][column].set_xlabel("weight")
+        axes[1][column].set_xlabel("weight, in steps of its channel's grid" if label in by_channel else "weight")
     mse = ", ".join(f"{k} {(w - quantized[k]).square().mean():.2e}" for k, w in weights.items())
     figure.suptitle(f"{name}    mean-squared error at {width} bits: {mse}", fontsize="medium")
     return figure
