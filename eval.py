@@ -147,14 +147,12 @@ def main() -> None:
     import torch
 
     from quant import nonzero_weights, packed_bytes, weight_mse
-    from utils.device import keep_freed_memory, machine, resolve_precision, select_device
+    from utils.device import machine, resolve_precision, select_device
     from utils.engine import evaluate, fold_batch_norm
     from utils.files import write_csv, write_results
 
     device, device_line = select_device(args.device, args.cu_num)
     args.precision = resolve_precision(args.precision, device)
-    if device.type == "cpu":
-        keep_freed_memory()
     networks = load_networks(args, device)
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)

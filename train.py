@@ -180,7 +180,7 @@ def main() -> None:
     from quant import gradient_penalty, steer_lambda_s
     from utils import checkpoint as checkpoints
     from utils.data import load_dataset, train_batches
-    from utils.device import keep_freed_memory, machine, resolve_precision, select_device, set_deterministic
+    from utils.device import machine, resolve_precision, select_device, set_deterministic
     from utils.distributed import join, leave, own_device
     from utils.engine import NonFiniteError, check_moves, check_takes, evaluate_goal
     from utils.signals import StopRequest
@@ -193,8 +193,6 @@ def main() -> None:
     args.precision = resolve_precision(args.precision, device)
     if args.deterministic:
         set_deterministic()
-    if device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(args.seed)
 
     # Everything that can be wrong is looked at before the run folder is made, files before downloads.

@@ -39,12 +39,10 @@ def main() -> None:
     import torch
 
     from utils.data import load_dataset
-    from utils.device import keep_freed_memory, machine, resolve_precision, select_device
+    from utils.device import machine, resolve_precision, select_device
 
     device, _ = select_device(args.device, 0)
     precision = resolve_precision("auto", device)
-    if device.type == "cpu":
-        keep_freed_memory()
     started = time.perf_counter()
     dataset = load_dataset(args.dataset, args.data_dir, device)
     figures: dict[str, Any] = {"data_ready_seconds": time.perf_counter() - started}
