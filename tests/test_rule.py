@@ -8,6 +8,7 @@ from torch import nn
 
 from quant import PSGD, fake_quantize_weight, layer_bits, psg_param_groups
 from tests.test_psgd import backward, fill_gradients, same, sgd, twin_multiplier, weights
+from utils.device import select_device
 
 # --- the rule -----------------------------------------------------------------------------------------------------
 
@@ -44,6 +45,22 @@ def test_whole_training_equals_a_plain_loop(net):
                 parameter.grad *= twin_multiplier(parameter.detach(), widths[name], 150)
         plain.step()
     assert same(weights(net), weights(reference))
+
+
+def test_a_weight_drawn_to_zero_is_denormal_unless_these_are_flushed():
+    """Each step takes it half of the way; the scripts flush, as denormal numbers slow some CPUs down."""
+    ends = []
+    for flush in (False, True):
+        torch.set_flush_denormal(False)
+        if flush:
+            select_device("cpu", 0)
+        weight = nn.Parameter(torch.tensor([1.0, 1e-3]))
+        optimizer = PSGD(torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.01), lambda_s=50)
+        for _ in range(200):
+            weight.grad = torch.tensor([0.0, 1.0])
+            optimizer.step()
+        ends.append(weight[1].item())
+    assert 0 < ends[0] < torch.finfo(torch.float32).tiny and ends[1] == 0
 
 
 def test_adam_undoes_a_factor_of_the_gradient_but_not_of_the_update(net):

@@ -20,7 +20,10 @@ def select_device(name: str | None, cu_num: int) -> tuple[torch.device, str]:
     """
     kind = None
     if name is None:
-        name, kind = (f"cuda:{cu_num}", None) if torch.cuda.is_available() else ("cpu", "no CUDA GPU found")
+        if torch.cuda.is_available():
+            name = f"cuda:{cu_num}"
+        else:
+            name, kind = "cpu", "no CUDA GPU found"
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # there are devices without values, such as meta
