@@ -79,11 +79,11 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]):
     bars.set_xticks(range(len(widths)), [f"W{width}" for width in widths])
     bars.set_xlabel("bit-width of the weights (PSGD: trained for that bit-width)")
     bars.set_ylabel("top-1 test error in percent (bars)")
-    bars.set_ylim(0, 112)
+    bars.set_ylim(0, 105)
     lines.set_yscale("log")
     lines.set_ylabel("mean-squared error of the weights (lines)")
     handles = [pair for axis in (bars, lines) for pair in zip(*axis.get_legend_handles_labels())]
-    lines.legend(*zip(*handles), loc="upper left", fontsize="small", ncols=2)
+    figure.legend(*zip(*handles), loc="outside upper center", fontsize="small", ncols=2)
     return figure
 
 
