@@ -290,7 +290,7 @@ def test_readme_has_the_results_of_every_shipped_checkpoint():
     ],
 )
 def test_shipped_checkpoint_has_its_published_figures(cli, tmp_path, name, flags):
-    """On the real test set: the published row, a grid for each channel, two bits with the first and last layer at eight, 90 % zeros."""
+    """On the real test set: the published row, grids of channels, two bits with first and last layer at 8, zeros."""
     model = ROOT / "models" / f"{name}_ResNet.pth"
     assert cli("eval.py", "--model_path", model, "--data_dir", CIFAR100.parent, *flags, "--out", name).code == 0
     figures = published()
