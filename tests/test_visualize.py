@@ -55,9 +55,10 @@ def test_a_network_with_grids_of_channels_is_drawn_on_them(cli, tmp_path, channe
     assert not numpy.array_equal(*pictures)
     weight = torch.tensor([[1.0, 0.3], [0.1, 0.02]])
     axes = layer_histograms("fc.weight", {"PSGD": weight}, 2, {"PSGD"}).axes
-    filled = [patch.get_x() + patch.get_width() / 2 for patch in axes[0].patches if patch.get_height()]
-    assert filled == pytest.approx([0.2, 0.3, 1], abs=0.01)  # each weight in steps of its channel, of 1 and 0.1
-    assert {line.get_xdata()[0] for line in axes[0].lines} == {-1, 0, 1}
+    for axis, steps in zip(axes, ([0.2, 0.3, 1], [0, 1])):  # of each weight's channel: 1 and 0.1
+        filled = [patch.get_x() + patch.get_width() / 2 for patch in axis.patches if patch.get_height()]
+        assert filled == pytest.approx(steps, abs=0.01)
+        assert {line.get_xdata()[0] for line in axis.lines} == {-1, 0, 1}
 
 
 def test_figure_1a(cli, tmp_path):

@@ -36,17 +36,16 @@ def layer_histograms(name: str, weights: dict, width: int, by_channel: Collectio
         layout="constrained",
     )  # fmt: skip
     for column, (label, weight) in enumerate(weights.items()):
-        scale = weight_scale(weight, width, label in by_channel)
+        color, scale = color_of(label, column), weight_scale(weight, width, label in by_channel)
         unit, step, end = (scale, 1, largest) if label in by_channel else (1, scale.item(), limit)
+        edges = numpy.linspace(-1.04 * end, 1.04 * end, BINS + 1)
         points = step * numpy.arange(-largest, largest + 1) if width <= 5 else []
         rows = ((axes[0][column], weight, "float"), (axes[1][column], quantized[label], f"{width} bits"))
         for axis, values, kind in rows:
             for point in points:
                 axis.axvline(point, color="0.75", linewidth=0.6, zorder=0)
-            seaborn.histplot(
-                (values / unit).flatten().numpy(), bins=numpy.linspace(-1.04 * end, 1.04 * end, BINS + 1), ax=axis,
-                color=color_of(label, column), edgecolor=None, linewidth=0, alpha=1,
-            )  # fmt: skip
+            drawn = (values / unit).flatten().numpy()
+            seaborn.histplot(drawn, bins=edges, ax=axis, color=color, edgecolor=None, linewidth=0, alpha=1)
             axis.set_title(f"{label}, {kind}")
             axis.set_ylabel("weights in a bin" if column == 0 else "")
         axes[1][column].set_xlabel("weight, in steps of its channel's grid" if label in by_channel else "weight")
