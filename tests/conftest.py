@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -90,6 +91,23 @@ class SmallNet(nn.Module):
 def net():
     torch.manual_seed(0)
     return SmallNet()
+
+
+def save_few_digits(folder):
+    """Writes `folder`/data/cifar10.npz: 256 of the digits to train on and 64 to test."""
+    from utils.data import load_dataset
+
+    digits = load_dataset("digits", "", torch.device("cpu"))
+    (folder / "data").mkdir()
+    np.savez(folder / "data/cifar10.npz", classes=np.array(digits.classes),
+             x_train=digits.train.images[:256], y_train=digits.train.labels[:256],
+             x_test=digits.test.images[:64], y_test=digits.test.labels[:64])  # fmt: skip
+
+
+@pytest.fixture
+def few_digits(tmp_path):
+    """A small cifar10 in the test's folder, for runs whose accuracy does not matter."""
+    save_few_digits(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -85,22 +85,8 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     assert own_device(None, 0) == (None, 3) and own_device("cpu", 0)[0] == "cpu"
 
 
-FLAGS = [
-    "--dataset",
-    "digits",
-    "--psg",
-    "0",
-    "--lr",
-    "0.05",
-    "--batch_size",
-    "256",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--exp_name",
-    "a",
-]
+FLAGS = ["--dataset", "cifar10", "--psg", "0", "--lr", "0.05", "--batch_size", "100", "--device", "cpu"]
+FLAGS += ["--precision", "fp32", "--exp_name", "a"]
 
 
 def torchrun(processes, folder, *flags, wait=True):
@@ -113,7 +99,7 @@ def torchrun(processes, folder, *flags, wait=True):
     return started if not wait else (*started.communicate(timeout=300), started.returncode)
 
 
-def test_one_process_writes_and_the_number_of_processes_may_change(tmp_path, cli):
+def test_one_process_writes_and_the_number_of_processes_may_change(tmp_path, cli, few_digits):
     out, err, code = torchrun(2, tmp_path, *FLAGS, "--epoch", 1)
     assert code == 0, err
     assert "on 2 processes" in out and out.count("epoch   1 ") == 1
@@ -129,7 +115,7 @@ def test_a_wrong_flag_is_one_line_of_one_process(tmp_path):
     assert code != 0 and err.count("error: unknown architecture 'resnet19'") == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_process_that_dies_ends_the_run_and_leaves_a_good_checkpoint(tmp_path, cli):
+def test_a_process_that_dies_ends_the_run_and_leaves_a_good_checkpoint(tmp_path, cli, few_digits):
     started = torchrun(2, tmp_path, *FLAGS, "--epoch", 500, wait=False)
     last = tmp_path / "runs/a/last.pth"
     deadline = time.monotonic() + 200

@@ -134,22 +134,23 @@ def test_adaround_on_a_network(net):
 
 @pytest.fixture(scope="module")
 def three_epochs(tmp_path_factory):
-    """Folder of a real PSG run of three epochs on the digits, with a file of each; the grid is per channel."""
+    """Folder of a real PSG run of three epochs on a few digits, with a file of each; the grid is per channel."""
     import subprocess
     import sys
 
-    from tests.conftest import ROOT
+    from tests.conftest import ROOT, save_few_digits
 
     folder = tmp_path_factory.mktemp("mean")
-    command = "--dataset digits --epoch 3 --save_epochs 1-3 --batch_size 64 --lr 0.05 --exp_name v --precision fp32"
+    save_few_digits(folder)
+    command = "--dataset cifar10 --epoch 3 --save_epochs 1-3 --batch_size 64 --lr 0.05 --exp_name v --precision fp32"
     flags = [*command.split(), "--granularity", "channel"]
     subprocess.run([sys.executable, ROOT / "train.py", *flags], cwd=folder, check=True)
     return folder / "runs/v"
 
 
 @pytest.mark.parametrize("width, zeros", [(32, 0), (4, 0), (32, 0.6)])
-def test_mean_of_a_run(cli, tmp_path, three_epochs, width, zeros):
-    flags = ["--epochs", "1-3", "--out", "mean.pth", "--w_bit", width, "--sparsity", zeros, "--calib_images", 512]
+def test_mean_of_a_run(cli, tmp_path, few_digits, three_epochs, width, zeros):
+    flags = ["--epochs", "1-3", "--out", "mean.pth", "--w_bit", width, "--sparsity", zeros, "--calib_images", 200]
     outcome = cli("utils.average", three_epochs, *flags)
     assert outcome.code == 0 and "the mean of 3 epochs, 1 to 3" in outcome.out, outcome.err
     states = [load_checkpoint(three_epochs / f"epoch_{epoch}.pth")["state_dict"] for epoch in (1, 2, 3)]
@@ -158,8 +159,8 @@ def test_mean_of_a_run(cli, tmp_path, three_epochs, width, zeros):
     model = model_from_checkpoint(checkpoint, "mean.pth")
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, sum(state[name] for state in states) / 3, atol=1e-6), name
-    digits = load_dataset("digits", "", torch.device("cpu"))
-    images = [batch for batch, _ in calibration_batches(digits.train, digits.spec, 512, seed=1)]
+    digits = load_dataset("cifar10", "data", torch.device("cpu"))
+    images = [batch for batch, _ in calibration_batches(digits.train, digits.spec, 200, seed=1)]
     deployed = quantize_weights(prune_weights(model, zeros), width, per_channel=True)
     expected = reestimate_batch_norm(deployed, images).state_dict()
     for name, value in model.named_buffers():
@@ -168,7 +169,7 @@ def test_mean_of_a_run(cli, tmp_path, three_epochs, width, zeros):
     assert "PSGD W4 channel mean" in outcome.out and "1-3" in outcome.out
 
 
-def test_one_epoch_keeps_its_weights(cli, tmp_path, three_epochs):
+def test_one_epoch_keeps_its_weights(cli, tmp_path, few_digits, three_epochs):
     flags = ["--epochs", "2", "--out", "bn.pth", "--w_bit", "4", "--calib_images", "256"]
     assert cli("utils.average", three_epochs, *flags).code == 0
     before, after = (
@@ -179,14 +180,14 @@ def test_one_epoch_keeps_its_weights(cli, tmp_path, three_epochs):
     assert "PSGD W4 channel bn " in cli("eval.py", "--model_path", "bn.pth").out
 
 
-def test_bad_input_of_average(rejected, three_epochs):
+def test_bad_input_of_average(rejected, few_digits, three_epochs):
     flags = ["--out", "a.pth", "--epochs"]
     assert "epoch_4.pth is not there: train with --save_epochs 2-4" in rejected(
         "utils.average", three_epochs, *flags, "2-4"
     )
     assert "runs/no/epoch_1.pth is not there" in rejected("utils.average", "runs/no", *flags, "1")
     too_many = [*flags, "1-3", "--calib_images", "5000"]
-    assert "--calib_images 5000 is more than the 1437" in rejected("utils.average", three_epochs, *too_many)
+    assert "--calib_images 5000 is more than the 256" in rejected("utils.average", three_epochs, *too_many)
 
 
 def test_adaround_leaves_pruned_weights_at_zero(net):

@@ -68,12 +68,12 @@ def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
 
 @pytest.fixture
 def workshop(tmp_path):
-    """An empty folder with the shipped models and a CIFAR-100 of 1,024 images of noise."""
+    """An empty folder with the shipped models and a CIFAR-100 of 256 images of noise."""
     for name in ("models", "results"):
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "data").mkdir()
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (1024, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, 1024)
+    images, labels = rng.integers(0, 256, (256, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, 256)
     names = np.array([f"class {n}" for n in range(100)])
     np.savez(tmp_path / "data/cifar100.npz", x_train=images, y_train=labels, x_test=images[:64], y_test=labels[:64],
              classes=names)  # fmt: skip
@@ -81,7 +81,7 @@ def workshop(tmp_path):
 
 
 def test_every_python_command_of_the_readme_runs(cli, workshop):
-    """In their order, as they stand, but for the number of epochs of train.py and of rounds of the benchmark."""
+    """In their order, as they stand, but for the numbers of epochs, of calibration images and of benchmark rounds."""
     assert len(PYTHON_COMMANDS) >= 9
     for words in PYTHON_COMMANDS:
         script, flags = words[1], words[2:]
@@ -89,6 +89,8 @@ def test_every_python_command_of_the_readme_runs(cli, workshop):
             script, flags = flags[0], flags[1:]
         if script == "utils.benchmark":
             flags += ["--rounds", "1"]
+        if script in ("eval.py", "export.py"):
+            flags += ["--calib_images", "64"]
         if "--epoch" in flags:
             flags[flags.index("--epoch") + 1] = "83" if "--load_pretrained" in flags else "1"
         outcome = cli(script, *flags)

@@ -1,4 +1,4 @@
-"""train.py as a user runs it: real short runs on the digits, resume, and what is answered to bad input."""
+"""train.py as a user runs it: real short runs on a few digits, resume, and what is answered to bad input."""
 
 import csv
 import json
@@ -14,7 +14,8 @@ from utils import data
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
 from utils.engine import evaluate
 
-QUICK = ["--dataset", "digits", "--batch_size", "256", "--lr", "0.05", "--deterministic", "--device", "cpu"]
+pytestmark = pytest.mark.usefixtures("few_digits")
+QUICK = ["--dataset", "cifar10", "--batch_size", "100", "--lr", "0.05", "--deterministic", "--device", "cpu"]
 SMALL = ["--arch", "squeezenet1_1"]  # a tenth of ResNet32's time
 
 
@@ -58,7 +59,7 @@ def test_resumed_run_equals_the_uninterrupted_one(cli, tmp_path, flags):
 def test_run_folder(cli, tmp_path):
     flags = [*QUICK, "--psg", "0", "--exp_name", "a/b", "--epoch", "2", "--save_epochs", "1"]
     first = cli("train.py", *flags)
-    assert first.code == 0 and "360 test images" in first.out and "step: plain loop" in first.out
+    assert first.code == 0 and "64 test images" in first.out and "step: plain loop" in first.out
     folder = tmp_path / "runs/a/b"
     settings = json.loads((folder / "args.json").read_text())
     assert settings["args"]["lr"] == 0.05 and settings["args"]["precision"] in ("fp32", "bf16")
@@ -192,20 +193,20 @@ def test_flags_reach_what_they_set(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "train_batches", train_batches)
     monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, **_: algorithms.append(on))
-    flags = [*QUICK, *SMALL, "--seed", "5", "--val_split", "200", "--epoch", "1", "--exp_name", "a", "--w_bit", "3"]
+    flags = [*QUICK, *SMALL, "--seed", "5", "--val_split", "56", "--epoch", "1", "--exp_name", "a", "--w_bit", "3"]
     flags += ["--granularity", "channel", "--first_last_quant", "0", "--eps", "0.01", "--lambda_s", "7", "--lr", "0.01"]
     flags += ["--psg_acts_on", "update"]
     outcome = cli("train.py", *flags)
-    assert outcome.code == 0 and "200 validation images" in outcome.out
-    assert used == [(1237, 256, 5)] and seeds[0] == 5 and 5 * 2**20 + 1 in seeds and algorithms[0] is True
+    assert outcome.code == 0 and "56 validation images" in outcome.out
+    assert used == [(200, 100, 5)] and seeds[0] == 5 and 5 * 2**20 + 1 in seeds and algorithms[0] is True
     checkpoint = load_checkpoint(tmp_path / "runs/a/last.pth")
     group, others = checkpoint["optimizer"]["param_groups"]
     assert (group["bits"], group["per_channel"], group["psg_eps"], group["lambda_s"]) == (3, True, 0.01, 7)
     assert group["acts_on"] == "update"
     assert "bits" not in others and len(others["params"]) > 2  # the biases, the first layer and the last
     model = model_from_checkpoint(checkpoint, "a")
-    digits = data.load_dataset("digits", "", torch.device("cpu"))
-    held_out = data.Split(digits.train.images[-200:], digits.train.labels[-200:])
+    digits = data.load_dataset("cifar10", "data", torch.device("cpu"))
+    held_out = data.Split(digits.train.images[-56:], digits.train.labels[-56:])
     quantized = quantize_weights(model, 3, first_last=False, per_channel=True)
     (row,) = metrics(tmp_path / "runs/a")
     for name, network in (("fp", model), ("w3", quantized)):

@@ -44,8 +44,8 @@ def layer_histograms(name: str, weights: dict, width: int, by_channel: Collectio
         for axis, values, kind in rows:
             for point in points:
                 axis.axvline(point, color="0.75", linewidth=0.6, zorder=0)
-            drawn = (values / unit).flatten().numpy()
-            seaborn.histplot(drawn, bins=edges, ax=axis, color=color, edgecolor=None, linewidth=0, alpha=1)
+            counts, _ = numpy.histogram((values / unit).flatten().numpy(), edges)
+            axis.stairs(counts, edges, color=color, fill=True)  # one outline: 201 bars take twice the time to draw
             axis.set_title(f"{label}, {kind}")
             axis.set_ylabel("weights in a bin" if column == 0 else "")
         axes[1][column].set_xlabel("weight, in steps of its channel's grid" if label in by_channel else "weight")
