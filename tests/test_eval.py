@@ -157,7 +157,7 @@ def test_the_grids_are_those_of_training_unless_told(cli, tmp_path, digits_run, 
 
 def test_post_training_methods(cli, tmp_path, digits_run):
     """Each in a row of its own; at full precision only the method that does something there."""
-    flags = ["--w_bit", "2", "--post", "none", "bias_correct", "adaround", "--calib_images", "64", "--out", "a"]
+    flags = ["--w_bit", "2", "--post", "none", "bias_correct", "adaround", "--calib_images", "32", "--out", "a"]
     flags += ["--iterations", "30", "--val_split", "64"]
     assert cli("eval.py", "--model_path", digits_run, *flags).code == 0
     written = rows(tmp_path / "a")
@@ -191,7 +191,7 @@ def test_sparsity_sweep(cli, tmp_path, digits_run, network, digits):
 def test_post_training_methods_on_a_pruned_network(cli, tmp_path, digits_run):
     """Mean outputs are brought back to those of the whole network, and weight_mse is that of what is rounded."""
     flags = ["--sparsity", "0.7", "--w_bit", "32", "3", "--post", "none", "bias_correct", "adaround", "--out", "a"]
-    flags += ["--calib_images", "64", "--iterations", "20", "--val_split", "64"]
+    flags += ["--calib_images", "32", "--iterations", "20", "--val_split", "64"]
     assert cli("eval.py", "--model_path", digits_run, *flags).code == 0
     written = rows(tmp_path / "a")
     assert [(row["sparsity"], row["w_bit"], row["post"]) for row in written] == [

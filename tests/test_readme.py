@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import quant
+import utils.benchmark
 from models import ResNet32
 from tests.conftest import ROOT, SmallNet
 from utils.cli import Parser
@@ -75,14 +76,15 @@ def workshop(tmp_path):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (256, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, 256)
     names = np.array([f"class {n}" for n in range(100)])
-    np.savez(tmp_path / "data/cifar100.npz", x_train=images, y_train=labels, x_test=images[:64], y_test=labels[:64],
+    np.savez(tmp_path / "data/cifar100.npz", x_train=images, y_train=labels, x_test=images[:16], y_test=labels[:16],
              classes=names)  # fmt: skip
     return tmp_path
 
 
-def test_every_python_command_of_the_readme_runs(cli, workshop):
+def test_every_python_command_of_the_readme_runs(cli, workshop, monkeypatch):
     """In their order, as they stand, but for the numbers of epochs, of calibration images and of benchmark rounds."""
     assert len(PYTHON_COMMANDS) >= 9
+    monkeypatch.setattr(utils.benchmark, "WARM_UP", 0)
     for words in PYTHON_COMMANDS:
         script, flags = words[1], words[2:]
         if script == "-m":

@@ -24,14 +24,16 @@ from utils.data import TrainBatches, calibration_batches, check_calib_images, lo
 BITS, LAMBDA_S, LR, EPOCHS, DECAY, BATCH_SIZE = 4, 20.0, 0.1, 300, 250, 128  # of the small network
 
 
-class SmallNet(nn.Sequential):
-    """64-16-10, on images averaged to 8 x 8 gray ones (which is what the digits were)."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+class GrayPixels(nn.Module):
+    """Images [N, 3, 32, 32] averaged to 8 x 8 gray pixels [N, 64], which is what the digits were."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(adaptive_avg_pool2d(images.mean(1, keepdim=True), 8))
+        return adaptive_avg_pool2d(images.mean(1, keepdim=True), 8).flatten(1)
+
+
+def small_network() -> nn.Sequential:
+    """64-16-10, on gray pixels."""
+    return nn.Sequential(GrayPixels(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
 
 
 def hessian_product(loss: Tensor, weights: list[Tensor]) -> Callable[[Tensor], Tensor]:
@@ -75,20 +77,20 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> t
     return values, vectors[0].square()
 
 
-def train_small(dataset, psg: bool, seed: int) -> SmallNet:
+def train_small(dataset, psg: bool, seed: int) -> nn.Sequential:
     """The small network after EPOCHS epochs on the digits, without augmentation."""
     torch.manual_seed(seed)
-    network = SmallNet()
+    network = small_network()
     groups = GridGoal(BITS).param_groups(network) if psg else network.parameters()
     optimizer = torch.optim.SGD(groups, lr=LR, momentum=0.9, weight_decay=1e-4)
     if psg:
         optimizer = PSGD(optimizer, lambda_s=LAMBDA_S)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [DECAY])
-    images, labels = normalize(dataset.train.images, dataset.spec), dataset.train.labels
+    pixels, layers = network[0](normalize(dataset.train.images, dataset.spec)), network[1:]
     batches = TrainBatches(dataset.train, dataset.spec, BATCH_SIZE, seed)
     for epoch in range(EPOCHS):
         for chosen in batches.plan(epoch)[0].split(BATCH_SIZE):
-            loss = cross_entropy(network(images[chosen]), labels[chosen])
+            loss = cross_entropy(layers(pixels[chosen]), dataset.train.labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
