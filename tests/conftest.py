@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -111,14 +112,19 @@ def few_digits(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory):
-    """Path of a checkpoint of a real three-epoch vanilla run on the digits, trained once for all tests."""
-    folder = tmp_path_factory.mktemp("digits")
+def digits_run(tmp_path_factory, worker_id):
+    """Path of a checkpoint of a real three-epoch vanilla run on the digits, trained once for all processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":  # one of several processes, whose folders lie side by side
+        folder = folder.parent
     command = (
         "--psg 0 --dataset digits --lr 0.1 --epoch 3 --decay_epoch 3 --batch_size 64 --exp_name v --precision fp32"
     )
-    subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
-    return folder / "runs" / "v" / "last.pth"
+    checkpoint = folder / "runs/v/last.pth"
+    with FileLock(folder / "digits.lock"):
+        if not checkpoint.exists():
+            subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
+    return checkpoint
 
 
 @pytest.fixture

@@ -114,8 +114,8 @@ def test_a_network_on_its_grid_has_no_start(cli, tmp_path, digits_run):
 
 
 def test_a_steered_run_is_resumed_as_it_was(cli, tmp_path, few_digits):
-    flags = ["--dataset", "cifar10", "--batch_size", "100", "--lr", "0.005", "--deterministic", "--device", "cpu"]
-    flags += ["--lambda_s", "auto", "--decay_epoch", "4"]
+    flags = ["--dataset", "cifar10", "--batch_size", "100", "--lr", "1e-4", "--deterministic", "--device", "cpu"]
+    flags += ["--arch", "squeezenet1_1", "--lambda_s", "auto", "--decay_epoch", "4"]
     assert cli("train.py", *flags, "--epoch", 4, "--exp_name", "whole").code == 0
     assert cli("train.py", *flags, "--epoch", 2, "--exp_name", "cut").code == 0
     assert cli("train.py", "--exp_name", "cut", "--resume", "--epoch", 4).code == 0

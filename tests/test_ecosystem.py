@@ -235,13 +235,21 @@ def auto_of_model(model, bits):
     return auto_lambda_s(psg_param_groups(model, bits))
 
 
-def distributed(rank, ranks, store, wrap, per_channel):
+def distributed(rank, ranks, store, wrap):
+    """`compare_with_one_process` in each of `ranks` processes, for both kinds of grids."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    for per_channel in (False, True):
+        compare_with_one_process(rank, ranks, wrap, per_channel)
+    torch.distributed.barrier()  # a rank that leaves early may take the other down with it
+    torch.distributed.destroy_process_group()
+
+
+def compare_with_one_process(rank, ranks, wrap, per_channel):
     """Six steps of `wrap`ped training, every rank on its part of the batch, against the same in one process.
 
     On 3 ranks the last holds nothing of the second layer, if the weights are sharded.
     """
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     reference = copy.deepcopy(model)
@@ -260,8 +268,6 @@ def distributed(rank, ranks, store, wrap, per_channel):
     for parameter, expected in zip(model.parameters(), reference.parameters()):
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         assert torch.allclose(whole, expected, rtol=1e-5, atol=1e-7)
-    torch.distributed.barrier()  # a rank that leaves early may take the other down with it
-    torch.distributed.destroy_process_group()
 
 
 def sharded(model):
@@ -274,10 +280,9 @@ def sharded(model):
 NO_FSDP2_ON_CPU = pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6's FSDP2 needs a GPU")
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize(
     "wrap", [nn.parallel.DistributedDataParallel, pytest.param(sharded, marks=NO_FSDP2_ON_CPU)], ids=["DDP", "FSDP2"]
 )
-def test_three_processes_equal_one(tmp_path, wrap, per_channel):
+def test_three_processes_equal_one(tmp_path, wrap):
     """Also with the weights sharded: the grid, and every figure, is that of the whole weight."""
-    torch.multiprocessing.spawn(distributed, (3, tmp_path / "store", wrap, per_channel), nprocs=3)
+    torch.multiprocessing.spawn(distributed, (3, tmp_path / "store", wrap), nprocs=3)

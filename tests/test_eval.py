@@ -117,13 +117,13 @@ def test_calibrated_ranges(cli, tmp_path, digits_run, network, digits, rule):
 
 
 def test_clipping_range_is_searched_on_training_images(cli, tmp_path, digits_run, network, digits):
-    flags = ["--model_path", digits_run, "--a_bit", "3", "--act_range", "bn", "--calib_images", "256"]
+    flags = ["--model_path", digits_run, "--a_bit", "3", "--act_range", "bn", "--calib_images", "64"]
     outcome = cli("eval.py", *flags, "--clipping_range", "1", "3", "12", "--out", "a")
     assert outcome.code == 0, outcome.err
     losses = {}
     for n in (1.0, 3.0, 12.0):
         quantized = quantize_activations(quantize_weights(network, 4), 3, bn_ranges(network, n))
-        batches = calibration_batches(digits.train, DATASETS["digits"], 256, seed=1)
+        batches = calibration_batches(digits.train, DATASETS["digits"], 64, seed=1)
         losses[n] = evaluate_batches(fold_batch_norm(quantized), batches).loss
     best = min(losses, key=losses.get)
     curve = ", ".join(f"{n:g}: {loss:.4f}" for n, loss in losses.items())

@@ -28,10 +28,10 @@ def metrics(folder):
     "flags",
     [
         ["--load_pretrained", "", "--w_bit", "3", "--granularity", "channel"],
-        ["--load_pretrained", "", "--adam", "1", "--lambda_s", "100", "--lr", "1e-3"],
+        ["--load_pretrained", "", "--adam", "1", "--lambda_s", "100", "--lr", "1e-3", *SMALL],
         ["--adam", "1", "--lr", "1e-3", "--psg_acts_on", "update", *SMALL],
         ["--psg", "0", *SMALL, "--precision", "bf16"],  # dropout: the RNG is resumed too
-        ["--target", "zero", "--load_pretrained", "", "--lr", "0.01", "--l1", "1e-5"],
+        ["--target", "zero", "--load_pretrained", "", "--lr", "0.01", "--l1", "1e-5", *SMALL],
     ],
     ids=["PSGD", "PSG with Adam", "PSG on Adam's update", "dropout, vanilla, in bf16", "sparse"],
 )
