@@ -127,15 +127,19 @@ def digits_run(tmp_path_factory, worker_id):
     return checkpoint
 
 
+def copy_with_args(source, path, **args):
+    """Copies the checkpoint `source` to `path`, with other `args` of its training; returns `path`."""
+    from utils.checkpoint import load_checkpoint, save_checkpoint
+
+    checkpoint = load_checkpoint(source)
+    save_checkpoint(path, checkpoint | {"args": checkpoint["args"] | args})
+    return path
+
+
 @pytest.fixture
 def channel_run(tmp_path, digits_run):
     """Path of a copy of `digits_run` that says it was trained with a grid for each output channel."""
-    from utils.checkpoint import load_checkpoint, save_checkpoint
-
-    checkpoint = load_checkpoint(digits_run)
-    path = tmp_path / "channel.pth"
-    save_checkpoint(path, checkpoint | {"args": checkpoint["args"] | {"granularity": "channel"}})
-    return path
+    return copy_with_args(digits_run, tmp_path / "channel.pth", granularity="channel")
 
 
 @pytest.fixture(scope="session")
