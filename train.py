@@ -35,7 +35,8 @@ PRETRAINED = "models/ResNet82.pth"
 DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
 GRID_ONLY = {"lambda_s": "auto", "granularity": "channel"}  # settings that have no meaning with --target zero
 # Settings that a resumed run may change: where it runs and how long, but not what it computes.
-FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "workers", "epoch", "save_epochs", "cuda_graph"}
+FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "workers", "epoch", "save_epochs"}
+FREE_ON_RESUME |= {"cuda_graph", "compile"}
 
 
 def parser() -> Parser:
@@ -90,6 +91,7 @@ def parser() -> Parser:
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                    help="of the forward and backward pass; auto: bf16 where the device is fast at it")
     p.add_argument("--cuda_graph", type=int, choices=[0, 1], default=1, help="1: on a GPU, a step is one CUDA graph")
+    p.add_argument("--compile", type=int, choices=[0, 1], default=0, help="1: torch.compile the network for training")
     p.add_argument("--deterministic", action="store_true", help="deterministic algorithms alone")
     # fmt: on
     return p
@@ -247,7 +249,7 @@ def main() -> None:
 
     penalty = gradient_penalty(model, args.grad_l1, bool(args.first_last_quant))
     use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
-    training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph, stop)
+    training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph, stop, bool(args.compile))
     for epoch in range(done + 1, args.epoch + 1):
         started = time.perf_counter()
         if epoch > first_epoch:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .grid import check_bits, is_sharded, nonzero_scale, weight_quant_max, weight_scale
+from .grid import check_bits, is_sharded, weight_scale, weight_scales
 
 CHOICES = {"target": ("grid", "zero"), "acts_on": ("gradient", "update")}
 # Settings of a scaled group. It is psg_eps because Adam and others have an eps of their own in the same dict.
@@ -42,12 +42,11 @@ def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor
     if group["target"] == "zero":
         distances = list(torch._foreach_abs(weights))
     else:
-        if group["per_channel"] or is_sharded(weights[0]):
-            scales = [weight_scale(weight, group["bits"], group["per_channel"]) for weight in weights]
+        bits, per_channel = group["bits"], group["per_channel"]
+        if is_sharded(weights[0]):
+            scales = [weight_scale(weight, bits, per_channel) for weight in weights]
         else:
-            # Not _foreach_norm(weights, inf): on a CPU that takes as long as all the rest of the rule.
-            absmax = torch.stack(torch._foreach_max(torch._foreach_abs(weights)))
-            scales = list(nonzero_scale(absmax / weight_quant_max(group["bits"])).unbind())
+            scales = weight_scales(weights, bits, per_channel)
         # |round(w / s) * s - w|; no clamp is needed, since max|w| / s is the grid's last integer (in bfloat16 nearly).
         distances = list(torch._foreach_div(weights, scales))
         torch._foreach_round_(distances)

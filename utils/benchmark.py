@@ -79,7 +79,7 @@ def training_pieces(dataset, device, precision: str) -> dict[str, Callable[[], o
     from utils.data import TrainBatches
     from utils.device import autocast
     from utils.engine import train_epoch
-    from utils.graphed import GraphedTraining
+    from utils.training import Training
 
     source = TrainBatches(dataset.train, dataset.spec, 128, seed=1)
     batches = chain.from_iterable(source.epoch(epoch) for epoch in count())
@@ -131,19 +131,22 @@ def training_pieces(dataset, device, precision: str) -> dict[str, Callable[[], o
         optimizer = PSGD(sgd(psg_param_groups(model, 4)), lambda_s=150)
         return lambda: train_epoch(model, optimizer, islice(full, LOOP_STEPS), precision)
 
-    def graphed_epoch():
+    def graphed_epoch(compiled: bool):
         model = network()
         optimizer = PSGD(sgd(psg_param_groups(model, 4)), lambda_s=150)
-        training = GraphedTraining(model, optimizer, source, precision)
+        training = Training(model, optimizer, source, precision, compile=compiled)
 
         def once() -> None:
-            training.epoch(1)
-            if training.failure:
-                raise UserError(f"the CUDA graph could not be captured ({training.failure}): its epoch has no time")
+            training.epoch(1, "")
+            if training.loop != "CUDA graph":
+                raise UserError(f"{training.loop}: a graph's epoch has no time")
 
         return once
 
-    whole = {f"epoch of {len(source)} steps, CUDA graph": graphed_epoch()} if device.type == "cuda" else {}
+    whole = {}
+    if device.type == "cuda":
+        name = f"epoch of {len(source)} steps, CUDA graph"
+        whole = {name: graphed_epoch(compiled=False), f"{name}, compiled": graphed_epoch(compiled=True)}
     return whole | {
         "training loop, PSGD, with data": loop(),
         "forward and backward alone": step(None),

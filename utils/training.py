@@ -19,7 +19,8 @@ class Training:
     """Trains `model` on `batches`, with gradients averaged over the processes of `world`.
 
     `use_graph` asks for a CUDA graph, which needs a GPU, one process and a data set on the device. After a signal that
-    `stop` noted, an epoch ends in Stopped.
+    `stop` noted, an epoch ends in Stopped. `compile` has torch.compile make the network's forward and backward pass,
+    once for each batch size.
     """
 
     model: nn.Module
@@ -30,9 +31,12 @@ class Training:
     world: World = ALONE
     use_graph: bool = True
     stop: StopRequest | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         self._graphed = None
+        if self.compile:
+            self.model.compile(dynamic=False)  # copies of it, as evaluation makes them, are not compiled
         self._parallel = self.world.wrap(self.model)
         on_device = isinstance(self.batches, TrainBatches) and self.batches.split.device.type == "cuda"
         if self.use_graph and on_device and self.world.size == 1:
