@@ -29,14 +29,14 @@ from argparse import Namespace
 from utils import cli
 from utils.cli import Parser, UserError, run
 from utils.files import command_line, git_commit
-from utils.runs import RunFolder
+from utils.runs import KEPT_BY_RESUMES, RunFolder
 
 PRETRAINED = "models/ResNet82.pth"
 DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
 GRID_ONLY = {"lambda_s": "auto", "granularity": "channel"}  # settings that have no meaning with --target zero
-# Settings that a resumed run may change: where it runs and how long, but not what it computes.
+# Settings that a resumed run may change: where it runs, in which precision and how long, but not what it computes.
 FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "workers", "epoch", "save_epochs"}
-FREE_ON_RESUME |= {"cuda_graph", "compile"}
+FREE_ON_RESUME |= {"precision", "cuda_graph", "compile"}
 
 
 def parser() -> Parser:
@@ -236,7 +236,7 @@ def main() -> None:
     facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device), "processes": world.size}
     if world.is_main:
         if folder:
-            folder.note_resume(done, epoch=args.epoch, save_epochs=args.save_epochs, **facts)
+            folder.note_resume(done, **{key: getattr(args, key) for key in KEPT_BY_RESUMES}, **facts)
         else:
             folder = RunFolder.create(args.exp_name)
             args.exp_name = folder.exp_name

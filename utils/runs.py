@@ -12,6 +12,7 @@ from utils.cli import UserError
 from utils.files import git_commit, write_csv, write_json
 
 ROOT = Path("runs")
+KEPT_BY_RESUMES = ("epoch", "save_epochs", "precision", "compile")  # settings of a resume that later ones go on with
 
 
 class RunFolder:
@@ -82,10 +83,10 @@ class RunFolder:
             raise UserError(f"{self.path / 'args.json'} cannot be read ({error})") from None
 
     def latest_args(self) -> dict[str, Any]:
-        """The run's args, with the epoch and save_epochs of the last resume."""
+        """The run's args, with those of KEPT_BY_RESUMES as they were at the last resume."""
         settings = self.settings()
         last = settings.get("resumed", [{}])[-1]
-        return settings["args"] | {key: last[key] for key in ("epoch", "save_epochs") if key in last}
+        return settings["args"] | {key: last[key] for key in KEPT_BY_RESUMES if key in last}
 
     def note_resume(self, after_epoch: int, **facts: Any) -> None:
         """Adds a resume, with the commit it runs at, to args.json."""
