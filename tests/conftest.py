@@ -72,7 +72,7 @@ def rejected(cli, tmp_path):
 class SmallNet(nn.Module):
     """Three convolutions, batch norm, a residual sum and a linear layer: every kind of parameter, quick to run."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 5) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(8)
@@ -80,7 +80,7 @@ class SmallNet(nn.Module):
         self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=True)
         self.bn2 = nn.BatchNorm2d(8)
         self.relu2 = nn.ReLU()
-        self.fc = nn.Linear(8, 5)
+        self.fc = nn.Linear(8, classes)
 
     def forward(self, x):
         x = self.relu1(self.bn1(self.conv1(x)))

@@ -1,17 +1,20 @@
 """The CUDA-graph training loop: on a CPU its buffers and counters, on a GPU the graph, against the plain loop."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 
 from models import ResNet32
 from quant import PSGD, psg_param_groups
-from tests.conftest import needs_cuda
+from tests.conftest import SmallNet, needs_cuda
+from utils.cli import UserError
 from utils.data import TrainBatches, load_dataset
 from utils.device import set_deterministic
 from utils.engine import NonFiniteError, train_epoch
 from utils.graphed import GraphedTraining
+from utils.training import Training
 
 
 def pair(device, base, batch_size=125, lr=0.05):
@@ -70,3 +73,34 @@ def test_loss_that_is_not_finite():
         models[1].fc.bias.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="the loss became nan at step 1"):
         GraphedTraining(models[1], optimizers[1], batches, "fp32").epoch(1)
+
+
+def small_training(device, compiled, classes=10):
+    """A training of SmallNet on 60 digits, in batches of 40 and 20."""
+    torch.manual_seed(0)
+    digits = load_dataset("digits", "", device)
+    batches = TrainBatches(digits.train.part(slice(60)), digits.spec, batch_size=40, seed=3)
+    model = SmallNet(classes).to(device, memory_format=torch.channels_last)
+    optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.05, momentum=0.9, fused=True))
+    return Training(model, optimizer, batches, "fp32", compile=compiled)
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_compiled_training_agrees_with_the_plain_one(name):
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler, g++")
+    plain, compiled = (small_training(torch.device(name), compiled) for compiled in (False, True))
+    before = plain.model.conv1.weight.detach().clone()
+    for epoch in (1, 2):
+        results = [training.epoch(epoch, "") for training in (plain, compiled)]
+        assert results[0].loss == pytest.approx(results[1].loss, rel=1e-4)
+    for name, value in plain.model.state_dict().items():
+        assert torch.allclose(value, compiled.model.state_dict()[name], rtol=1e-3, atol=1e-5), name
+    assert not torch.equal(plain.model.conv1.weight, before)
+
+
+def test_compiling_without_a_compiler_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "none")))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="^--compile 1 does not work here .*none.*: leave it out$"):
+        small_training(torch.device("cpu"), compiled=True, classes=11).epoch(1, "")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from quant import fake_quantize, fake_quantize_weight, quantize, weight_scale
-from quant.grid import activation_quant_max, weight_quant_max
+from quant.grid import activation_quant_max, weight_quant_max, weight_scales
 
 BITS = range(2, 9)
 
@@ -18,6 +18,17 @@ def test_agrees_with_torch_up_to_ties(bits):
     near_tie = (steps - steps.floor() - 0.5).abs() < 1e-4
     assert torch.allclose(ours[~near_tie], theirs[~near_tie], rtol=1e-6, atol=0)
     assert near_tie.float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_scales_of_several_weights_are_those_of_each(bits, per_channel):
+    shapes = [(8, 3, 3, 3), (5, 8), (5,), (4, 4, 1, 1)]
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(bits)) for shape in shapes]
+    weights[0][2] = 0
+    weights[3].zero_()
+    for weight, scale in zip(weights, weight_scales(weights, bits, per_channel), strict=True):
+        assert torch.equal(weight / scale, weight / weight_scale(weight, bits, per_channel))
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -90,9 +90,10 @@ def test_save_epochs_takes_epochs_and_ranges(cli, tmp_path):
     assert settings["args"]["save_epochs"] == [1, 2, 3] and settings["resumed"][0]["save_epochs"] == [4]
 
 
-def test_a_resume_goes_on_to_the_last_epoch_of_the_resume_before(cli, tmp_path, monkeypatch):
-    """A run begun for one epoch, resumed for three, cut off after its second, and resumed without --epoch."""
-    assert cli("train.py", *QUICK, *SMALL, "--psg", "0", "--exp_name", "a", "--epoch", "1").code == 0
+def test_a_resume_goes_on_as_the_resume_before(cli, tmp_path, monkeypatch):
+    """A run begun for one epoch in bfloat16, resumed for three in float32, cut off after its second, then resumed."""
+    begun = [*QUICK, *SMALL, "--psg", "0", "--precision", "bf16", "--exp_name", "a", "--epoch", "1"]
+    assert cli("train.py", *begun).code == 0
     save = checkpoints.save_checkpoint
 
     def cut_off(path, checkpoint):
@@ -101,11 +102,14 @@ def test_a_resume_goes_on_to_the_last_epoch_of_the_resume_before(cli, tmp_path, 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", cut_off)
-    assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", "3", "--save_epochs", "3").code == 130
+    changed = ["--epoch", "3", "--save_epochs", "3", "--precision", "fp32"]
+    assert cli("train.py", "--exp_name", "a", "--resume", *changed).code == 130
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert cli("train.py", "--exp_name", "a", "--resume").code == 0
     assert len(metrics(tmp_path / "runs/a")) == 3 and (tmp_path / "runs/a/epoch_3.pth").exists()
+    settings = json.loads((tmp_path / "runs/a/args.json").read_text())
+    assert settings["args"]["precision"] == "bf16" and {r["precision"] for r in settings["resumed"]} == {"fp32"}
 
 
 def test_a_decay_at_or_before_the_first_epoch_does_not_count(cli, tmp_path):

@@ -7,6 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from quant.penalty import Penalty
+from utils.cli import UserError
 from utils.data import TrainBatches
 from utils.distributed import ALONE, World
 from utils.engine import Result, train_epoch
@@ -56,7 +57,19 @@ class Training:
         return "CUDA graph" if self._graphed else "plain loop"
 
     def epoch(self, number: int, title: str) -> Result:
-        """Loss and accuracy of one epoch; see `train_epoch`. The plain loop has a progress bar called `title`."""
+        """Loss and accuracy of one epoch; see `train_epoch`. The plain loop has a progress bar called `title`.
+
+        Raises UserError where torch.compile has not what it needs, as a C++ compiler.
+        """
+        try:
+            return self._epoch(number, title)
+        except RuntimeError as error:
+            if self.compile and isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"--compile 1 does not work here ({reason}): leave it out") from None
+            raise
+
+    def _epoch(self, number: int, title: str) -> Result:
         if self._graphed and not self._graphed.failure:
             return self._graphed.epoch(number)
         silent = None if self.world.is_main else True  # None: silent where there is no terminal
