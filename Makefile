@@ -1,8 +1,9 @@
 # make quickstart   the whole path on the embedded digits: train, train with PSG, evaluate, draw
 # make test         the tests
 # make reproduce    CIFAR-100 from nothing to table and figures: vanilla, PSGD for each bit-width, Adam, evaluation,
-#                   figures. 762 epochs, of 75 to 104 seconds each on 2 cores; not timed on a GPU. Goes on where it was cut
-#                   off, and make -j4 runs four at a time. SEEDS="1 2 3" and TARGETS="4bits 3bits" choose the runs.
+#                   figures. 762 epochs, of 75 to 104 seconds each on 2 cores, of 4.6 on a GPU with four runs at a time
+#                   (README.md, Performance). Goes on where it was cut off, and make -j4 runs four at a time.
+#                   SEEDS="1 2 3" and TARGETS="4bits 3bits" choose the runs.
 # make lint         ruff
 # make oldest       the tests with the oldest versions that requirements.txt allows, in .venv-oldest
 # Each sets up .venv by itself, from requirements-dev.txt.
