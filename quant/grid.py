@@ -62,8 +62,11 @@ def weight_scale(weight: Tensor, bits: int, per_channel: bool = False, weight_ra
 def weight_scales(weights: list[Tensor], bits: int, per_channel: bool = False) -> list[Tensor]:
     """`weight_scale` of each of `weights`, which share one device and dtype, in few operations for all together.
 
-    A 1-D tensor's step has shape [1] with `per_channel`. Raises ValueError for bits outside 2..8.
+    Sharded weights are taken one by one. A 1-D tensor's step may have shape [1] with `per_channel`. Raises ValueError
+    for bits outside 2..8.
     """
+    if any(map(is_sharded, weights)):
+        return [weight_scale(weight, bits, per_channel) for weight in weights]
     # Not _foreach_norm(weights, inf): on a CPU that takes as long as all the rest of PSG.
     magnitudes = torch._foreach_abs(weights)
     if per_channel:

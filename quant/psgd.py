@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .grid import check_bits, is_sharded, weight_scale, weight_scales
+from .grid import check_bits, weight_scales
 
 CHOICES = {"target": ("grid", "zero"), "acts_on": ("gradient", "update")}
 # Settings of a scaled group. It is psg_eps because Adam and others have an eps of their own in the same dict.
@@ -42,11 +42,7 @@ def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor
     if group["target"] == "zero":
         distances = list(torch._foreach_abs(weights))
     else:
-        bits, per_channel = group["bits"], group["per_channel"]
-        if is_sharded(weights[0]):
-            scales = [weight_scale(weight, bits, per_channel) for weight in weights]
-        else:
-            scales = weight_scales(weights, bits, per_channel)
+        scales = weight_scales(weights, group["bits"], group["per_channel"])
         # |round(w / s) * s - w|; no clamp is needed, since max|w| / s is the grid's last integer (in bfloat16 nearly).
         distances = list(torch._foreach_div(weights, scales))
         torch._foreach_round_(distances)
