@@ -1,6 +1,7 @@
 """Shared fixtures. Scripts run in the test's own process, in an empty folder, as `python <script> ...` would."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,9 @@ def digits_run(tmp_path_factory, worker_id):
     checkpoint = folder / "runs/v/last.pth"
     with FileLock(folder / "digits.lock"):
         if not checkpoint.exists():
-            subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
+            # On every core: whatever the tests were told, all their processes wait here.
+            env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+            subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, env=env, check=True)
     return checkpoint
 
 

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
+import utils.benchmark
 from models import ResNet32, build_model, vgg16_bn
 from quant import (
     calibrate,
@@ -296,7 +297,8 @@ def test_bad_input(rejected, digits_run, tmp_path, monkeypatch):
     assert "pip install -r requirements-export.txt" in rejected("export.py", "--model_path", digits_run)
 
 
-def test_benchmark_of_deployed_networks(cli, tmp_path, digits_run, few_digits):
+def test_benchmark_of_deployed_networks(cli, tmp_path, digits_run, few_digits, monkeypatch):
+    monkeypatch.setattr(utils.benchmark, "WARM_UP", 0)
     model = copy_with_args(digits_run, tmp_path / "a.pth", dataset="cifar10")
     flags = ["--model_path", model, "--w_bit", "4", "--rounds", "1", "--calib_images", "64", "--json", "a.json"]
     outcome = cli("utils.benchmark_deploy", *flags)

@@ -85,6 +85,7 @@ def test_every_python_command_of_the_readme_runs(cli, workshop, monkeypatch):
     """In their order, as they stand, but for the numbers of epochs, of calibration images and of benchmark rounds."""
     assert len(PYTHON_COMMANDS) >= 9
     monkeypatch.setattr(utils.benchmark, "WARM_UP", 0)
+    monkeypatch.setattr(utils.benchmark, "LOOP_STEPS", 1)
     for words in PYTHON_COMMANDS:
         script, flags = words[1], words[2:]
         if script == "-m":
@@ -92,7 +93,7 @@ def test_every_python_command_of_the_readme_runs(cli, workshop, monkeypatch):
         if script == "utils.benchmark":
             flags += ["--rounds", "1"]
         if script in ("eval.py", "export.py"):
-            flags += ["--calib_images", "64"]
+            flags += ["--calib_images", "16"]
         if "--epoch" in flags:
             flags[flags.index("--epoch") + 1] = "83" if "--load_pretrained" in flags else "1"
         outcome = cli(script, *flags)
