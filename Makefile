@@ -2,7 +2,8 @@
 # make test         the tests
 # make reproduce    CIFAR-100 from nothing to table and figures: vanilla, PSGD for each bit-width, Adam, evaluation,
 #                   figures. 762 epochs, of 75 to 104 seconds each on 2 cores, of a few on a GPU (README.md, Performance).
-#                   Goes on where it was cut off, and make -j4 runs four at a time. SEEDS="1 2 3" and TARGETS="4bits 3bits" choose the runs.
+#                   Goes on where it was cut off, and make -j4 runs four at a time.
+#                   SEEDS="1 2 3" and TARGETS="4bits 3bits" choose the runs.
 # make lint         ruff
 # make oldest       the tests with the oldest versions that requirements.txt allows, in .venv-oldest
 # Each sets up .venv by itself, from requirements-dev.txt.

@@ -171,9 +171,11 @@ def dataset_at_hand(args: Namespace, name: str):
 
     from utils.data import load_dataset
 
-    archive = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}.get(name)
-    folder = Path(args.data_dir)
-    if archive and not (folder / f"{name}.npz").exists() and not (folder / archive).exists():
+    archives = {
+        "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+        "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    }
+    if name in archives and not any((Path(args.data_dir) / file).exists() for file in (f"{name}.npz", *archives[name])):
         return None
     return load_dataset(name, args.data_dir, torch.device("cpu"))
 

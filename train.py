@@ -47,8 +47,7 @@ def parser() -> Parser:
     p.add_argument("--dataset", default="cifar100", choices=cli.DATASET_NAMES, help="data set")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz, of its archive, or of train/ and val/")
     p.add_argument("--workers", type=cli.index, default=4, help="processes that read images of an imagefolder")
-    p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
-                   help="hold N training images out and evaluate on them instead of the test set")
+    p.add_argument("--val_split", type=cli.index, default=0, metavar="N", help="evaluate on N held-out training images")
     p.add_argument("--seed", type=cli.seed, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
     p.add_argument("--target", choices=["grid", "zero"], default="grid",
@@ -68,8 +67,7 @@ def parser() -> Parser:
     p.add_argument("--load_pretrained", default=None, metavar="FILE",
                    help='checkpoint to start from, or "" for scratch '
                    f"(default: {PRETRAINED} for PSG on ResNet32 and cifar100, else scratch)")
-    p.add_argument("--resume_epoch", type=cli.count, default=None, metavar="N",
-                   help="number of the first epoch (default: one after the checkpoint's)")
+    p.add_argument("--resume_epoch", type=cli.count, metavar="N", help="first epoch (default: the checkpoint's + 1)")
     p.add_argument("--epoch", type=cli.count, default=150, help="number of the last epoch")
     p.add_argument("--lr", type=cli.positive, default=0.01, help="initial learning rate; use 1e-4 with --adam 1")
     p.add_argument("--decay_epoch", type=cli.count, nargs="*", default=[123], metavar="N",
@@ -213,8 +211,10 @@ def main() -> None:
     if args.epoch < first_epoch:
         raise UserError(f"--epoch {args.epoch} is before the first epoch, {first_epoch}: nothing to train")
     batches = train_batches(train_split, dataset.spec, args.batch_size, args.seed, world)
-    if min(batches.sizes[-1], len(eval_split)) < world.size or (world.size > 1 and args.grad_l1):
-        raise UserError(f"{world.size} processes: a step or the evaluation has fewer images, or --grad_l1 needs one")
+    if min(batches.sizes[-1], len(eval_split)) < world.size:
+        raise UserError(f"{world.size} processes: a step or the evaluation has fewer images")
+    if args.grad_l1 and (world.size > 1 or args.compile):
+        raise UserError("--grad_l1 differentiates twice: it needs a single process, and --compile 0")
     model.to(device, memory_format=torch.channels_last)
     check_takes(model, args.arch, dataset.spec.size, batches.sizes[-1] // world.size)
     if args.psg and not args.eps and not folder:
@@ -224,7 +224,7 @@ def main() -> None:
     decays = [epoch for epoch in args.decay_epoch if epoch > first_epoch]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epoch - first_epoch for epoch in decays], gamma=0.1)
     begun = folder.settings()["args"] if folder else vars(args)
-    steer_until = min(decays, default=begun["epoch"] + 1)  # not by the --epoch of a resume
+    steer_until = min([*decays, begun["epoch"] + 1])  # not by the --epoch of a resume
 
     done, last_good = first_epoch - 1, args.load_pretrained or "none"
     if folder:

@@ -116,6 +116,8 @@ def layer_figures(args: Namespace) -> list:
     by_channel = {label for label, (_, channels) in networks.items() if channels}
     widths = [layer_bits(network, args.w_bit, bool(args.first_last_quant)) for network, _ in networks.values()]
     shared = [name for name in widths[0] if name.endswith("weight") and all(name in names for names in widths)]
+    if not shared:
+        raise UserError(f"{', '.join(args.model_path)} have no quantized layer in common: draw them one by one")
     unknown = [name for name in args.layers or [] if name not in shared]
     if unknown:
         raise UserError(f"no quantized layer {unknown[0]!r}; the layers are {', '.join(shared)}")
@@ -147,8 +149,9 @@ def dense_rows(paths: list[str], *numbers: str) -> list[dict[str, str]]:
 
 def bits_figures(args: Namespace) -> list:
     from utils.figures import errors_over_bits
+    from utils.table import distinct, network_of
 
-    rows = [row for row in dense_rows(args.results, "weight_mse") if row["a_bit"] == "32"]
+    rows = distinct(row for row in dense_rows(args.results, "weight_mse") if row["a_bit"] == "32")
     last = max((int(row["epoch"]) for row in rows if row["trained"] == "SGD" and row["epoch"].isdigit()), default=None)
     if last is None:
         raise UserError(
@@ -161,6 +164,11 @@ def bits_figures(args: Namespace) -> list:
     by_channel = [row for row in rows if row["trained"] == f"PSGD W{row['w_bit']} channel"]
     if by_channel:
         series["PSGD, grids of channels"] = by_channel
+    for label, found in series.items():
+        if len({(row["w_bit"], network_of(row)) for row in found}) > len({row["w_bit"] for row in found}):
+            raise UserError(
+                f"{label} has rows of one bit-width that differ in more than the seed: name those of one kind"
+            )
     return [("figure1a", 1, partial(errors_over_bits, series))]
 
 

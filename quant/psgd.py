@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from .grid import check_bits, weight_scales
 
 CHOICES = {"target": ("grid", "zero"), "acts_on": ("gradient", "update")}
+STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 # Settings of a scaled group. It is psg_eps because Adam and others have an eps of their own in the same dict.
 PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "acts_on", "lambda_s_limit"}
 
@@ -96,6 +97,8 @@ class PSGD(Optimizer):
     def _follow(self) -> None:
         self._share()
         self.base.register_load_state_dict_post_hook(self._share)  # loading replaces them
+        for name in STATE_HOOKS:  # saving and loading are the base's, and so are the hooks that it calls
+            setattr(self, f"register_{name}_hook", getattr(self.base, f"register_{name}_hook"))
 
     def _share(self, *_: Optimizer) -> None:
         self.param_groups = self.base.param_groups

@@ -1,6 +1,7 @@
 """lambda_s "auto": the plan, its limits, and a real run that is steered and resumed."""
 
 import csv
+import shutil
 
 import pytest
 import torch
@@ -116,9 +117,10 @@ def test_a_network_on_its_grid_has_no_start(cli, tmp_path, digits_run):
 def test_a_steered_run_is_resumed_as_it_was(cli, tmp_path, few_digits):
     flags = ["--dataset", "cifar10", "--batch_size", "100", "--lr", "1e-4", "--deterministic", "--device", "cpu"]
     flags += ["--arch", "squeezenet1_1", "--lambda_s", "auto", "--decay_epoch", "4"]
-    assert cli("train.py", *flags, "--epoch", 4, "--exp_name", "whole").code == 0
-    assert cli("train.py", *flags, "--epoch", 2, "--exp_name", "cut").code == 0
-    assert cli("train.py", "--exp_name", "cut", "--resume", "--epoch", 4).code == 0
+    assert cli("train.py", *flags, "--epoch", 4, "--save_epochs", 2, "--exp_name", "whole").code == 0
+    cut = shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/cut")
+    (cut / "epoch_2.pth").replace(cut / "last.pth")
+    assert cli("train.py", "--exp_name", "cut", "--resume").code == 0
     columns = {}
     for name in ("whole", "cut"):
         with open(tmp_path / f"runs/{name}/metrics.csv", newline="") as file:
@@ -127,3 +129,13 @@ def test_a_steered_run_is_resumed_as_it_was(cli, tmp_path, few_digits):
     # A small learning rate leaves the weights where they were: epochs 1 and 2 fall behind the plan, which ends with 3.
     used = [float(used) for _, used in columns["whole"]]
     assert used == pytest.approx([used[0] * 1.25**rises for rises in (0, 1, 2, 2)])
+
+
+def test_the_plan_ends_with_the_run_where_no_decay_comes_before(cli, tmp_path, few_digits):
+    flags = ["--dataset", "cifar10", "--batch_size", "100", "--lr", "1e-4", "--device", "cpu", "--epoch", 2]
+    flags += ["--decay_epoch", 100_000]
+    assert cli("train.py", *flags, "--arch", "squeezenet1_1", "--lambda_s", "auto", "--exp_name", "a").code == 0
+    with open(tmp_path / "runs/a/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["grid_share"]) > 0.2 + 0.75 / 100_000  # more than a plan to that decay would ask for
+    assert float(rows[1]["lambda_s"]) == pytest.approx(1.25 * float(rows[0]["lambda_s"]))

@@ -40,6 +40,7 @@ BAD = [
     ("train.py", [*SCRATCH, "--arch", "resnet18", "--batch_size", "4"], "resnet18 cannot be trained on one image"),
     ("train.py", [*SCRATCH, "--resume_epoch", "9", "--epoch", "3"], "--epoch 3 is before the first epoch, 9"),
     ("train.py", [*SCRATCH, "--val_split", "1437"], "--val_split 1437 leaves nothing of the 1437 training images"),
+    ("train.py", [*SCRATCH, "--grad_l1", "1e-3", "--compile", "1"], "--grad_l1 differentiates twice: it needs"),
     ("train.py", [*SCRATCH, "--exp_name", "../out"], "--exp_name '../out' must name a folder below runs/"),
     ("train.py", [*SCRATCH, "--exp_name", "/out"], "--exp_name '/out' must name a folder below runs/"),
     ("train.py", [], "no checkpoint at models/ResNet82.pth"),

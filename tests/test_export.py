@@ -293,13 +293,16 @@ def test_bad_input(rejected, digits_run, tmp_path, monkeypatch):
     torch.save({**facts, "state_dict": state}, tmp_path / "m.pth")
     message = "m.pth: MobileNetV2 has no nn.ReLU module"
     assert message in rejected("export.py", "--model_path", "m.pth", "--a_bit", "8", "--calib_images", "8")
+    copy_with_args(digits_run, tmp_path / "i.pth", dataset="imagefolder")
+    message = "i.pth is for imagefolder; this benchmark takes networks for"
+    assert message in rejected("utils.benchmark_deploy", "--model_path", "i.pth")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert "pip install -r requirements-export.txt" in rejected("export.py", "--model_path", digits_run)
 
 
 def test_benchmark_of_deployed_networks(cli, tmp_path, digits_run, few_digits, monkeypatch):
     monkeypatch.setattr(utils.benchmark, "WARM_UP", 0)
-    model = copy_with_args(digits_run, tmp_path / "a.pth", dataset="cifar10")
+    model = copy_with_args(digits_run, tmp_path / "a.pth", dataset="cifar10", granularity="channel")
     flags = ["--model_path", model, "--w_bit", "4", "--rounds", "1", "--calib_images", "64", "--json", "a.json"]
     outcome = cli("utils.benchmark_deploy", *flags)
     assert outcome.code == 0, outcome.err
@@ -309,4 +312,7 @@ def test_benchmark_of_deployed_networks(cli, tmp_path, digits_run, few_digits, m
         "onnxruntime, W4A8, integer kernels",
     ]  # fmt: skip
     assert rows[0]["top1"] == pytest.approx(rows[2]["top1"], abs=0.3)  # the same of 64 images
-    assert rows[3]["bytes"] < 0.2 * rows[2]["bytes"] and all(row["images_per_second_at_256"] > 0 for row in rows)
+    network = model_from_checkpoint(load_checkpoint(model), model).eval()
+    written = to_onnx(network, integer_weights(network, 4, per_channel=True)).SerializeToString()
+    assert rows[3]["bytes"] == len(written) < 0.2 * rows[2]["bytes"]
+    assert all(row["images_per_second_at_256"] > 0 for row in rows)

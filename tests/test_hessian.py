@@ -69,7 +69,7 @@ def test_lanczos_stops_where_the_space_is_exhausted():
     assert values.tolist() == pytest.approx([3]) and shares.tolist() == pytest.approx([1])
 
 
-def test_command_and_figure(cli, tmp_path, digits_run):
+def test_command_and_figure(cli, tmp_path, digits_run, monkeypatch):
     """PSGD's solution on the digits is the steeper one and loses nothing at 4 bits; the figure is drawn from it."""
     flags = ["--model_path", digits_run, "--images", "32", "--steps", "4", "--probes", "2", "--out", "h"]
     outcome = cli("utils.hessian", *flags)
@@ -82,6 +82,12 @@ def test_command_and_figure(cli, tmp_path, digits_run):
     assert len(rows) == 8 and {row["probe"] for row in rows} == {"0", "1"}
     assert cli("visualize.py", "--figure", "4", "--results", "h", "--out", "pictures").code == 0
     assert (tmp_path / "pictures/figure4.png").stat().st_size > 20_000
-    (tmp_path / "h/spectrum.csv").unlink()
+    flags = ["--model_path", digits_run, "--images", "9999"]
+    assert "--images 9999 is more than the 1437 training images" in cli("utils.hessian", *flags).err
+    with open(tmp_path / "h/digits.csv", newline="") as file:
+        digits = list(csv.DictReader(file))
+    monkeypatch.setattr("utils.hessian.digits_rows", lambda seed: (digits, []))
+    assert cli("utils.hessian", "--model_path", "--out", "h").code == 0  # none: the earlier spectra do not stay
+    assert not (tmp_path / "h/spectrum.csv").exists()
     assert cli("visualize.py", "--figure", "4", "--results", "h", "--out", "two").code == 0
     assert "digits.csv cannot be read" in cli("visualize.py", "--figure", "4", "--results", "no").err

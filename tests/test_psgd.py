@@ -156,6 +156,15 @@ def test_step_hooks(net):
     assert calls == ["pre", "base", "post"]
 
 
+def test_hooks_of_saving_and_loading(net):
+    calls = []
+    optimizer = copy.deepcopy(PSGD(sgd(net)))
+    for name in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+        getattr(optimizer, f"register_{name}_hook")(lambda *_, name=name: calls.append(name))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"]
+
+
 def test_add_param_group(net):
     optimizer = PSGD(torch.optim.SGD([{"params": [net.conv1.weight], "bits": 4}], lr=0.1), lambda_s=8)
     optimizer.add_param_group({"params": [net.fc.weight], "bits": 3})

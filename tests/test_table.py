@@ -26,7 +26,20 @@ def test_seeds_are_one_cell_and_the_order_is_kept(tmp_path):
 
 def test_two_networks_of_one_seed_are_no_seeds(rejected, tmp_path):
     (tmp_path / "x.csv").write_text(HEADER + "a,SGD,1,150,4,32,none,50\nb,SGD,1,150,4,32,none,60\n")
-    assert "two networks are both SGD, seed 1: a and b; make a table of each" in rejected("utils.table", "x.csv")
+    assert "two networks are both SGD, seed 1: a and b; take them one by one" in rejected("utils.table", "x.csv")
+
+
+def test_networks_that_differ_by_their_grids_alone_are_told_apart(tmp_path):
+    row = "a,SGD,1,150,4,32,none,{},{}\n".format
+    header = HEADER.replace("top1", "granularity,top1")
+    (tmp_path / "x.csv").write_text(header + row("tensor", 50) + row("channel", 60))
+    (tmp_path / "y.csv").write_text(header + row("channel", 60))  # the same again
+    assert markdown(read_results([tmp_path / "x.csv", tmp_path / "y.csv"])).splitlines() == [
+        "| trained | epoch | after training | granularity | W4 |",
+        "| --- | --- | --- | --- | --- |",
+        "| SGD | 150 | none | tensor | 50.00 |",
+        "| SGD | 150 | none | channel | 60.00 |",
+    ]
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\x00\x01"])

@@ -56,6 +56,19 @@ def test_resumed_run_equals_the_uninterrupted_one(cli, tmp_path, flags):
     assert settings["resumed"][0]["after_epoch"] == cut
 
 
+def test_resuming_on_a_log_that_another_program_has_written(cli, tmp_path):
+    flags = [*QUICK, *SMALL, "--psg", "0", "--precision", "fp32", "--exp_name", "a"]
+    assert cli("train.py", *flags, "--epoch", "1").code == 0
+    log = tmp_path / "runs/a/metrics.csv"
+    written = log.read_text()
+    log.write_text(written.replace(",", ";"))
+    outcome = cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2")
+    assert outcome.code == 2 and "runs/a/metrics.csv has no epochs: put it aside" in outcome.err
+    log.write_text(written.replace("\n1,", "\n1.0,"))
+    assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2").code == 0
+    assert [row["epoch"] for row in metrics(tmp_path / "runs/a")] == [1, 2]
+
+
 def test_run_folder(cli, tmp_path):
     flags = [*QUICK, "--psg", "0", "--exp_name", "a/b", "--epoch", "2", "--save_epochs", "1"]
     first = cli("train.py", *flags)

@@ -7,7 +7,9 @@ import numpy
 import pytest
 import torch
 
+from models import build_model
 from quant import fake_quantize_weight
+from utils.checkpoint import save_checkpoint
 from utils.figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
 from utils.paper_figures import sparse_histograms, toy_trajectories
 from visualize import bits_figures
@@ -61,7 +63,7 @@ def test_a_network_with_grids_of_channels_is_drawn_on_them(cli, tmp_path, channe
         assert {line.get_xdata()[0] for line in axis.lines} == {-1, 0, 1}
 
 
-def test_figure_1a(cli, tmp_path):
+def test_figure_1a(cli, rejected, tmp_path):
     """Bars are errors, lines weight errors; a PSGD bar is of the network trained for that bit-width, seeds averaged."""
     header = "trained,epoch,seed,w_bit,a_bit,post,top1,weight_mse\n"
     rows = [
@@ -77,6 +79,13 @@ def test_figure_1a(cli, tmp_path):
     assert {label: [row["top1"] for row in rows] for label, rows in draw.args[0].items()} == {
         "SGD": ["70", "69", "50"], "PSGD": ["68", "70"], "PSGD, grids of channels": ["71"],
     }  # fmt: skip
+    (tmp_path / "r.csv").write_text(
+        header.replace("top1", "granularity,top1")
+        + "SGD,150,1,4,32,none,tensor,50,1e-3\nSGD,150,1,4,32,none,channel,60,1e-4\n"
+    )
+    assert "SGD has rows of one bit-width that differ in more than the seed" in rejected(
+        "visualize.py", "--figure", "1a", "--results", "r.csv"
+    )
     series = {
         "SGD": [{"w_bit": "8", "top1": "69", "weight_mse": "1e-6"}, {"w_bit": "4", "top1": "50", "weight_mse": "1e-3"}],
         "PSGD": [{"w_bit": "4", "top1": top1, "weight_mse": mse} for top1, mse in (("68", "1e-4"), ("70", "3e-4"))],
@@ -173,8 +182,11 @@ def test_bad_input_of_figures(rejected, tmp_path):
     assert "r.csv lacks the column model: it is no layers.csv" in rejected("visualize.py", *flags)
 
 
-def test_bad_input(rejected, digits_run):
+def test_bad_input(rejected, digits_run, tmp_path):
     model = ["--model_path", digits_run]
+    state = build_model("squeezenet1_1", 10).state_dict()
+    save_checkpoint(tmp_path / "s.pth", {"state_dict": state, "arch": "squeezenet1_1", "num_classes": 10, "args": {}})
+    assert "s.pth have no quantized layer in common" in rejected("visualize.py", *model, "s.pth")
     assert "no quantized layer 'conv9'; the layers are conv1.weight, " in rejected(
         "visualize.py", *model, "--layers", "conv9"
     )

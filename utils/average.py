@@ -7,8 +7,8 @@
 
 Weights that sit on the grid have sat on the same point for epochs, so their mean sits there too; the others lose their
 noise (stochastic weight averaging, Izmailov et al. 2018; its use on PSG runs is ours). The statistics come from
-unaugmented training images, with the mean weights in float or, with --w_bit or --sparsity, as they are deployed: one
-file serves both.
+unaugmented training images, with the mean weights in float or, with --w_bit or --sparsity, as they are deployed. From 3
+bits up such a file serves as a float network too; of 2 bits, or of many zeros, the float network is lost.
 """
 
 from pathlib import Path

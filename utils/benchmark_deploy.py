@@ -4,8 +4,9 @@
     python -m utils.benchmark_deploy --json results/deploy.json
 
 For each checkpoint: float32 and bfloat16 in torch, float32 in onnxruntime, and there each --w_bit with float
-activations, with 8-bit ones, and with 8-bit ones as `export.py --integer_kernels` writes them. Images a second are
-medians over pieces of 256 images, the kinds taking turns; compare ratios of one run.
+activations, with 8-bit ones, and with 8-bit ones as `export.py --integer_kernels` writes them, on the grids that the
+network was trained for. Images a second are medians over pieces of 256 images, the kinds taking turns; compare ratios
+of one run.
 """
 
 import tempfile
@@ -38,8 +39,8 @@ def main() -> None:
         raise UserError(f"{error}: pip install -r requirements-export.txt") from None
     import torch
 
-    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint
-    from utils.data import check_calib_images, load_dataset
+    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel
+    from utils.data import DATASETS, check_calib_images, load_dataset
     from utils.device import machine, select_device
 
     device, _ = select_device("cpu", 0)
@@ -48,26 +49,31 @@ def main() -> None:
     print(f"{hardware}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {args.rounds} rounds")
     for path in args.model_path:
         checkpoint = load_checkpoint(path)
-        dataset = load_dataset(dataset_name(checkpoint), args.data_dir, device)
+        name = dataset_name(checkpoint)
+        if name not in DATASETS:
+            raise UserError(f"{path} is for {name}; this benchmark takes networks for {', '.join(DATASETS)}")
+        dataset = load_dataset(name, args.data_dir, device)
         check_calib_images(args.calib_images, dataset.train)
         model = model_from_checkpoint(checkpoint, path, None, len(dataset.classes)).eval()
+        by_channel = per_channel(checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                rows += [{"model": path, **row} for row in compare(args, model, dataset, Path(folder))]
+                found = compare(args, model, by_channel, dataset, Path(folder))
             except ValueError as error:  # an operation without a counterpart in the file
                 raise UserError(f"{path}: {error}") from None
+        rows += [{"model": path, **row} for row in found]
     if args.json:
         facts = {"command": command_line(), "commit": git_commit(), "machine": hardware, "torch": torch.__version__}
         write_json(args.json, {**facts, "onnxruntime": onnxruntime.__version__, "rounds": args.rounds, "rows": rows})
 
 
-def compare(args, model, dataset, folder: Path) -> list[dict[str, Any]]:
+def compare(args, model, by_channel: bool, dataset, folder: Path) -> list[dict[str, Any]]:
     """A row for each kind of `model`: bytes of its file (in torch of its parameters), top-1 and images a second."""
     import torch
 
     from utils.data import eval_batches, normalize
 
-    kinds = torch_kinds(model) | onnx_kinds(args, model, dataset, folder)
+    kinds = torch_kinds(model) | onnx_kinds(args, model, by_channel, dataset, folder)
     top1 = {}
     for name, (_, network) in kinds.items():
         hits = sum((network(images).argmax(1) == labels).sum().item()
@@ -117,7 +123,7 @@ def torch_kinds(model) -> dict[str, tuple[int, Callable]]:
     return {"torch, float32": (size, network("fp32")), "torch, bfloat16": (size // 2, network("bf16"))}
 
 
-def onnx_kinds(args, model, dataset, folder: Path) -> dict[str, tuple[int, Callable]]:
+def onnx_kinds(args, model, by_channel: bool, dataset, folder: Path) -> dict[str, tuple[int, Callable]]:
     """The network in onnxruntime, in float and with integer weights: bytes of its file, and a function."""
     import onnx
     import onnxruntime
@@ -130,9 +136,10 @@ def onnx_kinds(args, model, dataset, folder: Path) -> dict[str, tuple[int, Calla
     ranges = calibrate(model, batches, 8)
     protos = {"onnxruntime, float32": to_onnx(model, {})}
     for width in args.w_bit:
-        integers = integer_weights(model, width)
+        integers = integer_weights(model, width, per_channel=by_channel)
         protos[f"onnxruntime, W{width}"] = to_onnx(model, integers)
-        quantized = quantize_activations(quantize_weights(model, width), 8, ranges, inplace=True)
+        rounded = quantize_weights(model, width, per_channel=by_channel)
+        quantized = quantize_activations(rounded, 8, ranges, inplace=True)
         protos[f"onnxruntime, W{width}A8"] = to_onnx(quantized, integers)
         with_sums = quantize_sums(quantized, batches)
         protos[f"onnxruntime, W{width}A8, integer kernels"] = to_onnx(with_sums, integers, int8=True)

@@ -213,10 +213,10 @@ def eval_batches(split: "Split | FolderSplit", spec: DataSpec, batch_size: int) 
         yield normalize(part.images, spec), part.labels
 
 
-def check_calib_images(count: int, split: "Split | FolderSplit") -> None:
+def check_calib_images(count: int, split: "Split | FolderSplit", flag: str = "--calib_images") -> None:
     """Raises UserError if `split` has fewer than `count` images: look before the work that comes before calibration."""
     if count > len(split):
-        raise UserError(f"--calib_images {count} is more than the {len(split)} training images")
+        raise UserError(f"{flag} {count} is more than the {len(split)} training images")
 
 
 def calibration_batches(

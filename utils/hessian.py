@@ -140,7 +140,7 @@ def load_network(path: str, args) -> tuple[nn.Module, dict[str, str], Tensor, Te
     checkpoint = load_checkpoint(path)
     device, _ = select_device(args.device, args.cu_num)
     dataset = load_dataset(dataset_name(checkpoint), args.data_dir, device)
-    check_calib_images(args.images, dataset.train)
+    check_calib_images(args.images, dataset.train, "--images")
     model = model_from_checkpoint(checkpoint, path, num_classes=len(dataset.classes)).to(device).eval()
     ((images, labels),) = calibration_batches(dataset.train, dataset.spec, args.images, args.seed, args.images)
     return model, training_facts(checkpoint), images, labels
@@ -194,6 +194,8 @@ def main() -> None:
     spectra = [spectrum_rows(path, *network, args) for path, network in networks]
     if spectra:
         write_csv(Path(args.out) / "spectrum.csv", [row for rows, _ in spectra for row in rows])
+    else:
+        (Path(args.out) / "spectrum.csv").unlink(missing_ok=True)  # of an earlier call
     origin = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__}
     results = {"digits": facts, "checkpoints": [fact for _, fact in spectra]}
     write_json(Path(args.out) / "results.json", origin | results)

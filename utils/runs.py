@@ -104,7 +104,10 @@ class RunFolder:
         if self.metrics_path.exists():
             with open(self.metrics_path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if None not in row.values()]
-            kept = [row for row in rows if int(row["epoch"]) <= after_epoch]
+            try:
+                kept = [row for row in rows if float(row["epoch"]) <= after_epoch]
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{self.metrics_path} has no epochs: put it aside, and a new one is begun") from None
             if kept:
                 write_csv(self.metrics_path, kept)
             else:

@@ -4,7 +4,8 @@ over seeds.
     python -m utils.table results/cifar100/results.csv results/w3/results.csv
 
 Rows of eval.py's results.csv that differ in the seed alone are one cell: their mean, with the standard deviation
-(n - 1) and n where there are several. Rows with quantized activations are left out.
+(n - 1) and n where there are several. Rows with quantized activations are left out. Networks that are alike by name
+get a column more, for what differs.
 """
 
 import csv
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from utils.cli import Parser, UserError, run
 
-SAME = ("trained", "epoch", "post", "arch", "dataset", "split", "weight_range", "granularity")  # of one cell's rows
+NAMED = ("trained", "epoch", "post")
+SAME = (*NAMED, "arch", "dataset", "split", "weight_range", "granularity")  # of one cell's rows
 NEEDED = ("trained", "epoch", "post", "seed", "w_bit", "a_bit", "top1")
 BIT_WIDTHS = ("w_bit", "a_bit")
 
@@ -76,31 +78,46 @@ def column_name(sparsity: float, by_layer: bool, minus_width: int) -> str:
     return f"{pruned} {width}".strip() or "FP"
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    """The table of `rows` in Markdown, networks in the order of their first row."""
-    cells: dict[tuple[str, ...], dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
+def column_of(row: dict[str, str]) -> tuple[float, bool, int]:
+    """Pruned share, whether layer by layer, and minus the bit-width: sorted, full precision is the first."""
+    return float(row.get("sparsity") or 0), row.get("prune") == "layer", -int(row["w_bit"])
+
+
+def network_of(row: dict[str, str]) -> tuple[str, ...]:
+    """What is the same in rows that differ in the seed alone."""
+    return tuple(row.get(name, "") for name in SAME)
+
+
+def distinct(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """`rows` without those that say again, in another file, what one has said; UserError if two networks look alike."""
     seen: dict[tuple, dict[str, str]] = {}
     for row in rows:
-        if row["a_bit"] != "32":
-            continue
-        # Pruned share, whether layer by layer, and minus the bit-width: sorted, full precision is the first.
-        column = (float(row.get("sparsity") or 0), row.get("prune") == "layer", -int(row["w_bit"]))
-        one = (*(row.get(name, "") for name in (*SAME, "seed")), *column)
-        known = seen.setdefault(one, row)
+        known = seen.setdefault((network_of(row), row["seed"], row["a_bit"], column_of(row)), row)
         if known is not row:
             if (known.get("model"), known["top1"]) == (row.get("model"), row["top1"]):
-                continue  # the same network, in two files
+                continue
             name = row["trained"] or "unnamed"
             raise UserError(
                 f"two networks are both {name}, seed {row['seed']}: {known.get('model')} and {row.get('model')}; "
-                "make a table of each"
+                "take them one by one"
             )
-        cells[tuple(row.get(name, "") for name in SAME)][column].append(float(row["top1"]))
+    return [*seen.values()]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table of `rows` in Markdown, networks in the order of their first row."""
+    cells: dict[tuple[str, ...], dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in distinct(row for row in rows if row["a_bit"] == "32"):
+        cells[network_of(row)][column_of(row)].append(float(row["top1"]))
     columns = sorted({column for by_column in cells.values() for column in by_column})
     names = [column_name(*column) for column in columns]
-    lines = [["trained", "epoch", "after training", *names], ["---"] * (3 + len(names))]
+    own_names = len({key[: len(NAMED)] for key in cells}) == len(cells)
+    told = [n for n in range(len(NAMED), len(SAME)) if not own_names and len({key[n] for key in cells}) > 1]
+    heads = ["trained", "epoch", "after training", *(SAME[n] for n in told), *names]
+    lines = [heads, ["---"] * len(heads)]
     for key, by_column in cells.items():
-        lines.append([*key[:3], *(cell(by_column[column]) if column in by_column else "" for column in columns)])
+        figures = [cell(by_column[column]) if column in by_column else "" for column in columns]
+        lines.append([*key[: len(NAMED)], *(key[n] for n in told), *figures])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
