@@ -13,6 +13,7 @@ import torch
 
 import quant
 import utils.benchmark
+import utils.hessian
 from models import ResNet32
 from tests.conftest import ROOT, SmallNet
 from utils.cli import Parser
@@ -86,6 +87,7 @@ def test_every_python_command_of_the_readme_runs(cli, workshop, monkeypatch):
     assert len(PYTHON_COMMANDS) >= 9
     monkeypatch.setattr(utils.benchmark, "WARM_UP", 0)
     monkeypatch.setattr(utils.benchmark, "LOOP_STEPS", 1)
+    monkeypatch.setattr(utils.hessian, "EPOCHS", 1)
     for words in PYTHON_COMMANDS:
         script, flags = words[1], words[2:]
         if script == "-m":

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.cli import UserError
 
-KILLS, SOAK = int(os.environ.get("KILLS", "3")), int(os.environ.get("SOAK", "24"))
+KILLS, SOAK = int(os.environ.get("KILLS", "2")), int(os.environ.get("SOAK", "16"))
 pytestmark = pytest.mark.usefixtures("few_digits")
 # A network whose epoch takes a fraction of a second, with dropout and without batch norm's slowness.
 FLAGS = ["--dataset", "cifar10", "--arch", "squeezenet1_1", "--lr", "0.001", "--batch_size", "64", "--lambda_s", "20"]

@@ -70,7 +70,7 @@ def test_resuming_on_a_log_that_another_program_has_written(cli, tmp_path):
 
 
 def test_run_folder(cli, tmp_path):
-    flags = [*QUICK, "--psg", "0", "--exp_name", "a/b", "--epoch", "2", "--save_epochs", "1"]
+    flags = [*QUICK, *SMALL, "--psg", "0", "--exp_name", "a/b", "--epoch", "2", "--save_epochs", "1"]
     first = cli("train.py", *flags)
     assert first.code == 0 and "64 test images" in first.out and "step: plain loop" in first.out
     folder = tmp_path / "runs/a/b"
@@ -82,7 +82,7 @@ def test_run_folder(cli, tmp_path):
     assert [row["epoch"] for row in rows] == [1, 2]
     assert {"lr", "train_loss", "train_top1", "fp_top1", "w4_top1", "grid_share"} <= rows[0].keys()
     saved = load_checkpoint(folder / "epoch_1.pth")
-    assert saved["epoch"] == 1 and saved["arch"] == "ResNet32" and saved["num_classes"] == 10
+    assert saved["epoch"] == 1 and saved["arch"] == "squeezenet1_1" and saved["num_classes"] == 10
     assert isinstance(saved["args"], dict) and saved["metrics"]["fp_top1"] == rows[0]["fp_top1"]
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("fp_top1")] == [1, 2]
@@ -157,7 +157,7 @@ def test_psg_starts_from_a_checkpoint(cli, tmp_path, digits_run):
 
 
 def test_two_bits_set_weight_decay_to_zero_and_say_so(cli, tmp_path):
-    flags = [*QUICK, "--load_pretrained", "", "--w_bit", "2", "--epoch", "1"]
+    flags = [*QUICK, *SMALL, "--load_pretrained", "", "--w_bit", "2", "--epoch", "1"]
     outcome = cli("train.py", *flags, "--exp_name", "a")
     assert "weight decay 0 (as published at 2 bits; --w_decay overrides)" in outcome.out
     assert json.loads((tmp_path / "runs/a/args.json").read_text())["args"]["w_decay"] == 0
@@ -167,7 +167,7 @@ def test_two_bits_set_weight_decay_to_zero_and_say_so(cli, tmp_path):
 
 
 def test_adam_learning_rate_is_the_published_one(cli, tmp_path):
-    flags = [*QUICK, "--load_pretrained", "", "--adam", "1", "--lr", "1e-4", "--epoch", "1", "--exp_name", "a"]
+    flags = [*QUICK, *SMALL, "--load_pretrained", "", "--adam", "1", "--lr", "1e-4", "--epoch", "1", "--exp_name", "a"]
     assert cli("train.py", *flags).code == 0
     assert metrics(tmp_path / "runs/a")[0]["lr"] == pytest.approx(1e-4 * 0.01 * 150)
 
@@ -190,13 +190,13 @@ def test_sparse_training(cli, tmp_path, digits_run):
 
 
 @pytest.mark.parametrize("flags, name", [(["--l1", "1e-4"], "SGD L1"), (["--grad_l1", "1e-2"], "SGD grad-L1")])
-def test_penalties_change_the_run_and_are_named(cli, tmp_path, digits_run, flags, name):
-    common = [*QUICK, "--psg", "0", "--load_pretrained", digits_run, "--epoch", "4", "--lr", "0.01"]
+def test_penalties_change_the_run_and_are_named(cli, tmp_path, flags, name):
+    common = [*QUICK, *SMALL, "--psg", "0", "--epoch", "1", "--lr", "0.01"]
     assert cli("train.py", *common, "--exp_name", "plain").code == 0
     assert cli("train.py", *common, *flags, "--exp_name", "penalised").code == 0
     plain, penalised = (load_checkpoint(tmp_path / f"runs/{run}/last.pth") for run in ("plain", "penalised"))
     assert training_facts(penalised)["trained"] == name and training_facts(plain)["trained"] == "SGD"
-    assert not torch.equal(plain["state_dict"]["conv1.weight"], penalised["state_dict"]["conv1.weight"])
+    assert not torch.equal(plain["state_dict"]["features.0.weight"], penalised["state_dict"]["features.0.weight"])
 
 
 def test_flags_reach_what_they_set(cli, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from utils.figures import color_of
 MINIMA = ((0.0, 1.0), (0.62, 0.42), (-0.55, -0.6))
 START = (-0.3, 0.2)
 LAMBDA_S, EPS = 4.0, 0.02
-LEARNING_RATE, STEPS = 4e-3, 3000
+LEARNING_RATE, STEPS = 1.6e-2, 750
 GRID_HOLDER = 3.0  # a third weight that the loss does not depend on: at 3 bits it holds the grid's step at 1
 
 
