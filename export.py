@@ -115,7 +115,8 @@ def main() -> None:
     floats = normalize(images, spec).contiguous()
 
     with torch.no_grad():
-        expected, expected_deployed = reference(floats), deployed(floats)
+        expected = reference(floats)
+        expected_deployed = expected if deployed is reference else deployed(floats)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{path.stem}_w{args.w_bit}"

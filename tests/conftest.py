@@ -1,7 +1,6 @@
 """Shared fixtures. Scripts run in the test's own process, in an empty folder, as `python <script> ...` would."""
 
 import importlib
-import os
 import shutil
 import subprocess
 import sys
@@ -96,14 +95,14 @@ def net():
 
 
 def save_few_digits(folder):
-    """Writes `folder`/data/cifar10.npz: 256 of the digits to train on and 64 to test."""
+    """Writes `folder`/data/cifar10.npz: 128 of the digits to train on and 32 to test."""
     from utils.data import load_dataset
 
     digits = load_dataset("digits", "", torch.device("cpu"))
     (folder / "data").mkdir()
     np.savez(folder / "data/cifar10.npz", classes=np.array(digits.classes),
-             x_train=digits.train.images[:256], y_train=digits.train.labels[:256],
-             x_test=digits.test.images[:64], y_test=digits.test.labels[:64])  # fmt: skip
+             x_train=digits.train.images[:128], y_train=digits.train.labels[:128],
+             x_test=digits.test.images[:32], y_test=digits.test.labels[:32])  # fmt: skip
 
 
 @pytest.fixture
@@ -112,21 +111,22 @@ def few_digits(tmp_path):
     save_few_digits(tmp_path)
 
 
+def shared_folder(tmp_path_factory, worker_id):
+    """The temporary folder that all processes of a test run share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent  # theirs lie side by side
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory, worker_id):
-    """Path of a checkpoint of a real three-epoch vanilla run on the digits, trained once for all processes."""
-    folder = tmp_path_factory.getbasetemp()
-    if worker_id != "master":  # one of several processes, whose folders lie side by side
-        folder = folder.parent
-    command = (
-        "--psg 0 --dataset digits --lr 0.1 --epoch 3 --decay_epoch 3 --batch_size 64 --exp_name v --precision fp32"
-    )
+    """Path of a checkpoint of a real vanilla run on the digits, epoch 3 alone, trained once for all processes."""
+    folder = shared_folder(tmp_path_factory, worker_id)
+    command = "--psg 0 --dataset digits --lr 0.05 --batch_size 16 --resume_epoch 3 --epoch 3 --exp_name v"
+    command += " --precision fp32"
     checkpoint = folder / "runs/v/last.pth"
     with FileLock(folder / "digits.lock"):
         if not checkpoint.exists():
-            # On every core: whatever the tests were told, all their processes wait here.
-            env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-            subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, env=env, check=True)
+            subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
     return checkpoint
 
 
@@ -146,12 +146,16 @@ def channel_run(tmp_path, digits_run):
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory):
-    """A folder with psgd in it, installed by pip from a copy of the sources; pip builds in the source folder."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "quant", source / "quant")
-    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", target, source]
-    subprocess.run([sys.executable, "-m", "pip", "install", *flags], check=True)
+def installed(tmp_path_factory, worker_id):
+    """A folder with psgd in it, installed once for all processes; pip builds in a copy of the sources."""
+    folder = shared_folder(tmp_path_factory, worker_id)
+    target = folder / "installed"
+    with FileLock(folder / "installed.lock"):
+        if not target.exists():
+            source = tmp_path_factory.mktemp("source")
+            for name in ("pyproject.toml", "README.md", "LICENSE"):
+                shutil.copy(ROOT / name, source)
+            shutil.copytree(ROOT / "quant", source / "quant")
+            flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", target, source]
+            subprocess.run([sys.executable, "-m", "pip", "install", *flags], check=True)
     return target

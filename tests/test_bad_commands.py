@@ -114,7 +114,3 @@ def test_what_torch_finds_out_late(attempt, message, capsys):
         torch.use_deterministic_algorithms(False)
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and line.startswith("error: ") and message in line
-
-
-def test_the_table_is_long_enough_and_has_no_line_twice():
-    assert len({(script, *flags) for script, flags, _ in BAD}) == len(BAD) >= 60

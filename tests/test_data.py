@@ -159,10 +159,13 @@ def test_crop_equals_pad_and_slice():
 
 
 def test_epoch_is_a_permutation_with_a_short_last_batch():
-    batches = TrainBatches(split(50), DATASETS["cifar100"], 16, seed=1)
+    """Each image with its label, normalised: of one colour, which no crop changes."""
+    colours = torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(-1, 32, 32, 3).contiguous()
+    batches = TrainBatches(Split(colours, torch.arange(50)), DATASETS["cifar100"], 16, seed=1)
     epoch = list(batches.epoch(3))
     assert len(batches) == len(epoch) == 4 and [len(labels) for _, labels in epoch] == [16, 16, 16, 2]
     assert sorted(torch.cat([labels for _, labels in epoch]).tolist()) == list(range(50))
+    assert all(torch.equal(images, normalize(colours[labels], DATASETS["cifar100"])) for images, labels in epoch)
     images, _ = epoch[0]
     assert images.dtype == torch.float32 and images.shape == (16, 3, 32, 32)
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -206,9 +209,9 @@ def test_normalize():
 
 
 def test_eval_batches_keep_order():
-    data = split(23)
-    labels = torch.cat([labels for _, labels in eval_batches(data, DATASETS["cifar100"], 10)])
-    assert labels.tolist() == list(range(23))
+    data, spec = split(23), DATASETS["cifar100"]
+    images, labels = map(torch.cat, zip(*eval_batches(data, spec, 10)))
+    assert labels.tolist() == list(range(23)) and torch.equal(images, normalize(data.images, spec))
 
 
 def test_calibration_batches_are_seeded():
@@ -217,7 +220,10 @@ def test_calibration_batches_are_seeded():
     def draw(seed):
         return torch.cat([images for images, _ in calibration_batches(data, spec, 30, seed, batch_size=16)])
 
-    assert draw(1).shape == (30, 3, 32, 32)
+    batches = [*calibration_batches(data, spec, 30, 1, batch_size=16)]
+    assert [len(labels) for _, labels in batches] == [15, 15]
+    assert len(torch.cat([labels for _, labels in batches]).unique()) == 30
+    assert all(torch.equal(images, normalize(data.images[labels], spec)) for images, labels in batches)
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 

@@ -1,13 +1,14 @@
-"""PSGD with what people use beside an optimizer: every optimizer and scheduler of torch, AMP, EMA, DDP, FSDP2."""
+"""PSGD with what people use beside an optimizer: every optimizer and scheduler of torch, AMP, DDP, FSDP2."""
 
 import copy
 import inspect
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import SWALR
 
 from quant import PSGD, auto_lambda_s, grid_share, layer_bits, psg_param_groups, weight_mse
 from tests.test_psgd import backward, fill_gradients, run, same, sgd, twin_multiplier, weights
@@ -207,18 +208,6 @@ def test_clipping_comes_before_the_step(net):
         assert torch.allclose(net.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
 
 
-def test_moving_average_of_the_weights(net):
-    """An EMA sees PSGD's weights after each step, as it does the bare optimizer's."""
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    optimizer, expected = PSGD(sgd(net)), None
-    for step in range(3):
-        run(net, optimizer, 1, step)
-        average.update_parameters(net)
-        now = net.conv2.weight.detach().clone()
-        expected = now if expected is None else 0.9 * expected + 0.1 * now
-    assert torch.allclose(average.module.conv2.weight, expected, atol=1e-7)
-
-
 def test_compiled_step(net):
     reference = copy.deepcopy(net)
     optimizer, other = PSGD(sgd(net)), PSGD(sgd(reference))
@@ -235,11 +224,11 @@ def auto_of_model(model, bits):
     return auto_lambda_s(psg_param_groups(model, bits))
 
 
-def distributed(rank, ranks, store, wrap):
-    """`compare_with_one_process` in each of `ranks` processes, for both kinds of grids."""
+def distributed(rank, ranks, store, wraps):
+    """`compare_with_one_process` in each of `ranks` processes, for all `wraps` and both kinds of grids."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    for per_channel in (False, True):
+    for wrap, per_channel in product(wraps, (False, True)):
         compare_with_one_process(rank, ranks, wrap, per_channel)
     torch.distributed.barrier()  # a rank that leaves early may take the other down with it
     torch.distributed.destroy_process_group()
@@ -277,12 +266,9 @@ def sharded(model):
     return fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
 
 
-NO_FSDP2_ON_CPU = pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6's FSDP2 needs a GPU")
-
-
-@pytest.mark.parametrize(
-    "wrap", [nn.parallel.DistributedDataParallel, pytest.param(sharded, marks=NO_FSDP2_ON_CPU)], ids=["DDP", "FSDP2"]
-)
-def test_three_processes_equal_one(tmp_path, wrap):
+def test_three_processes_equal_one(tmp_path):
     """Also with the weights sharded: the grid, and every figure, is that of the whole weight."""
-    torch.multiprocessing.spawn(distributed, (3, tmp_path / "store", wrap), nprocs=3)
+    wraps = [nn.parallel.DistributedDataParallel]
+    if torch.__version__ >= "2.7":  # 2.6's FSDP2 needs a GPU
+        wraps.append(sharded)
+    torch.multiprocessing.spawn(distributed, (3, tmp_path / "store", wraps), nprocs=3)

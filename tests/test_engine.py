@@ -107,6 +107,14 @@ def test_weight_that_is_not_finite_after_the_last_step_is_named():
         train_epoch(model, torch.optim.SGD(model.parameters(), lr=1e38), [good], "fp32")
 
 
+def test_weight_of_zeros_after_the_last_step_is_named():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    nn.init.zeros_(model[1].weight)
+    good = (torch.ones(2, 3, 2, 2), torch.tensor([0, 1]))
+    with pytest.raises(NonFiniteError, match="1.weight was all zeros, which nothing moves, after step 1"):
+        train_epoch(model, torch.optim.SGD(model.parameters(), lr=0.0), [good], "fp32")
+
+
 def test_folding_leaves_no_reference_cycles():
     network = trained_resnet()
     while gc.collect():  # what a finalizer lets go of is garbage of the next round

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from eval import parse as parse_eval
 from quant import fake_quantize_weight, prune_weights, weight_scale
-from quant.packing import pack_bits, unpack_bits
 from train import parse as parse_train
 from train import parser as train_parser
 from utils.cli import UserError
@@ -76,15 +75,6 @@ def test_what_is_not_finite_is_refused(weight, bits, bad):
     if layer.weight.dim() > 1:
         with pytest.raises(ValueError, match="weight has values that are not finite"):
             prune_weights(layer, 0.5)
-
-
-@QUICK
-@given(st.integers(2, 8), st.integers(0, 70), st.integers(0, 2**31))
-def test_packed_integers_come_back(bits, count, seed):
-    limit = 2 ** (bits - 1) - 1
-    values = torch.randint(-limit, limit + 1, (count,), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-    packed = pack_bits(values, bits)
-    assert packed.numel() == math.ceil(count * bits / 8) and torch.equal(unpack_bits(packed, bits, count), values)
 
 
 def flags_of(parser):

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from models import ResNet32
 from quant import PSGD, psg_param_groups
 from tests.conftest import SmallNet, needs_cuda
 from utils.cli import UserError
@@ -22,7 +21,7 @@ def pair(device, base, batch_size=60, lr=0.05):
     torch.manual_seed(0)
     digits = load_dataset("digits", "", device)
     batches = TrainBatches(digits.train.part(slice(150)), digits.spec, batch_size, seed=3)
-    first = ResNet32(10).to(device, memory_format=torch.channels_last)
+    first = SmallNet(10).to(device, memory_format=torch.channels_last)
     models = [first, copy.deepcopy(first)]
     options = {"lr": lr, "fused": True}
     options |= {"capturable": device.type == "cuda"} if base is torch.optim.Adam else {"momentum": 0.9}
@@ -38,7 +37,7 @@ def assert_equal_runs(device, base, epochs, batch_size):
         for optimizer in optimizers:  # as a scheduler does: the graph must not keep the old numbers
             for group in optimizer.param_groups:
                 group["lr"] *= 0.5
-    assert not training.failure
+    assert not training.failure and (device.type == "cpu" or training._replay)
     for (name, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values()):
         assert torch.equal(a, b), name
     states = [optimizer.state_dict()["state"] for optimizer in optimizers]
@@ -56,7 +55,8 @@ def test_equals_the_plain_loop(base):
 def test_graph_equals_the_plain_loop(base):
     set_deterministic()
     try:
-        assert_equal_runs(torch.device("cuda"), base, epochs=3, batch_size=128)
+        # Three full steps an epoch: those of the first are eager, then come captures and replays.
+        assert_equal_runs(torch.device("cuda"), base, epochs=3, batch_size=40)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -76,12 +76,12 @@ def test_loss_that_is_not_finite():
 
 
 def small_training(device, compiled, classes=10):
-    """A training of SmallNet on 60 digits, in batches of 40 and 20."""
+    """A training of SmallNet on 60 digits, in batches of 25, 25 and 10."""
     torch.manual_seed(0)
     digits = load_dataset("digits", "", device)
-    batches = TrainBatches(digits.train.part(slice(60)), digits.spec, batch_size=40, seed=3)
+    batches = TrainBatches(digits.train.part(slice(60)), digits.spec, batch_size=25, seed=3)
     model = SmallNet(classes).to(device, memory_format=torch.channels_last)
-    optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.05, momentum=0.9, fused=True))
+    optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9, fused=True))
     return Training(model, optimizer, batches, "fp32", compile=compiled)
 
 

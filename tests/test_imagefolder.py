@@ -1,7 +1,6 @@
 """torchvision's networks, and images in folders: trained, resumed, evaluated and exported by the scripts."""
 
 import csv
-import json
 import re
 
 import numpy as np
@@ -14,6 +13,7 @@ from quant import load_packed, quantize_weights, save_packed
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.cli import UserError
 from utils.data import DATASETS, calibration_batches, eval_batches, load_dataset, train_batches
+from utils.distributed import World
 from utils.imagefolder import FolderSplit
 
 CPU = torch.device("cpu")
@@ -46,12 +46,27 @@ def test_batches(folder):
     assert len(batches) == 3 and batches.sizes == [5, 5, 2]
     first, again, other = ([*batches.epoch(number)] for number in (1, 1, 2))
     assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(first, again))
-    assert not torch.equal(first[0][0], other[0][0])
+    assert not torch.equal(first[0][1], other[0][1])
     assert sorted(torch.cat([labels for _, labels in first]).tolist()) == [0] * 6 + [1] * 6
     order = [label for _, label in dataset.train.files]
     assert order != sorted(order)  # --val_split takes the last, not a whole class
     chosen = [*calibration_batches(dataset.train, dataset.spec, 7, seed=3, batch_size=4)]
     assert [len(labels) for _, labels in chosen] == [4, 3]
+
+
+def test_crops_and_flips(folder):
+    """Other ones in each epoch, the same for any number of processes and workers, and none outside of training."""
+    dataset, again = (load_dataset("imagefolder", folder, CPU, workers=workers) for workers in (0, 2))
+    one = dataset.train.part(slice(1))
+    (first,), (second,) = (train_batches(one, dataset.spec, 1, seed=1).epoch(number) for number in (1, 2))
+    (seen,), (seen_again,) = (eval_batches(one, dataset.spec, 1) for _ in range(2))
+    assert not torch.equal(first[0], second[0]) and torch.equal(seen[0], seen_again[0])
+    alone = [*train_batches(dataset.train, dataset.spec, 5, seed=1).epoch(1)]
+    parts = [train_batches(again.train, dataset.spec, 5, seed=1, world=World(rank, 2)).epoch(1) for rank in (0, 1)]
+    for (images, labels), *shared in zip(alone, *parts, strict=True):
+        together, named = map(torch.cat, zip(*shared))
+        assert sorted(named.tolist()) == sorted(labels.tolist())
+        assert all(any(torch.equal(image, other) for other in together) for image in images)
 
 
 def test_training_images_alone_are_augmented(folder, monkeypatch):
@@ -80,13 +95,6 @@ def test_train_resume_and_evaluate(cli, tmp_path, folder):
         written = list(csv.DictReader(file))
     assert float(written[0]["top1"]) == pytest.approx(checkpoint["metrics"]["fp_top1"])
     assert written[0]["arch"] == "mobilenet_v3_small" and written[0]["dataset"] == "imagefolder"
-
-
-def test_torchvision_network_on_the_digits(cli, tmp_path):
-    flags = ["--dataset", "digits", "--arch", "squeezenet1_1", "--epoch", "1", "--w_bit", "3", "--exp_name", "a"]
-    outcome = cli("train.py", *flags)
-    assert outcome.code == 0 and "squeezenet1_1 on digits from scratch" in outcome.out, outcome.err
-    assert json.loads((tmp_path / "runs/a/args.json").read_text())["args"]["load_pretrained"] == ""
 
 
 @pytest.fixture

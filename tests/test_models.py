@@ -67,8 +67,3 @@ def test_plain_modules_and_one_relu_a_place(arch):
     model.eval()(torch.randn(1, 3, 32, 32))
     assert set(calls.values()) == {1}
     assert len(calls) == (31 if isinstance(model, ResNet32) else 15)
-
-
-def test_unknown_architecture():
-    with pytest.raises(ValueError, match="unknown architecture 'ResNet50'"):
-        build_model("ResNet50", 10)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.ops import StochasticDepth
 
-from models import build_model
+from models import ResNet32, build_model
 from quant import (
     adaround,
     calibrate,
@@ -133,24 +133,23 @@ def test_adaround_on_a_network(net):
 
 
 @pytest.fixture(scope="module")
-def three_epochs(tmp_path_factory):
-    """Folder of a real PSG run of three epochs on a few digits, with a file of each; the grid is per channel."""
-    import subprocess
-    import sys
-
-    from tests.conftest import ROOT, save_few_digits
-
-    folder = tmp_path_factory.mktemp("mean")
-    save_few_digits(folder)
-    command = "--dataset cifar10 --epoch 3 --save_epochs 1-3 --batch_size 64 --lr 0.05 --exp_name v --precision fp32"
-    flags = [*command.split(), "--granularity", "channel"]
-    subprocess.run([sys.executable, ROOT / "train.py", *flags], cwd=folder, check=True)
-    return folder / "runs/v"
+def three_epochs(tmp_path_factory, digits_run):
+    """Folder with the files of three epochs, as of a PSG run with grids of channels: a network and two beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint = load_checkpoint(digits_run)
+    args = checkpoint["args"] | {"psg": 1, "w_bit": 4, "granularity": "channel", "dataset": "cifar10"}
+    state, parameters = checkpoint["state_dict"], dict(ResNet32(10).named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    for epoch in (1, 2, 3):
+        moved = {n: state[n] + 0.01 * torch.randn(p.shape, generator=generator) for n, p in parameters.items()}
+        facts = {"epoch": epoch, "args": args, "state_dict": state | moved}
+        save_checkpoint(folder / f"epoch_{epoch}.pth", checkpoint | facts)
+    return folder
 
 
 @pytest.mark.parametrize("width, zeros", [(32, 0), (4, 0), (32, 0.6)])
 def test_mean_of_a_run(cli, tmp_path, few_digits, three_epochs, width, zeros):
-    flags = ["--epochs", "1-3", "--out", "mean.pth", "--w_bit", width, "--sparsity", zeros, "--calib_images", 200]
+    flags = ["--epochs", "1-3", "--out", "mean.pth", "--w_bit", width, "--sparsity", zeros, "--calib_images", 100]
     outcome = cli("utils.average", three_epochs, *flags)
     assert outcome.code == 0 and "the mean of 3 epochs, 1 to 3" in outcome.out, outcome.err
     states = [load_checkpoint(three_epochs / f"epoch_{epoch}.pth")["state_dict"] for epoch in (1, 2, 3)]
@@ -160,7 +159,7 @@ def test_mean_of_a_run(cli, tmp_path, few_digits, three_epochs, width, zeros):
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, sum(state[name] for state in states) / 3, atol=1e-6), name
     digits = load_dataset("cifar10", "data", torch.device("cpu"))
-    images = [batch for batch, _ in calibration_batches(digits.train, digits.spec, 200, seed=1)]
+    images = [batch for batch, _ in calibration_batches(digits.train, digits.spec, 100, seed=1)]
     deployed = quantize_weights(prune_weights(model, zeros), width, per_channel=True)
     expected = reestimate_batch_norm(deployed, images).state_dict()
     for name, value in model.named_buffers():
@@ -170,7 +169,7 @@ def test_mean_of_a_run(cli, tmp_path, few_digits, three_epochs, width, zeros):
 
 
 def test_one_epoch_keeps_its_weights(cli, tmp_path, few_digits, three_epochs):
-    flags = ["--epochs", "2", "--out", "bn.pth", "--w_bit", "4", "--calib_images", "256"]
+    flags = ["--epochs", "2", "--out", "bn.pth", "--w_bit", "4", "--calib_images", "128"]
     assert cli("utils.average", three_epochs, *flags).code == 0
     before, after = (
         load_checkpoint(path)["state_dict"] for path in (three_epochs / "epoch_2.pth", tmp_path / "bn.pth")
@@ -187,7 +186,7 @@ def test_bad_input_of_average(rejected, few_digits, three_epochs):
     )
     assert "runs/no/epoch_1.pth is not there" in rejected("utils.average", "runs/no", *flags, "1")
     too_many = [*flags, "1-3", "--calib_images", "5000"]
-    assert "--calib_images 5000 is more than the 256" in rejected("utils.average", three_epochs, *too_many)
+    assert "--calib_images 5000 is more than the 128" in rejected("utils.average", three_epochs, *too_many)
 
 
 def test_adaround_leaves_pruned_weights_at_zero(net):

@@ -70,12 +70,12 @@ def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
 
 @pytest.fixture
 def workshop(tmp_path):
-    """An empty folder with the shipped models and a CIFAR-100 of 256 images of noise."""
+    """An empty folder with the shipped models and a CIFAR-100 of 136 images of noise."""
     for name in ("models", "results"):
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "data").mkdir()
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (256, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, 256)
+    images, labels = rng.integers(0, 256, (136, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, 136)
     names = np.array([f"class {n}" for n in range(100)])
     np.savez(tmp_path / "data/cifar100.npz", x_train=images, y_train=labels, x_test=images[:16], y_test=labels[:16],
              classes=names)  # fmt: skip
@@ -83,10 +83,12 @@ def workshop(tmp_path):
 
 
 def test_every_python_command_of_the_readme_runs(cli, workshop, monkeypatch):
-    """In their order, as they stand, but for the numbers of epochs, of calibration images and of benchmark rounds."""
+    """In their order, as they stand, but for the numbers of epochs, of images, of pictures and of benchmark rounds."""
     assert len(PYTHON_COMMANDS) >= 9
     monkeypatch.setattr(utils.benchmark, "WARM_UP", 0)
     monkeypatch.setattr(utils.benchmark, "LOOP_STEPS", 1)
+    monkeypatch.setattr(utils.benchmark, "BATCH_SIZE", 16)
+    monkeypatch.setattr(utils.benchmark, "STARTS", 1)
     monkeypatch.setattr(utils.hessian, "EPOCHS", 1)
     for words in PYTHON_COMMANDS:
         script, flags = words[1], words[2:]
@@ -96,13 +98,15 @@ def test_every_python_command_of_the_readme_runs(cli, workshop, monkeypatch):
             flags += ["--rounds", "1"]
         if script in ("eval.py", "export.py"):
             flags += ["--calib_images", "16"]
+        if script == "visualize.py" and not flags:
+            flags = ["--layers", "conv1.weight"]  # of 34 pictures
         if "--epoch" in flags:
             flags[flags.index("--epoch") + 1] = "83" if "--load_pretrained" in flags else "1"
         outcome = cli(script, *flags)
         assert outcome.code == 0, (words, outcome.err)
     assert (workshop / "runs/cifar100/4bits/last.pth").exists() and (workshop / "runs/vanilla/last.pth").exists()
     assert (workshop / "results/sweep/results.csv").exists()
-    assert len(list((workshop / "visualizations").glob("*.png"))) == 34
+    assert (workshop / "visualizations/conv1.weight.png").exists()
 
 
 def test_the_five_lines_run(monkeypatch):
@@ -128,27 +132,55 @@ def test_every_block_of_the_optimizers_documentation_runs(monkeypatch, tmp_path)
     assert (tmp_path / "w4a8.onnx").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_docstring_commands_parse(script, monkeypatch):
-    module = importlib.import_module(script.removesuffix(".py"))
-    found = commands(module.__doc__)
-    assert len(found) >= 2
+class Parsed(Exception):  # noqa: N818
+    """A script has understood its flags."""
 
-    class Parsed(Exception):  # noqa: N818
-        pass
 
+@pytest.fixture
+def parses(monkeypatch):
+    """parses("train.py", *flags): the script understands the flags; it is stopped there."""
     original = Parser.parse_args
 
     def stop(self, *args, **kwargs):
         original(self, *args, **kwargs)
         raise Parsed
 
+    def call(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        with pytest.raises(Parsed):
+            importlib.import_module(script.removesuffix(".py")).main()
+
     monkeypatch.setattr(Parser, "parse_args", stop)
+    return call
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_docstring_commands_parse(script, parses):
+    found = commands(importlib.import_module(script.removesuffix(".py")).__doc__)
+    assert len(found) >= 2
     for words in found:
         assert words[1] == script
-        monkeypatch.setattr(sys, "argv", words[1:])
-        with pytest.raises(Parsed):
-            module.main()
+        parses(*words[1:])
+
+
+def test_commands_that_take_too_long_to_run_parse(parses, tmp_path):
+    """Those of the make targets, and those of the documents for days of training or for data of one's own."""
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    made = subprocess.run(
+        ["make", "-n", "quickstart", "reproduce"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    found = [made.stdout]
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for block in blocks("(?:ba)?sh", document.read_text()):
+            for name, value in re.findall(r'^(\w+)="(.*)"$', block, flags=re.MULTILINE):
+                block = block.replace(f"${name}", value)
+            found.append(block.replace("$bits", "4"))
+    text = "\n".join(found).replace("\\\n", " ")
+    called = re.findall(r"(?:\bpython (?:-m )?|torchrun --nproc_per_node \d )(\w+\.\w+) ([^;\n]*)", text)
+    assert len(called) > 60
+    for script, flags in called:
+        parses(script, *shlex.split(flags, comments=True))
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "utils.benchmark"])

@@ -3,6 +3,7 @@
 The long form: KILLS=50 SOAK=200 python -m pytest tests/test_reliability.py -s
 """
 
+import contextlib
 import csv
 import os
 import random
@@ -29,15 +30,22 @@ FLAGS = ["--dataset", "cifar10", "--arch", "squeezenet1_1", "--lr", "0.001", "--
 FLAGS += ["--device", "cpu", "--precision", "fp32", "--deterministic"]
 
 
-def start(folder, *flags, limit=None, script="train.py"):
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+def start(folder, *flags):
     return subprocess.Popen(
-        [sys.executable, ROOT / script, *map(str, flags)], cwd=folder, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=limited if limit else None,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, ROOT / "train.py", *map(str, flags)], cwd=folder, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def files_up_to(size):
+    """No file of this process may grow over `size` bytes, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def wait_for(process, words):
@@ -88,7 +96,7 @@ def test_kill_at_random_moments(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_the_run_in_good_order(tmp_path, number):
+def test_signals_end_the_run_in_good_order(tmp_path, cli, number):
     process = start(tmp_path, *FLAGS, "--exp_name", "a", "--epoch", 1000)
     assert wait_for(process, "epoch   1 ")
     process.send_signal(number)
@@ -97,8 +105,8 @@ def test_signals_end_the_run_in_good_order(tmp_path, number):
     assert f"stopped by {number.name}; python train.py --exp_name a --resume goes on" in err and "Traceback" not in err
     done = load_checkpoint(tmp_path / "runs/a/last.pth")["epoch"]
     assert len(rows(tmp_path / "runs/a")) == done
-    process = start(tmp_path, "--exp_name", "a", "--resume", "--epoch", done + 1)
-    assert wait_for(process, f"epoch {done + 1:3d} ") and process.wait() == 0
+    outcome = cli("train.py", "--exp_name", "a", "--resume", "--epoch", done + 1)
+    assert outcome.code == 0 and f"epoch {done + 1:3d} " in outcome.out
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path, cli):
@@ -119,20 +127,21 @@ def test_full_disk(tmp_path, cli):
     flags = [*FLAGS, "--exp_name", "a"]
     assert cli("train.py", *flags, "--epoch", "1").code == 0
     good = (tmp_path / "runs/a/last.pth").read_bytes()
-    process = start(tmp_path, "--exp_name", "a", "--resume", "--epoch", 2, limit=2**20)
-    _, err = process.communicate()
-    assert process.returncode == 2 and len(err.strip().splitlines()) == 1
-    assert "runs/a/last.pth could not be written" in err and "what was there before is intact" in err
+    with files_up_to(2**20):
+        outcome = cli("train.py", "--exp_name", "a", "--resume", "--epoch", 2)
+    assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1
+    assert "runs/a/last.pth could not be written" in outcome.err and "what was there before is intact" in outcome.err
     assert (tmp_path / "runs/a/last.pth").read_bytes() == good and not list((tmp_path / "runs/a").glob("*.tmp"))
     assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2").code == 0
     assert [row["epoch"] for row in rows(tmp_path / "runs/a")] == ["1", "2"]
 
 
-def test_full_disk_at_an_export(tmp_path, digits_run):
-    process = start(tmp_path, "--model_path", digits_run, limit=2**16, script="export.py")
-    _, err = process.communicate()
-    assert process.returncode == 2 and len(err.strip().splitlines()) == 1, err
-    assert "deploy/last_w4.safetensors cannot be written" in err and not list((tmp_path / "deploy").iterdir())
+def test_full_disk_at_an_export(tmp_path, cli, digits_run):
+    with files_up_to(2**16):
+        outcome = cli("export.py", "--model_path", digits_run)
+    assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1, outcome.err
+    assert "deploy/last_w4.safetensors cannot be written" in outcome.err
+    assert not list((tmp_path / "deploy").iterdir())
 
 
 def test_strength_without_measure_is_named(tmp_path, cli):
@@ -148,7 +157,7 @@ def test_damaged_checkpoints(tmp_path):
     content = path.read_bytes()
     generator = random.Random(0)
     refused = 0
-    for trial in range(150):
+    for trial in range(60):
         damaged = bytearray(content)
         # In half of them in the last 6,000 bytes, the directory of the archive, where a change is rarely harmless.
         first = 0 if trial % 2 else len(damaged) - 6000
@@ -162,7 +171,7 @@ def test_damaged_checkpoints(tmp_path):
         except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1
-    assert refused > 15
+    assert refused > 6
 
 
 def test_a_changed_file_is_not_the_published_one(tmp_path, cli, digits_run):
@@ -172,7 +181,7 @@ def test_a_changed_file_is_not_the_published_one(tmp_path, cli, digits_run):
 
     digest = hashlib.sha256((tmp_path / "models/a.pth").read_bytes()).hexdigest()
     (tmp_path / "models/SHA256SUMS").write_text(f"{digest}  a.pth\n")
-    flags = ["--model_path", "models/a.pth", "--w_bit", "8"]
+    flags = ["--model_path", "models/a.pth", "--w_bit", "8", "--val_split", "16"]
     assert cli("eval.py", *flags).err == ""
     (tmp_path / "models/SHA256SUMS").write_text(f"{'0' * 64}  a.pth\n")
     outcome = cli("eval.py", *flags)
@@ -198,7 +207,7 @@ def resources(pid):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_soak(tmp_path):
-    """Memory at the end within 5 % of that after epoch 5; open files and threads the same."""
+    """Memory at the end within 15 MB of that after epoch 5; open files and threads the same."""
     process = start(tmp_path, *FLAGS, "--exp_name", "a", "--epoch", SOAK + 1)
     assert wait_for(process, "epoch   5 ")
     early = resources(process.pid)
@@ -207,4 +216,4 @@ def test_soak(tmp_path):
     process.kill()
     process.communicate()
     print(f"{SOAK} epochs: resident {early[0]} -> {late[0]} kB, files {early[1]} -> {late[1]}, threads {early[2:]}")
-    assert late[0] < 1.05 * early[0] and late[1:] == early[1:]
+    assert late[0] - early[0] < 15_000 and late[1:] == early[1:]

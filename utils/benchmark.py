@@ -22,9 +22,11 @@ from utils.cli import Parser, UserError, run
 from utils.cli import count as whole_number
 from utils.files import command_line, git_commit, write_json
 
+BATCH_SIZE = 128
 WARM_UP = 2
 LOOP_STEPS = 10  # of train.py's loop in a round, so that what it does once an epoch does not count for each step
 SWEEP = (8, 7, 6, 5, 4, 3, 2, 32)  # bit-widths
+STARTS = 3  # of each command that a user waits for
 
 
 def main() -> None:
@@ -50,7 +52,8 @@ def main() -> None:
     steps = alternate(training_pieces(dataset, device, precision), args.rounds, device)
     steps["training loop, PSGD, with data"] /= LOOP_STEPS
     hardware = machine(device)
-    print(f"{hardware}, torch {torch.__version__}, device {device}, {precision}, {args.rounds} rounds, batch 128")
+    settings = f"torch {torch.__version__}, device {device}, {precision}, {args.rounds} rounds, batch {BATCH_SIZE}"
+    print(f"{hardware}, {settings}")
     show(steps, "SGD step")
     figures |= {"step_seconds": steps, "step_ratios_to_sgd": {k: v / steps["SGD step"] for k, v in steps.items()}}
 
@@ -81,9 +84,9 @@ def training_pieces(dataset, device, precision: str) -> dict[str, Callable[[], o
     from utils.engine import train_epoch
     from utils.training import Training
 
-    source = TrainBatches(dataset.train, dataset.spec, 128, seed=1)
+    source = TrainBatches(dataset.train, dataset.spec, BATCH_SIZE, seed=1)
     batches = chain.from_iterable(source.epoch(epoch) for epoch in count())
-    full = (batch for batch in batches if len(batch[1]) == 128)
+    full = (batch for batch in batches if len(batch[1]) == BATCH_SIZE)
     images, labels = next(full)
 
     def network(layout=torch.channels_last):
@@ -205,13 +208,13 @@ def alternate(pieces: dict[str, Callable[[], object]], rounds: int, device) -> d
 
 
 def start_up() -> dict[str, float]:
-    """Seconds, least of three, of commands that a user waits for."""
+    """Seconds, least of STARTS, of commands that a user waits for."""
     root = Path(__file__).parent.parent
     commands = {"train.py --help": ["train.py", "--help"], "import of torch": ["-c", "import torch"]}
     seconds = {}
     for name, words in commands.items():
         times = []
-        for _ in range(3):
+        for _ in range(STARTS):
             started = time.perf_counter()
             subprocess.run([sys.executable, *words], cwd=root, check=True, stdout=subprocess.DEVNULL)
             times.append(time.perf_counter() - started)
