@@ -8,6 +8,9 @@
 # make oldest       the tests with the oldest versions that requirements.txt allows, in .venv-oldest
 # Each sets up .venv by itself, from requirements-dev.txt.
 
+# pip is told to leave out bytecode (all of it takes a minute), so Python must write that of what it imports.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +21,6 @@ DIGITS := --dataset digits --batch_size 32 --epoch 20
 .PHONY: quickstart test lint oldest reproduce
 .DEFAULT_GOAL := quickstart
 
-# --no-compile takes a minute less, and an import compiles what it needs.
 $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
