@@ -1,4 +1,4 @@
-"""PSGD with what people use beside an optimizer: every optimizer and scheduler of torch, AMP, DDP, FSDP2."""
+"""PSGD with what people use beside an optimizer: every optimizer and scheduler of torch, AMP, EMA, DDP, FSDP2."""
 
 import copy
 import inspect
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import SWALR
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 from quant import PSGD, auto_lambda_s, grid_share, layer_bits, psg_param_groups, weight_mse
 from tests.test_psgd import backward, fill_gradients, run, same, sgd, twin_multiplier, weights
@@ -206,6 +206,18 @@ def test_clipping_comes_before_the_step(net):
         clipped = raw[name] * 0.5 / norm
         expected = before[name] - 0.01 * clipped * twin_multiplier(before[name], width, 20)
         assert torch.allclose(net.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
+
+
+def test_moving_average_of_the_weights(net):
+    """An EMA sees PSGD's weights after each step, as it does the bare optimizer's."""
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer, expected = PSGD(sgd(net)), None
+    for step in range(3):
+        run(net, optimizer, 1, step)
+        average.update_parameters(net)
+        now = net.conv2.weight.detach().clone()
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+    assert torch.allclose(average.module.conv2.weight, expected, atol=1e-7)
 
 
 def test_compiled_step(net):
