@@ -145,7 +145,8 @@ def test_full_disk_at_an_export(tmp_path, cli, digits_run):
 
 
 def test_strength_without_measure_is_named(tmp_path, cli):
-    outcome = cli("train.py", *FLAGS[:-1], "--lambda_s", "1e6", "--lr", "0.1", "--epoch", "3", "--exp_name", "a")
+    flags = [*FLAGS[:-1], "--batch_size", "16", "--lambda_s", "1e6", "--lr", "0.1", "--epoch", "3", "--exp_name", "a"]
+    outcome = cli("train.py", *flags)
     assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1
     assert " of epoch 1; last good checkpoint: none; try a smaller --lr or --lambda_s" in outcome.err
 
