@@ -42,15 +42,17 @@ def test_readme_begins_with_the_two_make_commands():
     assert (ROOT / "requirements.txt").exists() and (ROOT / "environment.yml").exists()
 
 
+def commands_of_make(folder, *words) -> str:
+    """What make would run in `folder`, an empty one, for targets and settings `words`."""
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, folder)
+    return subprocess.run(["make", "-n", *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
 def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
     """Its commands for two seeds and three targets, where there are no runs: all flags parse, none is missing."""
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    chosen = ["SEEDS=1 2", "TARGETS=4bits 4bits_channel 2bits"]
-    done = subprocess.run(
-        ["make", "-n", "reproduce", *chosen], cwd=tmp_path, check=True, capture_output=True, text=True
-    )
-    text = done.stdout.replace("\\\n", " ")
+    made = commands_of_make(tmp_path, "reproduce", "SEEDS=1 2", "TARGETS=4bits 4bits_channel 2bits")
+    text = made.replace("\\\n", " ")
     parse = importlib.import_module("train").parser().parse_args
     runs = [parse(shlex.split(flags)) for flags in re.findall(r"python train\.py ([^;\n]*)", text)]
     stages = [args for args in runs if args.psg and not args.adam and not args.resume]
@@ -165,12 +167,7 @@ def test_docstring_commands_parse(script, parses):
 
 def test_commands_that_take_too_long_to_run_parse(parses, tmp_path):
     """Those of the make targets, and those of the documents for days of training or for data of one's own."""
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    made = subprocess.run(
-        ["make", "-n", "quickstart", "reproduce"], cwd=tmp_path, check=True, capture_output=True, text=True
-    )
-    found = [made.stdout]
+    found = [commands_of_make(tmp_path, "quickstart", "reproduce")]
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for block in blocks("(?:ba)?sh", document.read_text()):
             for name, value in re.findall(r'^(\w+)="(.*)"$', block, flags=re.MULTILINE):
