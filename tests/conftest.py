@@ -94,21 +94,16 @@ def net():
     return SmallNet()
 
 
-def save_few_digits(folder):
-    """Writes `folder`/data/cifar10.npz: 128 of the digits to train on and 32 to test."""
+@pytest.fixture
+def few_digits(tmp_path):
+    """data/cifar10.npz in the test's folder, for runs whose accuracy does not matter: 128 digits, and 32 to test."""
     from utils.data import load_dataset
 
     digits = load_dataset("digits", "", torch.device("cpu"))
-    (folder / "data").mkdir()
-    np.savez(folder / "data/cifar10.npz", classes=np.array(digits.classes),
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data/cifar10.npz", classes=np.array(digits.classes),
              x_train=digits.train.images[:128], y_train=digits.train.labels[:128],
              x_test=digits.test.images[:32], y_test=digits.test.labels[:32])  # fmt: skip
-
-
-@pytest.fixture
-def few_digits(tmp_path):
-    """A small cifar10 in the test's folder, for runs whose accuracy does not matter."""
-    save_few_digits(tmp_path)
 
 
 def shared_folder(tmp_path_factory, worker_id):
