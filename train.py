@@ -224,7 +224,7 @@ def main() -> None:
     decays = [epoch for epoch in args.decay_epoch if epoch > first_epoch]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epoch - first_epoch for epoch in decays], gamma=0.1)
     begun = folder.settings()["args"] if folder else vars(args)
-    steer_until = min([*decays, begun["epoch"] + 1])  # not by the --epoch of a resume
+    steer_epochs = min([*decays, begun["epoch"] + 1]) - first_epoch  # not by the --epoch of a resume
 
     done, last_good = first_epoch - 1, args.load_pretrained or "none"
     if folder:
@@ -271,7 +271,7 @@ def main() -> None:
         scheduler.step()
         if args.lambda_s == "auto" and args.psg:
             row["lambda_s"] = optimizer.param_groups[0]["lambda_s"]
-            steer_lambda_s(optimizer, row["grid_share"], (epoch - first_epoch + 1) / (steer_until - first_epoch))
+            steer_lambda_s(optimizer, row["grid_share"], (epoch - first_epoch + 1) / steer_epochs, row["train_loss"])
         row |= {"train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at}
         if not world.is_main:
             continue

@@ -1,5 +1,6 @@
 """lambda_s "auto": one setting for every model and bit-width, steered by the share of weights near the grid."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from .psgd import is_scaled, psg_multipliers
 AUTO_MULTIPLIER = 4.0  # mean multiplier of the paper's run: lambda_s 150 on ResNet-32 at 4 bits
 AUTO_SHARE = (0.2, 0.95)  # planned shares at progress 0 (a network not trained for a grid) and 1
 AUTO_RISE, AUTO_LIMIT = 1.25, 20  # after an epoch behind the plan; in all
+AUTO_HARM = 1.1  # times the loss before a rise: with more after it, the network does not bear the rise
 
 
 @torch.no_grad()
@@ -50,15 +52,17 @@ def auto_lambda_s(groups: list[dict[str, Any]]) -> float:
     return AUTO_MULTIPLIER / distance
 
 
-def steer_lambda_s(optimizer: Optimizer, share: float, progress: float) -> float:
+def steer_lambda_s(optimizer: Optimizer, share: float, progress: float, loss: float) -> float:
     """One epoch of lambda_s "auto": raises lambda_s if too few weights are near the grid; returns it. Source: ours.
 
     Build the PSGD optimizer with lambda_s=auto_lambda_s(groups) and call this after each epoch, with the `share`
-    (0 to 1) of weights near the grid, as `grid_share` gives it, and the `progress` (0 to 1) through the epochs before
-    the first learning-rate decay. The plan is a share that rises evenly over them from AUTO_SHARE[0] to AUTO_SHARE[1];
-    an epoch that ends below it multiplies the lambda_s of every scaled group by AUTO_RISE, up to AUTO_LIMIT times the
-    start. It never falls, and stays once `progress` has reached 1. A share that counts frozen layers cannot follow the
-    plan: give such a network a fixed lambda_s. All state is in the parameter groups, saved and restored with them.
+    (0 to 1) of weights near the grid, as `grid_share` gives it, the `progress` (0 to 1) through the epochs before the
+    first learning-rate decay, and the epoch's mean training `loss`. The plan is a share that rises evenly over them
+    from AUTO_SHARE[0] to AUTO_SHARE[1]; an epoch that ends below it multiplies the lambda_s of every scaled group by
+    AUTO_RISE, up to AUTO_LIMIT times the start. Where the epoch after a rise has more than AUTO_HARM times the loss of
+    the one before it, lambda_s goes back to its start for good. It does not rise once `progress` has reached 1. A share
+    that counts frozen layers cannot follow the plan: give such a network a fixed lambda_s. All state is in the
+    parameter groups, saved and restored with them.
 
     Raises ValueError if the optimizer has no scaled group, or `share` is not from 0 to 1.
     """
@@ -70,6 +74,9 @@ def steer_lambda_s(optimizer: Optimizer, share: float, progress: float) -> float
     low, high = AUTO_SHARE
     for group in groups:
         limit = group.setdefault("lambda_s_limit", AUTO_LIMIT * group["lambda_s"])
-        if progress < 1 and share < low + (high - low) * progress:
+        if loss > AUTO_HARM * group.pop("lambda_s_loss", math.inf):
+            group["lambda_s"] = group["lambda_s_limit"] = limit / AUTO_LIMIT
+        elif progress < 1 and share < low + (high - low) * progress and group["lambda_s"] < limit:
             group["lambda_s"] = min(group["lambda_s"] * AUTO_RISE, limit)
+            group["lambda_s_loss"] = loss  # before the rise
     return groups[0]["lambda_s"]

@@ -1,11 +1,13 @@
 """lambda_s "auto": the plan, its limits, and a real run that is steered and resumed."""
 
 import csv
+import math
 import shutil
 
 import pytest
 import torch
 import torchvision
+from sklearn.datasets import load_digits
 from torch import nn
 
 from models import ResNet32
@@ -14,6 +16,7 @@ from quant import (
     PSGD,
     auto_lambda_s,
     fake_quantize_weight,
+    grid_share,
     layer_bits,
     mean_distance,
     psg_multipliers,
@@ -35,18 +38,66 @@ def scaled(optimizer):
 
 
 def test_rises_below_the_plan_only(optimizer):
-    assert steer_lambda_s(optimizer, share=0.58, progress=0.5) == 150  # the plan is 0.575
-    assert steer_lambda_s(optimizer, share=0.57, progress=0.5) == 187.5
+    assert steer_lambda_s(optimizer, share=0.58, progress=0.5, loss=2.0) == 150  # the plan is 0.575
+    assert steer_lambda_s(optimizer, share=0.57, progress=0.5, loss=1.0) == 187.5
     assert scaled(optimizer) == [187.5, 187.5]  # the groups of 3 and of 8 bits
     assert "lambda_s" not in optimizer.param_groups[2]
-    assert steer_lambda_s(optimizer, share=0.99, progress=0.6) == 187.5  # it never falls
+    assert steer_lambda_s(optimizer, share=0.99, progress=0.6, loss=1.09) == 187.5  # more are no reason to fall
+    assert steer_lambda_s(optimizer, share=0.1, progress=0.6, loss=2.0) == 234.375  # nor is a loss long after a rise
 
 
 def test_stays_after_the_decay_and_below_its_limit(optimizer):
-    assert steer_lambda_s(optimizer, share=0.1, progress=1) == 150
+    assert steer_lambda_s(optimizer, share=0.1, progress=1, loss=1.0) == 150
     for _ in range(30):
-        steer_lambda_s(optimizer, share=0.1, progress=0.9)
+        steer_lambda_s(optimizer, share=0.1, progress=0.9, loss=1.0)
     assert scaled(optimizer) == [3000, 3000]
+
+
+def test_rises_that_the_loss_does_not_bear_are_taken_back_for_good(optimizer):
+    for loss, expected in ((1.0, 187.5), (1.09, 234.375), (1.2, 150), (0.9, 150), (0.9, 150)):  # 1.2 > 1.1 * 1.09
+        assert steer_lambda_s(optimizer, share=0.1, progress=0.5, loss=loss) == pytest.approx(expected)
+    assert scaled(optimizer) == pytest.approx([150, 150])
+
+
+def perceptron_stage(watched: bool) -> tuple[float, float]:
+    """How far lambda_s got in 20 epochs without batch norm on digits that are learnt already, in units of its start,
+    and the last training loss, which is `watched` or not: weights without gradients do not follow the plan."""
+    torch.manual_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    images, labels = torch.tensor(images[:1437], dtype=torch.float32) / 16, torch.tensor(labels[:1437])
+    layers = [nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(256, 10))
+
+    def epoch(optimizer):
+        losses = []
+        for chosen in torch.randperm(1437)[:1408].split(64):
+            loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return sum(losses) / len(losses)
+
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(10):
+        epoch(sgd)
+    groups = psg_param_groups(model, 4)
+    start = highest = auto_lambda_s(groups)
+    optimizer = PSGD(torch.optim.SGD(groups, lr=0.01, momentum=0.9), lambda_s=start)
+    for number in range(1, 21):
+        loss = epoch(optimizer)
+        if not math.isfinite(loss):
+            break
+        told = loss if watched else 0.0
+        highest = max(highest, steer_lambda_s(optimizer, grid_share(model, 4), number / 40, told))
+    return highest / start, loss
+
+
+def test_a_network_that_cannot_follow_the_plan_does_not_diverge():
+    highest, loss = perceptron_stage(watched=False)
+    assert highest > 3 and not loss < 1
+    highest, loss = perceptron_stage(watched=True)
+    assert 1 < highest < 5 and loss < 0.01
 
 
 def transformer():
@@ -99,9 +150,9 @@ def test_no_start():
 
 def test_nothing_to_steer(net):
     with pytest.raises(ValueError, match="no parameter group with PSG settings"):
-        steer_lambda_s(torch.optim.SGD(net.parameters(), lr=0.1), 0.5, 0.5)
+        steer_lambda_s(torch.optim.SGD(net.parameters(), lr=0.1), 0.5, 0.5, 1.0)
     with pytest.raises(ValueError, match="share must be from 0 to 1, got 93.7"):  # in percent
-        steer_lambda_s(torch.optim.SGD(net.parameters(), lr=0.1), 93.7, 0.5)
+        steer_lambda_s(torch.optim.SGD(net.parameters(), lr=0.1), 93.7, 0.5, 1.0)
 
 
 def test_a_network_on_its_grid_has_no_start(cli, tmp_path, digits_run):
