@@ -69,8 +69,8 @@ runs/cifar100/adam_4bits_seed1/epoch_150.pth: | $(VANILLA)
 	$(call train,$(@D),150,$(STAGE) --adam 1 --lr 1e-4 --w_bit 4)
 
 bits = $(firstword $(subst bits, ,$(1)))
-# lambda_s: the published 150 at 4 bits, and at 5 and 6 and at 3 with grids of channels; else 600, from short stages at
-# 3 and 2 bits (docs/results.md)
+# lambda_s: 150 at 4 bits, as published, at 5 and 6, and at 3 with grids of channels; else 600 (docs/results.md, The
+# choice of lambda_s)
 lambda_s = $(if $(filter 4bits% 5bits% 6bits% 3bits_channel,$(1)),150,600)
 granularity = $(if $(filter %_channel,$(1)),channel,tensor)
 

@@ -56,7 +56,7 @@ def parser() -> Parser:
     p.add_argument("--sparsity", type=cli.sparsity, default=None, metavar="S",
                    help="share of zero weights with --target zero, by magnitude over all layers (default: 0.9)")
     p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=150.0,
-                   help="strength of the scaling; auto: from the weights, and rising while too few are near the grid")
+                   help="strength of the scaling; auto: from the weights, rising if few are near the grid")
     p.add_argument("--psg_acts_on", choices=["gradient", "update"], default="gradient",
                    help="what PSG scales: gradients, as published, or the optimizer's whole step, meant for --adam 1")
     p.add_argument("--eps", type=cli.non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")

@@ -1,4 +1,5 @@
-"""lambda_s "auto": one setting for every model and bit-width, steered by the share of weights near the grid."""
+"""lambda_s "auto": one setting for every model and bit-width, steered by the share of weights near the grid and the
+training loss."""
 
 import math
 from collections.abc import Iterable
@@ -53,16 +54,17 @@ def auto_lambda_s(groups: list[dict[str, Any]]) -> float:
 
 
 def steer_lambda_s(optimizer: Optimizer, share: float, progress: float, loss: float) -> float:
-    """One epoch of lambda_s "auto": raises lambda_s if too few weights are near the grid; returns it. Source: ours.
+    """One epoch of lambda_s "auto": raises lambda_s if too few weights are near the grid, or takes its rises back, and
+    returns it. Source: ours.
 
     Build the PSGD optimizer with lambda_s=auto_lambda_s(groups) and call this after each epoch, with the `share`
     (0 to 1) of weights near the grid, as `grid_share` gives it, the `progress` (0 to 1) through the epochs before the
-    first learning-rate decay, and the epoch's mean training `loss`. The plan is a share that rises evenly over them
-    from AUTO_SHARE[0] to AUTO_SHARE[1]; an epoch that ends below it multiplies the lambda_s of every scaled group by
-    AUTO_RISE, up to AUTO_LIMIT times the start. Where the epoch after a rise has more than AUTO_HARM times the loss of
-    the one before it, lambda_s goes back to its start for good. It does not rise once `progress` has reached 1. A share
-    that counts frozen layers cannot follow the plan: give such a network a fixed lambda_s. All state is in the
-    parameter groups, saved and restored with them.
+    first learning-rate decay, and the epoch's mean training `loss`, a positive number. The plan is a share that rises
+    evenly over these epochs from AUTO_SHARE[0] to AUTO_SHARE[1]; an epoch that ends below it multiplies the lambda_s of
+    every scaled group by AUTO_RISE, up to AUTO_LIMIT times the start. If the next epoch has more than AUTO_HARM times
+    the loss, lambda_s goes back to its start for good. It does not rise once `progress` has reached 1. A share that
+    counts frozen layers cannot follow the plan: give such a network a fixed lambda_s. All state is in the parameter
+    groups, saved and restored with them.
 
     Raises ValueError if the optimizer has no scaled group, or `share` is not from 0 to 1.
     """
@@ -73,10 +75,12 @@ def steer_lambda_s(optimizer: Optimizer, share: float, progress: float, loss: fl
         raise ValueError("the optimizer has no parameter group with PSG settings to steer")
     low, high = AUTO_SHARE
     for group in groups:
-        limit = group.setdefault("lambda_s_limit", AUTO_LIMIT * group["lambda_s"])
-        if loss > AUTO_HARM * group.pop("lambda_s_loss", math.inf):
-            group["lambda_s"] = group["lambda_s_limit"] = limit / AUTO_LIMIT
+        start = group.setdefault("lambda_s_start", group["lambda_s"])
+        limit = group.setdefault("lambda_s_limit", AUTO_LIMIT * start)
+        before, group["lambda_s_loss"] = group.get("lambda_s_loss", math.inf), math.inf
+        if not loss <= AUTO_HARM * before:
+            group["lambda_s"] = group["lambda_s_limit"] = start
         elif progress < 1 and share < low + (high - low) * progress and group["lambda_s"] < limit:
             group["lambda_s"] = min(group["lambda_s"] * AUTO_RISE, limit)
-            group["lambda_s_loss"] = loss  # before the rise
+            group["lambda_s_loss"] = loss
     return groups[0]["lambda_s"]

@@ -26,7 +26,8 @@ from .grid import check_bits, weight_scales
 CHOICES = {"target": ("grid", "zero"), "acts_on": ("gradient", "update")}
 STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 # Settings of a scaled group. It is psg_eps because Adam and others have an eps of their own in the same dict.
-PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "acts_on", "lambda_s_limit"}
+PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "acts_on"}
+PSG_KEYS |= {"lambda_s_start", "lambda_s_limit", "lambda_s_loss"}  # of steer_lambda_s
 
 
 def is_scaled(group: dict[str, Any]) -> bool:

@@ -50,24 +50,26 @@ def commands_of_make(folder, *words) -> str:
 
 
 def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
-    """Its commands for two seeds and four targets, where there are no runs: all flags parse, none is missing."""
-    made = commands_of_make(tmp_path, "reproduce", "SEEDS=1 2", "TARGETS=4bits 4bits_channel 3bits_channel 2bits")
+    """Its commands for two seeds and five targets, where there are no runs: all flags parse, none is missing."""
+    made = commands_of_make(tmp_path, "reproduce", "SEEDS=1 2", "TARGETS=4bits 4bits_channel 3bits 3bits_channel 2bits")
     text = made.replace("\\\n", " ")
     parse = importlib.import_module("train").parser().parse_args
     runs = [parse(shlex.split(flags)) for flags in re.findall(r"python train\.py ([^;\n]*)", text)]
     stages = [args for args in runs if args.psg and not args.adam and not args.resume]
     settings = {(args.w_bit, args.lambda_s, args.granularity) for args in stages}
-    assert settings == {(4, 150, "tensor"), (4, 150, "channel"), (3, 150, "channel"), (2, 600, "tensor")}
+    assert settings == {
+        (4, 150, "tensor"), (4, 150, "channel"), (3, 600, "tensor"), (3, 150, "channel"), (2, 600, "tensor")
+    }  # fmt: skip
     started = {(args.exp_name, args.psg, args.adam, args.w_bit, args.seed) for args in runs if not args.resume}
     assert started == {
         ("vanilla", 0, 0, None, 1),
         *((f"cifar100/{stage}_seed{seed}", 1, 0, int(stage[0]), seed)
-          for stage in ("4bits", "4bits_channel", "3bits_channel", "2bits") for seed in (1, 2)),
+          for stage in ("4bits", "4bits_channel", "3bits", "3bits_channel", "2bits") for seed in (1, 2)),
         ("cifar100/adam_seed1", 0, 1, None, 1), ("cifar100/adam_4bits_seed1", 1, 1, 4, 1),
     }  # fmt: skip
     assert {args.exp_name for args in runs if args.resume} == {name for name, *_ in started}
     renewed = re.findall(r"utils\.average runs/cifar100/(\d)bits\w*_seed\d --epochs 150 --w_bit (\d) --out ", text)
-    assert len(renewed) == 8 and all(bits == width for bits, width in renewed)
+    assert len(renewed) == 10 and all(bits == width for bits, width in renewed)
 
 
 @pytest.fixture
