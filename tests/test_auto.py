@@ -26,6 +26,7 @@ from quant import (
     steer_lambda_s,
 )
 from utils.checkpoint import load_checkpoint
+from utils.engine import train_epoch
 
 
 @pytest.fixture
@@ -81,14 +82,8 @@ def test_a_network_that_cannot_follow_the_plan_does_not_diverge(seed):
     model = nn.Sequential(*layers, nn.Linear(256, 10))
 
     def epoch(optimizer):
-        losses = []
-        for chosen in torch.randperm(1437)[:1408].split(64):
-            loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return sum(losses) / len(losses)
+        batches = ((images[chosen], labels[chosen]) for chosen in torch.randperm(1437)[:1408].split(64))
+        return train_epoch(model, optimizer, batches, "fp32").loss
 
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(10):
