@@ -3,7 +3,7 @@
 Needs torch alone. In a checkout this package is `quant`; installed, it is `psgd`.
 """
 
-from .activations import ActivationQuantizer, SumQuantizer, bn_ranges, quantize_activations
+from .activations import bn_ranges, float_activations, quantize_activations
 from .auto import AUTO_MULTIPLIER, auto_lambda_s, mean_distance, steer_lambda_s
 from .calibrate import calibrate, minmax_ranges, mse_ranges, percentile_ranges, quantize_sums, relu_histograms
 from .export import export
@@ -16,6 +16,7 @@ from .packed_file import integer_weights, load_packed, read_facts, save_packed
 from .penalty import gradient_penalty, penalise_l1
 from .post import adaround, correct_bias, reestimate_batch_norm
 from .psgd import PSGD, psg_multipliers
+from .quantizers import ActivationQuantizer, SumQuantizer
 from .report import layer_rows
 from .sparsity import nonzero_weights, prunable_weights, prune_weights, pruning_mse, sparse_param_groups
 from .warp import unwarp, warp
@@ -36,6 +37,7 @@ __all__ = [
     "export",
     "fake_quantize",
     "fake_quantize_weight",
+    "float_activations",
     "gradient_penalty",
     "grid_share",
     "integer_weights",

@@ -1,69 +1,30 @@
 """Activation quantizers in place of a network's ReLUs, and the data-free ranges that batch norm gives them."""
 
-import copy
-from collections import Counter
+import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
+from torch.nn.modules import activation
 
-from .grid import FLOAT_BITS, activation_quant_max, fake_quantize, nonzero_scale
+from .grid import FLOAT_BITS
+from .layers import copy_network
+from .quantizers import ActivationQuantizer
+from .tracing import InPlaceError, is_sum, operation, trace
 
-
-class Quantizer(nn.Module):
-    """Rounds to the integers quant_min ... quant_max times a step, of which `largest` is the last."""
-
-    def __init__(self, largest: float, quant_min: int, quant_max: int) -> None:
-        super().__init__()
-        if not 0 <= largest < float("inf"):
-            raise ValueError(f"the activation range must be a finite number >= 0, got {largest!r}")
-        self.quant_min, self.quant_max = quant_min, quant_max
-        self.register_buffer("scale", nonzero_scale(torch.tensor(largest / quant_max)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale.to(x.dtype), self.quant_min, self.quant_max)
-
-    def extra_repr(self) -> str:
-        return f"integers {self.quant_min} to {self.quant_max}, largest={self.scale.item() * self.quant_max:.6g}"
-
-
-class ActivationQuantizer(Quantizer):
-    """ReLU and quantizer in one: clamps to [0, x_max] and rounds to the 2^bits levels of that range.
-
-    An x_max of 0, a ReLU that was never seen to fire, gives a step of 1. Raises ValueError for bits outside 2..8 or an
-    x_max that is negative or not finite.
-    """
-
-    def __init__(self, bits: int, x_max: float) -> None:
-        super().__init__(x_max, 0, activation_quant_max(bits))
-
-
-class SumQuantizer(Quantizer):
-    """Rounds to integers -128 ... 127 of a step absmax / 127: what a residual sum takes.
-
-    An absmax of 0 gives a step of 1. Raises ValueError for an absmax that is negative or not finite.
-    """
-
-    def __init__(self, absmax: float) -> None:
-        super().__init__(absmax, -128, 127)
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, Quantizer) or super().is_leaf_module(module, name)
-
-
-def trace(model: nn.Module) -> fx.Graph:
-    """The torch.fx graph of `model`, in which an activation quantizer is one node.
-
-    Raises torch.fx's TraceError, a ValueError, naming a module that is called without a positional argument.
-    """
-    graph = _Tracer().trace(model)
-    for node in graph.nodes:
-        if node.op == "call_module" and not node.args:
-            raise TraceError(f"{node.target} is called without a positional argument: its input cannot be followed")
-    return graph
+# Softmax gives the weights of a mean, and attention is a network.
+NO_ACTIVATIONS = {"LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
+ACTIVATION_LAYERS = tuple(
+    kind for name, kind in vars(activation).items() if name in activation.__all__ and name not in NO_ACTIVATIONS
+)
+ACTIVATION_FUNCTIONS = {
+    "celu", "clamp", "clamp_min", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh",
+    "leaky_relu", "logsigmoid", "mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus",
+    "softshrink", "softsign", "tanh", "tanhshrink", "threshold",
+}  # fmt: skip
+TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def relu_names(model: nn.Module) -> list[str]:
@@ -74,54 +35,96 @@ def relu_names(model: nn.Module) -> list[str]:
     return names
 
 
+def float_activations(model: nn.Module) -> list[str]:
+    """The activations of `model` that `quantize_activations` leaves in float: all but the nn.ReLU modules.
+
+    Each is a name with the kind of activation in brackets, such as "features.0.2 (Hardswish)". Functions, such as
+    F.relu, and which modules eval mode calls at all, are seen where torch.fx can trace the network.
+    """
+    return [f"{name} ({kind})" for name, kind in _activations(model, _graph(model)) if kind != "ReLU"]
+
+
+def _graph(model: nn.Module) -> fx.Graph | None:
+    """The traced graph, or None where there is none. Raises InPlaceError."""
+    try:
+        return trace(model)
+    except InPlaceError:
+        raise
+    except TraceError:
+        return None
+
+
+def _activations(model: nn.Module, graph: fx.Graph | None) -> list[tuple[str, str]]:
+    """Name and kind of every activation that eval mode calls, or, without a graph, may call."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ACTIVATION_LAYERS) and _is_called(name, graph):
+            found.append((name, "ReLU" if isinstance(module, nn.ReLU) else type(module).__name__))
+        if isinstance(module, TRANSFORMER_LAYERS) and not isinstance(module.activation, nn.Module):
+            found.append((f"{name}.activation", getattr(module.activation, "__name__", "function")))
+    for node in graph.nodes if graph else ():
+        kind = operation(node).removesuffix("_")
+        if node.op in ("call_function", "call_method") and kind in ACTIVATION_FUNCTIONS:
+            found.append((node.name, kind))
+    return found
+
+
+def _is_called(name: str, graph: fx.Graph | None) -> bool:
+    if graph is None:
+        return True
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    return any(name == target or name.startswith(f"{target}.") for target in called)
+
+
 def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], inplace: bool = False) -> nn.Module:
     """A copy of `model` with an `ActivationQuantizer` of `bits` bits in place of every ReLU.
 
     `ranges` gives the largest value x_max of each ReLU by module name, as `bn_ranges` and `minmax_ranges` do. A ReLU
     module that a network uses at several places, or under several names, has one quantizer, with the largest range of
-    them.
+    them. A ReLU that eval mode never calls, as that of an auxiliary head, stays. What else stays float (other
+    activations, functions such as F.relu) is named in one warning.
+
     bits=32 changes nothing; inplace=True changes `model` itself and returns it. Raises ValueError for a ReLU without a
-    range.
+    range, and for a network of which an operation in place rewrites what is read again.
     """
-    quantized = model if inplace else copy.deepcopy(model)
     if bits == FLOAT_BITS:
-        return quantized
-    quantizers: dict[nn.Module, ActivationQuantizer] = {}
-    for name in relu_names(quantized):
-        if name not in ranges:
+        return model if inplace else copy_network(model)
+    graph = _graph(model)
+    quantizers: dict[str, ActivationQuantizer] = {}
+    for name in relu_names(model):
+        if name in ranges:
+            in_place = model.get_submodule(name).inplace
+            # On the model's device: a GPU divides by a scalar of the CPU's in another way, and ties fall differently.
+            quantizer = ActivationQuantizer(bits, ranges[name], in_place).to(next(model.parameters()).device)
+            quantizers[name] = quantizer
+        elif graph and _is_called(name, graph):
             raise ValueError(f"no activation range is given for {name}")
-        # On the model's device: a GPU divides by a scalar of the CPU's in another way, and ties fall differently.
-        quantizer = ActivationQuantizer(bits, ranges[name]).to(next(model.parameters()).device)
-        quantizers[quantized.get_submodule(name)] = quantizer
+    _warn_of_floats(_activations(model, graph), quantizers)
+    quantized = model if inplace else copy_network(model)
+    by_module = {quantized.get_submodule(name): quantizer for name, quantizer in quantizers.items()}
     for name, module in list(quantized.named_modules(remove_duplicate=False)):
-        if module in quantizers:
-            quantized.set_submodule(name, quantizers[module])
+        if module in by_module:
+            quantized.set_submodule(name, by_module[module])
+    _leave_fast_path(quantized)
     return quantized
 
 
-def is_sum(node: fx.Node) -> bool:
-    """Whether `node` of a traced graph adds two activations, as they are (torch.add has an alpha)."""
-    operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    operands = len(node.args) == 2 and all(isinstance(operand, fx.Node) for operand in node.args)
-    return operation in ("add", "iadd", "add_") and operands and not node.kwargs
+def _warn_of_floats(activations: Sequence[tuple[str, str]], quantizers: dict[str, ActivationQuantizer]) -> None:
+    left = [f"{name} ({kind})" for name, kind in activations if name not in quantizers]
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        message = f"{len(left)} of {len(activations)} activations stay float: {', '.join(left[:3])}{more}"
+        warnings.warn(message, stacklevel=3)
 
 
-def conv_norm_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
-    """Calls of 2-d convolutions, each with the call of the batch norm with running statistics that alone follows it.
-
-    `graph` is `trace(model)`. Modules that the network calls more than once are left out.
-    """
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    uses = Counter(node.target for node in calls)
-    pairs = []
-    for node in calls:
-        before = node.args[0]
-        if before.op != "call_module" or uses[before.target] > 1 or uses[node.target] > 1 or len(before.users) > 1:
-            continue
-        conv, norm = model.get_submodule(before.target), model.get_submodule(node.target)
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-            pairs.append((before, node))
-    return pairs
+def _leave_fast_path(model: nn.Module) -> None:
+    """Has torch's transformer layers call their activation: a fused kernel of theirs applies a ReLU by itself."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, ActivationQuantizer):
+            module.activation_relu_or_gelu = 0
+        layers = getattr(module, "layers", ()) if isinstance(module, nn.TransformerEncoder) else ()
+        if any(isinstance(layer.activation, ActivationQuantizer) for layer in layers):
+            module.use_nested_tensor = False
 
 
 class ChannelStatistics(NamedTuple):
@@ -140,9 +143,10 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
     ReLU's output being a rectified normal variable; shortcut=False is the published rule, which looks at the batch
     norm of the main branch (the first operand of the sum) alone.
 
-    Raises ValueError naming the ReLU that no batch norm feeds, or whose input cannot be followed to one.
+    Raises ValueError naming the ReLU that no batch norm feeds, or whose input cannot be followed to one, and for a
+    network that cannot be traced.
     """
-    traced = fx.symbolic_trace(model)
+    graph = trace(model)
     known: dict[fx.Node, ChannelStatistics] = {}
 
     def statistics(node: fx.Node) -> ChannelStatistics:
@@ -151,7 +155,7 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
         return known[node]
 
     def follow(node: fx.Node) -> ChannelStatistics:
-        module = traced.get_submodule(node.target) if node.op == "call_module" else None
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.affine:
             return ChannelStatistics(module.bias, module.weight.square())
         if isinstance(module, nn.ReLU):
@@ -167,8 +171,8 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
         raise LookupError(str(node.target))
 
     ranges: dict[str, float] = {}
-    for node in traced.graph.nodes:
-        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.ReLU):
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.ReLU):
             try:
                 mean, var = statistics(node.args[0])
             except LookupError as error:

@@ -39,8 +39,14 @@ def auto_lambda_s(groups: list[dict[str, Any]]) -> float:
     moves within its cell is the same at every bit-width if lambda_s is, so the target's own distances say nothing. The
     grid is that of the whole tensor, also with per_channel.
     Raises ValueError if no group is scaled, if one has target "zero", which knows no grid, or if all weights are on the
-    4-bit grid; TypeError for a group whose params are no list: reading them here would use an iterator up.
+    4-bit grid; TypeError for what is not a list of groups, such as model.parameters(), and for a group whose params are
+    no list: reading them here would use an iterator up.
     """
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
+        got = type(groups).__name__
+        raise TypeError(
+            f"groups must be a list of parameter groups, as psg_param_groups(model, bits) gives, got a {got}"
+        )
     for group in groups:
         if group.get("target") == "zero":
             raise ValueError('a group has target "zero": lambda_s is found for grids alone')

@@ -1,18 +1,22 @@
 """Ranges of activation quantizers from images: the largest value, a percentile, or the least squared error.
 
-Take training images without augmentation, never test images.
+Take training images without augmentation, never test images. A batch is a tensor of images, or (images, labels) as a
+data loader gives it.
 """
 
-import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from .activations import ActivationQuantizer, SumQuantizer, is_sum, relu_names, trace
+from .activations import relu_names
 from .grid import activation_quant_max, check_bits
-from .network import eval_mode
+from .hooks import Batch, watch
+from .layers import copy_network
+from .quantizers import ActivationQuantizer, SumQuantizer
+from .tracing import check_same, is_sum, trace
 
 BINS = 2048
 RULES = ("minmax", "percentile", "mse")
@@ -27,11 +31,12 @@ class Histogram(NamedTuple):
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Tensor], bits: int, rule: str = "mse", percentile: float = 99.99
+    model: nn.Module, batches: Iterable[Batch], bits: int, rule: str = "mse", percentile: float = 99.99
 ) -> dict[str, float]:
     """Ranges for `quantize_activations` at `bits` bits from `batches` of images, by one of RULES.
 
-    Raises ValueError for another rule, bits outside 2..8, and if `batches` is empty.
+    A ReLU that eval mode never calls has none. Raises ValueError for another rule, bits outside 2..8, if `batches` is
+    empty, and for activations that are not finite.
     """
     check_bits(bits)
     if rule not in RULES:
@@ -42,7 +47,7 @@ def calibrate(
     return mse_ranges(histograms, bits) if rule == "mse" else percentile_ranges(histograms, percentile)
 
 
-def relu_histograms(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Histogram]:
+def relu_histograms(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Histogram]:
     """Histogram of the outputs of every ReLU over `batches` of images, in two passes (so `batches` is held whole).
 
     Raises ValueError if `batches` is empty.
@@ -51,28 +56,36 @@ def relu_histograms(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Hi
     tops = minmax_ranges(model, batches)
     counts: dict[str, Tensor] = {}
 
-    def observe(name: str, output: Tensor) -> None:
+    def observe(name: str, _: Tensor, output: Tensor) -> None:
         parts = output.float().flatten().split(2**24)  # histc counts in float32, which is exact up to there
         bins = sum(torch.histc(part, BINS, 0, tops[name] or 1.0).cpu().double() for part in parts)
         counts[name] = counts[name] + bins if name in counts else bins
 
-    _watch(model, tops, batches, observe)
+    watch(model, tops, batches, observe)
     return {name: Histogram(bins, tops[name]) for name, bins in counts.items()}
 
 
-def minmax_ranges(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
-    """Largest output of every ReLU over `batches` of images. Raises ValueError if `batches` is empty."""
+def minmax_ranges(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """Largest output of every ReLU over `batches` of images.
+
+    Raises ValueError if `batches` is empty, and naming a ReLU whose output is not finite.
+    """
     return _largest_outputs(model, relu_names(model), batches)
 
 
-def quantize_sums(model: nn.Module, batches: Iterable[Tensor]) -> fx.GraphModule:
+def quantize_sums(model: nn.Module, batches: Iterable[Batch]) -> fx.GraphModule:
     """A copy of `model`, as a torch.fx graph, with a `SumQuantizer` before each operand of a residual sum but ReLUs.
 
     With `quantize_activations` alone half of a residual network's convolutions give floats to a sum; with both a
     runtime has integers from the second layer to the last sum. Ranges are the largest magnitudes on `batches` of
-    images, in eval mode. Parameters keep their names. Source: ours. Raises ValueError if `batches` is empty.
+    images, in eval mode. Parameters keep their names. The graph is that of eval mode: functions that depend on the
+    mode, such as F.dropout, do in it what they do there. Source: ours.
+
+    Raises ValueError if `batches` is empty, and for a network that cannot be traced or whose graph computes something
+    else than it does on the first batch.
     """
-    source = copy.deepcopy(model)
+    batches = list(batches)
+    source = copy_network(model)
     quantized = fx.GraphModule(source, trace(source), type(model).__name__)
     names = []
     for node in list(filter(is_sum, quantized.graph.nodes)):
@@ -84,6 +97,7 @@ def quantize_sums(model: nn.Module, batches: Iterable[Tensor]) -> fx.GraphModule
                 with quantized.graph.inserting_before(node):
                     node.replace_input_with(operand, quantized.graph.call_module(names[-1], (operand,)))
     quantized.recompile()
+    check_same(model, quantized, batches[:1])
     for name, absmax in _largest_outputs(quantized, names, batches).items():
         quantized.set_submodule(name, SumQuantizer(absmax).to(next(model.parameters()).device))
     return quantized.train(model.training)
@@ -110,39 +124,21 @@ def mse_ranges(histograms: dict[str, Histogram], bits: int) -> dict[str, float]:
     return {name: top * parts[(errors @ counts).argmin()].item() for name, (counts, top) in histograms.items()}
 
 
-def _largest_outputs(model: nn.Module, names: Iterable[str], batches: Iterable[Tensor]) -> dict[str, float]:
-    """Largest magnitude that each of the modules `names` gives. Raises ValueError if `batches` is empty."""
+def _largest_outputs(model: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, float]:
+    """Largest magnitude that each of the modules `names` gives.
+
+    Raises ValueError if `batches` is empty, or if one is not finite.
+    """
     largest: dict[str, Tensor] = {}
 
-    def observe(name: str, output: Tensor) -> None:
+    def observe(name: str, _: Tensor, output: Tensor) -> None:
         peak = output.abs().amax()
         largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
 
-    if not _watch(model, names, batches, observe):
+    if not watch(model, names, batches, observe):
         raise ValueError("calibration needs at least one batch of images")
-    return {name: peak.item() for name, peak in largest.items()}
-
-
-@torch.no_grad()
-def _watch(
-    model: nn.Module, names: Iterable[str], batches: Iterable[Tensor], observe: Callable[[str, Tensor], None]
-) -> int:
-    """Runs `batches` through `model` in eval mode and shows name and output of the modules `names` to `observe`.
-
-    Returns the number of batches.
-    """
-
-    def hook_for(name: str):
-        return lambda module, inputs, output: observe(name, output)
-
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
-    seen = 0
-    try:
-        with eval_mode(model):
-            for images in batches:
-                model(images)
-                seen += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    found = {name: peak.item() for name, peak in largest.items()}
+    for name, peak in found.items():
+        if not math.isfinite(peak):
+            raise ValueError(f"the output of {name} reaches {peak}: its range cannot be calibrated")
+    return found

@@ -92,6 +92,11 @@ def number(value: Tensor) -> float:
     return (value.full_tensor() if is_sharded(value) else value).item()
 
 
+def is_all_zeros(weight: Tensor) -> bool:
+    """Whether `weight`, which may be sharded, has elements and none of them differs from zero."""
+    return weight.numel() > 0 and not weight.is_meta and number(_largest_magnitude(weight.detach())) == 0
+
+
 def _largest_magnitude(weight: Tensor) -> Tensor:
     """max|w|, 0-d, of a tensor that is not empty, though this process's part of it may be."""
     if not is_sharded(weight):

@@ -1,14 +1,10 @@
 """Copies of a float network with quantized weights, and what quantization does to its weights and size."""
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 
 from .grid import FLOAT_BITS, fake_quantize_weight, number, scale_count, weight_scale
-from .layers import WEIGHT_LAYERS, check_finite, layer_bits
+from .layers import WEIGHT_LAYERS, check_finite, copy_network, layer_bits, weight_value
 
 
 @torch.no_grad()
@@ -25,26 +21,14 @@ def quantize_weights(
     bits=32 changes nothing; inplace=True changes `model` itself and returns it. Raises ValueError for other bits
     outside 2..8, and for a weight that is not finite.
     """
-    quantized = model if inplace else copy.deepcopy(model)
-    if bits == FLOAT_BITS:
-        return quantized
-    for name, width in layer_bits(model, bits, first_last).items():
-        parameter = quantized.get_parameter(name)
-        check_finite(name, parameter)
-        parameter.copy_(fake_quantize_weight(parameter, width, per_channel, weight_range))
+    widths = {} if bits == FLOAT_BITS else layer_bits(model, bits, first_last)
+    for name in widths:
+        check_finite(name, model.get_parameter(name))
+    quantized = model if inplace else copy_network(model)
+    for name, width in widths.items():
+        value = fake_quantize_weight(weight_value(quantized, name), width, per_channel, weight_range)
+        quantized.get_parameter(name).copy_(value)
     return quantized
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """`model`, in eval mode inside the block; each of its modules is back in its own mode behind it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @torch.no_grad()
@@ -56,7 +40,7 @@ def weight_mse(
         return 0.0
     total, count = 0.0, 0
     for name, width in layer_bits(model, bits, first_last).items():
-        weight = model.get_parameter(name)
+        weight = weight_value(model, name)
         error = weight - fake_quantize_weight(weight, width, per_channel, weight_range)
         total += number(error.cpu().double().square().sum())
         count += weight.numel()
@@ -73,7 +57,7 @@ def grid_share(
     """
     near, count = 0, 0
     for name, width in layer_bits(model, bits, first_last).items():
-        weight = model.get_parameter(name)
+        weight = weight_value(model, name)
         distance = (weight - fake_quantize_weight(weight, width, per_channel)).abs()
         near += number((distance <= tolerance * weight_scale(weight, width, per_channel)).sum())
         count += weight.numel()

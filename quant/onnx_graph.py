@@ -6,15 +6,17 @@ that convolution's bias and one scale for each output channel, the integers stay
 and a QuantizeLinear it would keep runtimes from their integer kernels. Needs the package onnx.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .activations import Quantizer, conv_norm_pairs, is_sum, trace
 from .grid import nonzero_scale
-from .network import eval_mode
+from .hooks import eval_mode
 from .packing import pack_bits
+from .quantizers import Quantizer
+from .tracing import check_same, conv_norm_pairs, is_sum, trace
 
 OPSET, OPSET_INT2 = 21, 25  # INT4 came with the first, INT2 with the second
 IR_VERSION, IR_VERSION_INT2 = 10, 13
@@ -35,9 +37,12 @@ def to_onnx(
     INT8. With `int8` all go into INT8: a larger file of the same numbers, which runtimes without 4-bit kernels
     (onnxruntime on a CPU) can convolve as integers.
 
-    Raises ValueError naming the layer or operation that has no counterpart here, and for a network that does not take
-    one batch of images and give one tensor.
+    Raises ValueError naming the layer or operation that has no counterpart here, for a network that does not take one
+    batch of images and give one tensor, and for parameters that are not float32.
     """
+    for name, value in chain(model.named_parameters(), model.named_buffers()):
+        if value.dtype != torch.float32 and (value.is_floating_point() or value.is_complex()):
+            raise ValueError(f"{name} is {value.dtype}: ONNX files are of float32 networks (model.float())")
     with eval_mode(model):
         return _Builder(model, integers, 8 if int8 else 2).build(image_size, normalize)
 
@@ -64,6 +69,8 @@ class _Builder:
         names: dict[fx.Node, str] = {}
         result = None
         traced = trace(self.model)
+        if [node.op for node in traced.nodes].count("placeholder") == 1:  # more are refused below, by name
+            check_same(self.model, fx.GraphModule(self.model, traced), [self.sample(channels, image_size)])
         folded = self.fold_batch_norm(traced)
         for node in traced.nodes:
             if node in folded:
@@ -94,6 +101,11 @@ class _Builder:
         except shape_inference.InferenceError as error:
             raise ValueError(f"{name} cannot be exported to ONNX: {' '.join(str(error).split())}") from None
         return proto
+
+    def sample(self, channels: int, image_size: int) -> Tensor:
+        """Two images of noise, on the model's device."""
+        images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        return images.to(next(self.model.parameters()).device)
 
     def fold_batch_norm(self, graph: fx.Graph) -> set[fx.Node]:
         """Takes the batch norms that alone follow a convolution with integer weights into its scale and bias.
@@ -136,6 +148,12 @@ class _Builder:
         """The parameter `name`: dequantized if it has integers, else in float."""
         from onnx import TensorProto, helper
 
+        layer, _, key = name.rpartition(".")
+        if key not in self.model.get_submodule(layer)._parameters:
+            raise ValueError(
+                f"{name} is computed by its layer, as by weight_norm, spectral_norm or a pruning mask: it cannot be "
+                "exported to ONNX; make it a parameter first (remove_weight_norm, prune.remove, ...)"
+            )
         if name not in self.integers:
             return self.constant(name, self.model.get_parameter(name))
         if name in self.dequantized:  # by a layer that is called more than once
@@ -182,8 +200,8 @@ class _Builder:
                 dilations=list(module.dilation), group=module.groups,
             )  # fmt: skip
         if isinstance(module, nn.Linear):
-            weights = [self.parameter(f"{name}.{key}") for key, _ in module.named_parameters(recurse=False)]
-            return self.emit("Gemm", inputs + weights, transB=1)
+            keys = ["weight"] if module.bias is None else ["weight", "bias"]
+            return self.emit("Gemm", inputs + [self.parameter(f"{name}.{key}") for key in keys], transB=1)
         if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
             keys = ("weight", "bias", "running_mean", "running_var")
             moments = [self.constant(f"{name}.{key}", getattr(module, key)) for key in keys]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .grid import BITS, quantize, weight_quant_max, weight_scale
-from .layers import check_finite, layer_bits
+from .layers import check_finite, layer_bits, weight_value
 from .packing import pack_bits, unpack_bits
 
 FORMAT = "psgd-packed-1"
@@ -32,7 +32,7 @@ def integer_weights(
     """
     found = {}
     for name, width in layer_bits(model, bits, first_last).items():
-        weight = model.get_parameter(name).detach()
+        weight = weight_value(model, name).detach()
         check_finite(name, weight)
         scale = weight_scale(weight, width, per_channel, weight_range)
         limit = weight_quant_max(width)
@@ -43,7 +43,8 @@ def integer_weights(
 def save_packed(path: str | Path, model: nn.Module, facts: dict[str, Any], **grid: Any) -> None:
     """Writes `model`, packed, and `facts` (plain values). `grid` are keyword arguments of `integer_weights`.
 
-    A tensor that layers share is stored once. Raises ValueError for weights that are not float32.
+    A tensor that layers share is stored once. Raises ValueError for weights that are not float32, for extra state that
+    is not a tensor, and for tensors that overlap in memory.
     """
     from safetensors.torch import save_file
 
@@ -53,6 +54,7 @@ def save_packed(path: str | Path, model: nn.Module, facts: dict[str, Any], **gri
     for name, value in model.state_dict().items():
         if name != stored[name]:
             continue
+        _check_tensor(name, value)
         if name in integers:
             if value.dtype != torch.float32:
                 raise ValueError(f"{name} is {value.dtype}: packed files are of float32 networks (model.float())")
@@ -63,7 +65,19 @@ def save_packed(path: str | Path, model: nn.Module, facts: dict[str, Any], **gri
         else:
             tensors[name] = value.detach().contiguous()
     metadata = {"format": FORMAT, "tensors": json.dumps(described), "facts": json.dumps(facts)}
-    save_file({name: value.cpu() for name, value in tensors.items()}, path, metadata)
+    try:
+        save_file({name: value.cpu() for name, value in tensors.items()}, path, metadata)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if "memory" not in reason:
+            raise
+        raise ValueError(f"a packed file holds tensors with memory of their own only ({reason})") from None
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise ValueError(f"{name} of the state_dict is a {kind}: a packed file holds tensors only, no extra state")
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
@@ -74,15 +88,20 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     """Fills `model`, a network of the file's architecture, and returns it in eval mode.
 
-    Raises ValueError, naming the file and what is wrong, for a file that is truncated, misshapen or foreign, or that
-    does not fit the network; `model` is then unchanged.
+    A model on the meta device gets the file's tensors, on the CPU. Raises ValueError, naming the file and what is
+    wrong, for a file that is truncated, misshapen or foreign, or that does not fit the network; `model` is then
+    unchanged.
     """
+    left = next((name for name, buffer in _unsaved_buffers(model) if buffer.is_meta), None)
+    if left:
+        raise ValueError(f"{left} is on the meta device, and no file has its values: build the network on a real one")
     tensors, _, described = _open(path)
     stored = _stored_names(model, described)
     whole, state = model.state_dict(), {}
     for name, wanted in whole.items():
         if name != stored[name]:
             continue
+        _check_tensor(name, wanted)
         keys = [f"{name}.packed", f"{name}.scale"] if name in described else [name]
         missing = [key for key in keys if key not in tensors]
         if missing:
@@ -96,9 +115,19 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
             raise ValueError(f"{path}: {name} has values that are not finite")
     if tensors:
         raise ValueError(f"{path} has {next(iter(tensors))}, which the network does not know")
+    on_meta = any(value.is_meta for value in whole.values())
+    if on_meta:  # whose tensors are replaced: shared ones stay so if they are one parameter
+        for name, value in model.state_dict(keep_vars=True).items():
+            if isinstance(value, nn.Parameter) and name in state:
+                state[name] = nn.Parameter(state[name], requires_grad=value.requires_grad)
     whole.update({name: state[stored[name]] for name in stored})  # which keeps the versions of the modules
-    model.load_state_dict(whole)
+    model.load_state_dict(whole, assign=on_meta)
     return model.eval()
+
+
+def _unsaved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    saved = model.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in model.named_buffers() if name not in saved]
 
 
 def _stored_names(model: nn.Module, packed: Container[str]) -> dict[str, str]:

@@ -32,8 +32,13 @@ def penalise_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_l
         if any(callable(argument) for argument in [*step_args[1:], *step_kwargs.values()]):
             raise ValueError("an L1 penalty cannot be added in a step with a closure")
         moved = [weight for weight in weights if weight.grad is not None]
-        if moved:
-            torch._foreach_add_([weight.grad for weight in moved], torch._foreach_sign(moved), alpha=strength)
+        if not moved:
+            return
+        pulls = torch._foreach_sign(moved)
+        factor = getattr(optimizer, "grad_scale", None)
+        if factor is not None:  # of GradScaler, by which a fused optimizer divides the gradients inside its step
+            torch._foreach_mul_(pulls, factor.to(moved[0].device))
+        torch._foreach_add_([weight.grad for weight in moved], pulls, alpha=strength)
 
     optimizer.register_step_pre_hook(add_gradient)
 

@@ -1,8 +1,10 @@
 """Post-training methods: what can be done to a quantized network with training images, layer by layer or at once.
 
-All take unaugmented training images, never test images, and change the quantized network that they are given.
+All take unaugmented training images, never test images, and change the quantized network that they are given; a call
+that fails leaves it as it was. A batch is a tensor of images, or (images, labels) as a data loader gives it.
 """
 
+import warnings
 from collections.abc import Iterable
 from itertools import chain
 
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .grid import weight_quant_max, weight_scale
+from .hooks import Batch, images_of, restored_on_error, watch
 from .layers import layer_bits
-from .network import eval_mode
 
 # AdaRound (Nagel et al. 2020): a rounding is a stretched sigmoid, and its regulariser sharpens from BETA[0] to BETA[1].
 STRETCH = (-0.1, 1.1)
@@ -22,11 +24,11 @@ SAMPLES = 32  # images a step
 
 
 @torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
     """`model` itself, in eval mode, with batch-norm statistics that are the averages over `batches`. Source: ours.
 
     Quantized weights shift what batch norm sees; statistics taken with the weights as deployed undo the shift.
-    `batches` are images [N, C, H, W] of equal or nearly equal size. All but batch norm is in eval mode while
+    `batches` hold images [N, C, H, W], equally or nearly equally many. All but batch norm is in eval mode while
     the statistics are taken: torch's update_bn would let dropout and stochastic depth draw.
 
     Raises ValueError for a network without batch-norm statistics, and if `batches` is empty.
@@ -39,24 +41,24 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mod
     if first is None:
         raise ValueError("re-estimating batch norm needs at least one batch of images")
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the average over batches
-            norm.train()
-        for images in chain([first], batches):
-            model(images)
-    finally:
+    with restored_on_error(model):
         model.eval()
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
-    return model
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the average over batches
+                norm.train()
+            for batch in chain([first], batches):
+                model(images_of(batch))
+        finally:
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
+    return model.eval()
 
 
 @torch.no_grad()
 def correct_bias(
-    quantized: nn.Module, model: nn.Module, batches: Iterable[Tensor], first_last: bool = True
+    quantized: nn.Module, model: nn.Module, batches: Iterable[Batch], first_last: bool = True
 ) -> nn.Module:
     """`quantized` itself, in eval mode, with a bias in every quantized layer that restores its mean output in `model`.
 
@@ -65,17 +67,18 @@ def correct_bias(
     images instead of batch-norm statistics). A convolution without a bias gets one.
     """
     batches = list(batches)
-    for name in layers_in_order(model, batches[0], first_last):
-        layer = quantized.get_submodule(name)
-        shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
-        layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
+    with restored_on_error(quantized):
+        for name in layers_in_order(model, batches[0], first_last):
+            layer = quantized.get_submodule(name)
+            shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
+            layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
     return quantized.eval()
 
 
 def adaround(
     quantized: nn.Module,
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     bits: int,
     first_last: bool = True,
     per_channel: bool = False,
@@ -95,19 +98,19 @@ def adaround(
     batches = list(batches)
     widths = layer_bits(model, bits, first_last)
     generator = torch.Generator().manual_seed(seed)
-    for name in layers_in_order(model, batches[0], first_last):
-        width = widths.get(f"{name}.weight")
-        if width is None:
-            continue
-        layer, source = quantized.get_submodule(name), model.get_submodule(name)
-        inputs = torch.cat(capture(quantized, name, batches, output=False))
-        targets = torch.cat(capture(model, name, batches, output=True))
-        scale = weight_scale(source.weight.detach(), width, per_channel, weight_range)
-        learned = _learn_rounding(
-            layer, source.weight.detach(), scale, width, inputs, targets, iterations, lr, generator
-        )
-        with torch.no_grad():
-            layer.weight.copy_(learned)
+    with restored_on_error(quantized):
+        for name in layers_in_order(model, batches[0], first_last):
+            width = widths.get(f"{name}.weight")
+            if width is None:
+                continue
+            layer, source = quantized.get_submodule(name), model.get_submodule(name)
+            weight = source.weight.detach()
+            inputs = torch.cat([layer_input for layer_input, _ in capture(quantized, name, batches)])
+            targets = torch.cat([output for _, output in capture(model, name, batches)])
+            scale = weight_scale(weight, width, per_channel, weight_range)
+            learned = _learn_rounding(layer, weight, scale, width, inputs, targets, iterations, lr, generator)
+            with torch.no_grad():
+                layer.weight.copy_(learned)
     return quantized.eval()
 
 
@@ -142,43 +145,31 @@ def _learn_rounding(layer, weight, scale, bits, inputs, targets, iterations, lr,
         return on_grid((rounding() >= 0.5).to(weight.dtype))
 
 
-@torch.no_grad()
-def capture(model: nn.Module, name: str, batches: Iterable[Tensor], output: bool) -> list[Tensor]:
-    """Outputs, or inputs, of the layer `name` for each of `batches`, in eval mode."""
-    held: list[Tensor] = []
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
-        held.append((outputs if output else inputs[0]).clone())  # a ReLU behind it may work in place
-
-    handle = model.get_submodule(name).register_forward_hook(hook)
-    try:
-        with eval_mode(model):
-            for images in batches:
-                model(images)
-    finally:
-        handle.remove()
+def capture(model: nn.Module, name: str, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
+    """Input and output of the layer `name` for each time that it is called on `batches`, in eval mode."""
+    held: list[tuple[Tensor, Tensor]] = []
+    watch(model, [name], batches, lambda _, layer_input, output: held.append((layer_input.clone(), output.clone())))
     return held
 
 
-def _mean_output(model: nn.Module, name: str, batches: list[Tensor]) -> Tensor:
+def _mean_output(model: nn.Module, name: str, batches: list[Batch]) -> Tensor:
     """Mean of each output channel of the layer `name` over `batches` [C]."""
     channel = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
-    outputs = [part.movedim(channel, 0).flatten(1) for part in capture(model, name, batches, output=True)]
+    outputs = [output.movedim(channel, 0).flatten(1) for _, output in capture(model, name, batches)]
     sums = sum(part.cpu().double().sum(1) for part in outputs)
     return (sums / sum(part.shape[1] for part in outputs)).to(outputs[0])
 
 
-def layers_in_order(model: nn.Module, images: Tensor, first_last: bool = True) -> list[str]:
-    """Names of the layers that `layer_bits` quantizes, in the order in which they run."""
-    names = {key.rpartition(".")[0] for key in layer_bits(model, 8, first_last)}
-    order: list[str] = []
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name)) for name in names
-    ]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            model(images[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(dict.fromkeys(order))
+def layers_in_order(model: nn.Module, batch: Batch, first_last: bool = True) -> list[str]:
+    """Names of the layers that `layer_bits` quantizes, in the order in which they run in eval mode.
+
+    One warning names those that do not run, such as an auxiliary head, or a layer whose weights are used without a
+    call of it.
+    """
+    names = list(dict.fromkeys(key.rpartition(".")[0] for key in layer_bits(model, 8, first_last)))
+    order: dict[str, None] = {}
+    watch(model, names, [images_of(batch)[:1]], lambda name, *_: order.setdefault(name))
+    silent = [name for name in names if name not in order]
+    if silent:
+        warnings.warn(f"not called in eval mode, and so left out: {', '.join(silent)}", stacklevel=3)
+    return list(order)

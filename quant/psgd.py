@@ -25,6 +25,7 @@ from .grid import check_bits, weight_scales
 
 CHOICES = {"target": ("grid", "zero"), "acts_on": ("gradient", "update")}
 STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+SWITCHES = {"train", "eval"}  # of bases that keep two sets of weights, as schedule_free's do
 # Settings of a scaled group. It is psg_eps because Adam and others have an eps of their own in the same dict.
 PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "acts_on"}
 PSG_KEYS |= {"lambda_s_start", "lambda_s_limit", "lambda_s_loss"}  # of steer_lambda_s
@@ -79,8 +80,11 @@ class PSGD(Optimizer):
 
     What lies on its grid stays unless eps > 0: a tensor of zeros, and the largest weight, which sets the grid.
 
-    Raises TypeError if `base` is not an optimizer instance, or a PSGD; ValueError for a setting out of range, for PSG
-    settings in a group that is not marked, and if no group is marked.
+    A base that has train() and eval(), as schedule_free's have, lends them. Its other methods are its own: what they do
+    to the weights is not scaled, so call them on `optimizer.base`, knowing that.
+
+    Raises TypeError if `base` is not an optimizer instance, or a PSGD; ValueError for a setting out of range, for
+    complex weights, for PSG settings in a group that is not marked, and if no group is marked.
     """
 
     def __init__(self, base: Optimizer, lambda_s: float = 150.0, eps: float = 0.0, acts_on: str = "gradient") -> None:
@@ -91,15 +95,27 @@ class PSGD(Optimizer):
             self._complete(group)
         if not any(map(is_scaled, base.param_groups)):
             raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, bits)')
+        if SWITCHES & set(dir(base)) and any(group.get("acts_on") == "update" for group in base.param_groups):
+            raise ValueError(f'{type(base).__name__} keeps weights of its own, which acts_on="update" would not scale')
         super().__init__(base.param_groups, base.defaults)
         self.base = base
         self._follow()
 
     def _follow(self) -> None:
         self._share()
-        self.base.register_load_state_dict_post_hook(self._share)  # loading replaces them
+        if hasattr(self.base, "_optimizer_load_state_dict_post_hooks"):  # a wrapper such as Lookahead has none
+            self.base.register_load_state_dict_post_hook(self._share)  # loading replaces them
         for name in STATE_HOOKS:  # saving and loading are the base's, and so are the hooks that it calls
             setattr(self, f"register_{name}_hook", getattr(self.base, f"register_{name}_hook"))
+        for name in SWITCHES & set(dir(self.base)):
+            setattr(self, name, getattr(self.base, name))
+
+    def __getattr__(self, name: str) -> Any:
+        base = self.__dict__.get("base")
+        if name.startswith("_") or not hasattr(base, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        advice = f"call optimizer.base.{name}, whose changes of weights are not scaled"
+        raise AttributeError(f"PSGD has no {name}, which belongs to {type(base).__name__}: {advice}")
 
     def _share(self, *_: Optimizer) -> None:
         self.param_groups = self.base.param_groups
@@ -117,6 +133,9 @@ class PSGD(Optimizer):
         for key, choices in CHOICES.items():
             if settings[key] not in choices:
                 raise ValueError(f"{key} must be one of {choices}, got {settings[key]!r}")
+        params = group["params"] if isinstance(group["params"], (list, tuple)) else ()
+        if any(isinstance(parameter, Tensor) and parameter.is_complex() for parameter in params):
+            raise ValueError("a scaled group has complex weights: only real ones have a grid")
         if settings["target"] == "grid":
             check_bits(group["bits"])
         for key, least in (("lambda_s", "> 0"), ("psg_eps", ">= 0")):
@@ -185,6 +204,7 @@ class PSGD(Optimizer):
         """Restores a state_dict of PSGD, with its PSG settings, or of the bare base, which keeps this instance's."""
         before = [{key: group[key] for key in PSG_KEYS & group.keys()} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
+        self._share()
         for group, settings in zip(self.base.param_groups, before, strict=True):
             for key, value in settings.items():
                 group.setdefault(key, value)

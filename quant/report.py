@@ -5,16 +5,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .grid import fake_quantize_weight, weight_scale
+from .hooks import Batch
 from .layers import layer_bits
 from .post import capture, layers_in_order
 
 
 def layer_rows(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     bits: int,
     first_last: bool = True,
     per_channel: bool = False,
@@ -40,7 +41,7 @@ def layer_rows(
         error = fake_quantize_weight(weight, width, per_channel, weight_range) - weight
         scale = weight_scale(weight, width, per_channel, weight_range)
         noise, signal = error.square().mean().item(), weight.square().mean().item()
-        inputs = [part.aminmax() for part in capture(model, name, batches, output=False)]
+        inputs = [layer_input.aminmax() for layer_input, _ in capture(model, name, batches)]
         row = {
             "layer": name, "bits": width, "weights": weight.numel(), "mse": noise,
             "sqnr": 10 * math.log10(signal / noise) if noise else math.inf,

@@ -4,13 +4,20 @@ Only the weights of convolutions and linear layers are pruned; biases and normal
 last layer are pruned like the others (first_last=True), or kept whole and left out of the count (first_last=False).
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import check_finite, layer_bits
+from .layers import (
+    check_finite,
+    copy_network,
+    layer_bits,
+    named_among,
+    settle_masks,
+    warn_of_zeros,
+    weight_value,
+)
 
 SCOPES = ("global", "layer")
 
@@ -30,14 +37,18 @@ def prunable_weights(model: nn.Module, first_last: bool = True) -> dict[str, nn.
 def sparse_param_groups(model: nn.Module, first_last: bool = True) -> list[dict[str, Any]]:
     """Parameter groups for sparse training with PSGD: the prunable weights with target "zero", then all others.
 
-    Parameters that do not require a gradient are left out. Raises ValueError for a model with nothing to prune, or of
-    which all that can be pruned is frozen.
+    Parameters that do not require a gradient are left out. Weights under an active pruning mask become zero
+    (`settle_masks`); a weight that is all zeros is named in a warning. Raises ValueError for a model with nothing to
+    prune, or of which all that can be pruned is frozen.
     """
-    prunable = {id(weight) for weight in prunable_weights(model, first_last).values()}
+    named = prunable_weights(model, first_last)
+    settle_masks(model, named)
+    prunable = {id(weight) for weight in named.values()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     scaled = [parameter for parameter in trained if id(parameter) in prunable]
     if not scaled:
         raise ValueError(f"{type(model).__name__} has no weights to scale: all that can be pruned are frozen")
+    warn_of_zeros(named_among(model, scaled))
     others = [parameter for parameter in trained if id(parameter) not in prunable]
     groups = [{"params": scaled, "target": "zero"}]
     return groups + ([{"params": others}] if others else [])
@@ -59,10 +70,11 @@ def prune_weights(
         raise ValueError(f"sparsity must be from 0 to less than 1, got {sparsity!r}")
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
-    pruned = model if inplace else copy.deepcopy(model)
-    weights = prunable_weights(pruned, first_last)
-    for name, weight in weights.items():
+    for name, weight in prunable_weights(model, first_last).items():
         check_finite(name, weight)
+    pruned = model if inplace else copy_network(model)
+    weights = prunable_weights(pruned, first_last)
+    settle_masks(pruned, weights)
     for group in [[*weights.values()]] if scope == "global" else [[weight] for weight in weights.values()]:
         _prune_smallest(group, sparsity)
     return pruned
@@ -78,14 +90,13 @@ def _prune_smallest(weights: list[Tensor], sparsity: float) -> None:
 
 def nonzero_weights(model: nn.Module, first_last: bool = True) -> int:
     """Number of prunable weights that are not zero."""
-    return sum(int(weight.count_nonzero()) for weight in prunable_weights(model, first_last).values())
+    return sum(int(weight_value(model, name).count_nonzero()) for name in prunable_weights(model, first_last))
 
 
 @torch.no_grad()
 def pruning_mse(model: nn.Module, sparsity: float, scope: str = "global", first_last: bool = True) -> float:
     """Mean squared change of the prunable weights by `prune_weights`: of the whole it is the part that pruning cuts."""
-    before, after = (
-        prunable_weights(net, first_last).values() for net in (model, prune_weights(model, sparsity, scope, first_last))
-    )
-    change = sum((a - b).cpu().double().square().sum().item() for a, b in zip(before, after))
-    return change / sum(weight.numel() for weight in before)
+    names, pruned = [*prunable_weights(model, first_last)], prune_weights(model, sparsity, scope, first_last)
+    change = [weight_value(model, name) - pruned.get_parameter(name) for name in names]
+    squares = sum(part.cpu().double().square().sum().item() for part in change)
+    return squares / sum(part.numel() for part in change)

@@ -29,6 +29,12 @@ from utils.checkpoint import load_checkpoint
 from utils.engine import train_epoch
 
 
+def test_parameters_are_not_groups(net):
+    for wrong in (net.parameters(), [*net.parameters()], net):
+        with pytest.raises(TypeError, match="groups must be a list of parameter groups, as psg_param_groups"):
+            auto_lambda_s(wrong)
+
+
 @pytest.fixture
 def optimizer(net):
     return PSGD(torch.optim.SGD(psg_param_groups(net, bits=3), lr=0.01), lambda_s=150)

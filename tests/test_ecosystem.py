@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 from itertools import product
 
 import pytest
@@ -105,6 +106,88 @@ def test_base_that_needs_a_closure():
     first = optimizer.step(closure).item()
     assert optimizer.step(closure).item() < first
     assert parameter[0] == 1.0  # the largest weight is a grid point
+
+
+class Lookahead(torch.optim.Optimizer):
+    """As such wrappers are written: without Optimizer.__init__, and so without its hooks of loading."""
+
+    def __init__(self, inner, k=2):
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+        self.inner, self.k, self.count, self.slow = inner, k, 0, {}
+        self.param_groups, self.defaults, self.state = inner.param_groups, inner.defaults, inner.state
+
+    def step(self, closure=None):
+        loss = self.inner.step(closure)
+        self.count += 1
+        if self.count % self.k == 0:
+            self.sync_lookahead()
+        return loss
+
+    @torch.no_grad()
+    def sync_lookahead(self):
+        for group in self.param_groups:
+            for fast in group["params"]:
+                slow = self.slow.setdefault(fast, fast.clone())
+                slow.lerp_(fast, 0.5)
+                fast.copy_(slow)
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict):
+        self.inner.load_state_dict(state_dict)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+
+def test_round_a_wrapper_without_hooks(net):
+    reference = copy.deepcopy(net)
+    optimizer = PSGD(Lookahead(sgd(net)), lambda_s=50)
+    plain = Lookahead(sgd(reference))
+    for step in range(4):
+        fill_gradients(net, step)
+        optimizer.step()
+        fill_gradients(reference, step)
+        for key, width in layer_bits(reference, 4).items():
+            parameter = reference.get_parameter(key)
+            parameter.grad *= twin_multiplier(parameter.detach(), width, 50)
+        plain.step()
+    assert same(weights(net), weights(reference))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups is optimizer.base.inner.param_groups
+    assert optimizer.param_groups[0]["lambda_s"] == 50
+    with pytest.raises(
+        AttributeError, match="sync_lookahead, which belongs to Lookahead: call optimizer.base.sync_look"
+    ):
+        optimizer.sync_lookahead()
+    with pytest.raises(AttributeError, match="'PSGD' object has no attribute 'train'"):
+        optimizer.train()
+
+
+class TwoSets(torch.optim.SGD):
+    """Keeps an average to evaluate with, as schedule_free's do."""
+
+    def train(self):
+        self.mode = "train"
+
+    def eval(self):
+        self.mode = "eval"
+
+
+def test_a_base_with_modes_lends_them(net):
+    optimizer = PSGD(TwoSets(psg_param_groups(net, 4), lr=0.1))
+    for used in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        used.eval()
+        assert used.base.mode == "eval"
+        used.train()
+        assert used.base.mode == "train"
+    with pytest.raises(ValueError, match='TwoSets keeps weights of its own, which acts_on="update" would not scale'):
+        PSGD(TwoSets(psg_param_groups(net, 4), lr=0.1), acts_on="update")
+
+
+def test_complex_weights_are_refused():
+    group = {"params": [nn.Parameter(torch.ones(3, dtype=torch.complex64))], "target": "zero"}
+    with pytest.raises(ValueError, match="a scaled group has complex weights"):
+        PSGD(torch.optim.SGD([group], lr=0.1))
 
 
 SCHEDULERS = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 import utils.benchmark
 from models import ResNet32, build_model, vgg16_bn
@@ -316,3 +317,20 @@ def test_benchmark_of_deployed_networks(cli, tmp_path, digits_run, few_digits, m
     written = to_onnx(network, integer_weights(network, 4, per_channel=True)).SerializeToString()
     assert rows[3]["bytes"] == len(written) < 0.2 * rows[2]["bytes"]
     assert all(row["images_per_second_at_256"] > 0 for row in rows)
+
+
+def test_computed_weights_and_other_precisions_are_refused_by_name():
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+    for wrap in (nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm,
+                 lambda layer: prune.l1_unstructured(layer, "weight", 0.5)):  # fmt: skip
+        for index in (0, 4):
+            model = net()
+            wrap(model[index])
+            with pytest.raises(ValueError, match=f"{index}.weight is computed by its layer"):
+                to_onnx(model, {}, 8)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        with pytest.raises(ValueError, match=f"0.weight is {dtype}: ONNX files are of float32 networks"):
+            to_onnx(net().to(dtype), {}, 8)

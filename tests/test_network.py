@@ -1,12 +1,28 @@
 """Networks with quantized weights: which parameters, at how many bits, and the figures about them."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
-from quant import fake_quantize_weight, grid_share, layer_bits, layer_rows, packed_bytes, quantize_weights, weight_mse
+from quant import (
+    fake_quantize_weight,
+    grid_share,
+    integer_weights,
+    layer_bits,
+    layer_rows,
+    nonzero_weights,
+    packed_bytes,
+    prune_weights,
+    pruning_mse,
+    psg_param_groups,
+    quantize_weights,
+    sparse_param_groups,
+    weight_mse,
+)
 
 
 def test_layer_bits_first_last_rule(net):
@@ -112,3 +128,96 @@ def test_layer_rows(net):
     next(rows)
     rows.close()
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.fixture
+def masked(net):
+    """`net` with its largest weights under a pruning mask, and its twin with zeros in their place."""
+    twin = copy.deepcopy(net)
+    for module in (net.conv1, net.conv2, net.fc):
+        mask = (module.weight.abs() < 0.5 * module.weight.abs().max()).float()
+        twin.get_submodule(next(n for n, m in net.named_modules() if m is module)).weight.data.mul_(mask)
+        prune.custom_from_mask(module, "weight", mask)
+    return net, twin
+
+
+def test_masked_weights_do_not_count(masked):
+    """Neither for a grid's range nor for a pruned share: all is as with zeros in the weights themselves."""
+    net, twin = masked
+    images = torch.randn(4, 3, 8, 8)
+    for function in (lambda n: quantize_weights(n, 4), lambda n: prune_weights(n, 0.9)):
+        torch.testing.assert_close(function(net).eval()(images), function(twin).eval()(images))
+    for figure in (weight_mse, grid_share):
+        assert figure(net, 4) == pytest.approx(figure(twin, 4), rel=1e-6)
+    assert pruning_mse(net, 0.9) == pytest.approx(pruning_mse(twin, 0.9), rel=1e-6)
+    assert nonzero_weights(net) == nonzero_weights(twin)
+    integers, expected = integer_weights(net, 4), integer_weights(twin, 4)
+    assert torch.equal(integers["conv2.weight_orig"][0], expected["conv2.weight"][0])
+
+
+@pytest.mark.parametrize("groups_of", [lambda net: psg_param_groups(net, 3), sparse_param_groups])
+def test_masked_weights_are_zero_in_parameter_groups(masked, groups_of):
+    """So that the optimizer's range does not count them, and the network computes what it did."""
+    net, twin = masked
+    images = torch.randn(4, 3, 8, 8)
+    before = net.eval()(images)
+    for group, expected in zip(groups_of(net), groups_of(twin), strict=True):
+        pairs = zip(sorted(group["params"], key=torch.numel), sorted(expected["params"], key=torch.numel), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+    assert torch.equal(net(images), before)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm,
+                                  lambda layer: prune.l1_unstructured(layer, "weight", 0.5)])  # fmt: skip
+def test_networks_that_compute_a_weight_are_copied_after_a_training_step(net, wrap):
+    wrap(net.conv2)
+    images = torch.randn(4, 3, 8, 8)
+    net.train()(images).sum().backward()
+    for function in (quantize_weights, prune_weights):
+        copied = function(net, 4 if function is quantize_weights else 0.5)
+        assert copied.conv2.weight is not net.conv2.weight
+        copied.eval()(images)
+    assert net.conv2.weight.requires_grad  # as it was
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint8])
+def test_weights_without_a_grid_are_refused(net, dtype):
+    net.conv2.weight = nn.Parameter(torch.ones(8, 8, 3, 3, dtype=dtype), requires_grad=False)
+    for function in (quantize_weights, grid_share, psg_param_groups, layer_bits):
+        with pytest.raises(ValueError, match=f"conv2.weight is {dtype}: only real floating-point weights have a grid"):
+            function(net, 4)
+
+
+def test_a_network_on_the_meta_device_is_refused(net):
+    for function in (
+        lambda n: quantize_weights(n, 4),
+        lambda n: prune_weights(n, 0.5),
+        lambda n: integer_weights(n, 4),
+    ):
+        with pytest.raises(ValueError, match="conv1.weight is on the meta device: it has no values"):
+            function(net.to("meta"))
+
+
+def test_a_failed_quantization_in_place_changes_nothing(net):
+    net.fc.weight.data[0, 0] = float("nan")
+    before = copy.deepcopy(net.state_dict())
+    for function in (lambda: quantize_weights(net, 4, inplace=True), lambda: prune_weights(net, 0.5, inplace=True)):
+        with pytest.raises(ValueError, match="fc.weight has values that are not finite"):
+            function()
+        assert all(torch.equal(before[name], value) for name, value in net.state_dict().items() if name != "fc.weight")
+
+
+def test_weights_that_psg_never_moves_are_named_once(net):
+    """LoRA's second matrix, zero-initialized branches and biases begin on their grid."""
+    nn.init.zeros_(net.conv2.weight)
+    nn.init.zeros_(net.fc.bias)
+    with pytest.warns(UserWarning, match="all zeros, which PSG never moves: conv2.weight, fc.bias; give PSGD") as seen:
+        psg_param_groups(net, 4)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    with pytest.warns(UserWarning, match="all zeros, which PSG never moves: conv2.weight; give PSGD"):
+        sparse_param_groups(net)
+    net.conv2.requires_grad_(False)
+    net.fc.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        psg_param_groups(net, 4)

@@ -150,3 +150,55 @@ def test_half_precision_is_refused(tmp_path, net):
     with pytest.raises(ValueError, match="conv1.weight is torch.float16: packed files are of float32 networks"):
         save_packed(tmp_path / "a.safetensors", net.half(), {}, bits=4)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_on_the_meta_device_is_filled(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.norm(self.second(self.first(x)))
+
+    torch.manual_seed(0)
+    net, images = Tied().eval(), torch.randn(3, 4)
+    net.second.bias.requires_grad_(False)
+    save_packed(tmp_path / "a.safetensors", net, {}, bits=4)
+    with torch.device("meta"):
+        empty = Tied()
+    empty.second.bias.requires_grad_(False)
+    loaded = load_packed(tmp_path / "a.safetensors", empty)
+    assert torch.equal(loaded(images), quantize_weights(net, 4)(images))
+    assert loaded.first.weight is loaded.second.weight and loaded.first.weight.requires_grad
+    assert not loaded.second.bias.requires_grad
+
+    with torch.device("meta"):
+        unsaved = Tied()
+        unsaved.register_buffer("table", torch.zeros(3), persistent=False)
+    with pytest.raises(ValueError, match="table is on the meta device, and no file has its values"):
+        load_packed(tmp_path / "a.safetensors", unsaved)
+    assert unsaved.first.weight.is_meta
+
+
+def test_state_that_a_file_cannot_hold(tmp_path):
+    class WithExtraState(SmallNet):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    net = SmallNet()
+    with pytest.raises(ValueError, match="_extra_state of the state_dict is a dict: a packed file holds tensors only"):
+        save_packed(tmp_path / "a.safetensors", WithExtraState(), {}, bits=4)
+    save_packed(tmp_path / "b.safetensors", net, {}, bits=4)
+    with pytest.raises(ValueError, match="_extra_state of the state_dict is a dict"):
+        load_packed(tmp_path / "b.safetensors", WithExtraState())
+    memory = torch.zeros(6)
+    net.register_buffer("left", memory[:4])
+    net.register_buffer("right", memory[2:])
+    with pytest.raises(ValueError, match="a packed file holds tensors with memory of their own only"):
+        save_packed(tmp_path / "c.safetensors", net, {}, bits=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.ops import StochasticDepth
 
 from models import ResNet32, build_model
@@ -16,6 +17,7 @@ from quant import (
     fake_quantize_weight,
     layer_rows,
     prune_weights,
+    quantize_sums,
     quantize_weights,
     reestimate_batch_norm,
     weight_scale,
@@ -43,10 +45,97 @@ def test_nothing_is_random_while_statistics_are_taken():
     assert torch.allclose(normed[3].running_mean, net[2](images).mean(0), atol=1e-6)
 
 
-def test_a_batch_that_does_not_fit_leaves_no_layer_in_training_mode(net):
-    with pytest.raises(RuntimeError):
-        reestimate_batch_norm(net, [torch.randn(2, 3, 8, 8), torch.randn(2, 4, 8, 8)])
-    assert not any(module.training for module in net.modules()) and net.bn1.momentum == 0.1
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bad", [torch.randn(2, 4, 8, 8), {"images": torch.randn(2, 3, 8, 8)}], ids=["shape", "dict"])
+def test_a_failed_call_leaves_the_network_as_it_was(net, training, bad):
+    net.train(training)(torch.randn(4, 3, 8, 8))
+    quantized = quantize_weights(net, 2)
+    batches = [torch.randn(2, 3, 8, 8), bad]
+    for call in (
+        lambda: reestimate_batch_norm(quantized, batches),
+        lambda: correct_bias(quantized, net, batches),
+        lambda: adaround(quantized, net, batches, 2, iterations=1),
+    ):
+        before = {name: value.clone() for name, value in quantized.state_dict().items()}
+        with pytest.raises((RuntimeError, TypeError)):
+            call()
+        after = quantized.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert {module.training for module in [*net.modules(), *quantized.modules()]} == {training}
+        assert quantized.bn1.momentum == 0.1
+
+
+def test_a_layer_that_fails_late_gets_its_weights_back(net):
+    """The first layers are corrected by then."""
+    quantized = quantize_weights(net.eval(), 2)
+    quantized.fc.forward = lambda x: x @ torch.zeros(3, 3)
+    for call in (correct_bias, lambda *words: adaround(*words, 2, iterations=1)):
+        before = {name: value.clone() for name, value in quantized.state_dict().items()}
+        with pytest.raises(RuntimeError):
+            call(quantized, net, [torch.randn(2, 3, 8, 8)])
+        assert quantized.conv1.bias is None
+        assert all(torch.equal(before[name], value) for name, value in quantized.state_dict().items())
+
+
+def test_batches_may_be_those_of_a_loader(net):
+    images, labels = torch.randn(8, 3, 8, 8), torch.arange(8) % 5
+    plain, pairs = images.split(4), [*DataLoader(TensorDataset(images, labels), batch_size=4)]
+    quantized = quantize_weights(net.eval(), 3)
+    for call in (
+        lambda batches: reestimate_batch_norm(copy.deepcopy(quantized), batches).state_dict(),
+        lambda batches: correct_bias(copy.deepcopy(quantized), net, batches).state_dict(),
+        lambda batches: adaround(copy.deepcopy(quantized), net, batches, 3, iterations=2).state_dict(),
+        lambda batches: calibrate(net, batches, 4),
+        lambda batches: quantize_sums(net, batches).state_dict(),
+        lambda batches: {row["layer"]: row["input_max"] for row, _ in layer_rows(net, batches, 4)},
+    ):
+        expected, found = call(plain), call(pairs)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(torch.as_tensor(expected[key]), torch.as_tensor(found[key])) for key in expected)
+
+
+class Attention(nn.Module):
+    """An attention whose out_proj is used without a call of it, and a linear layer called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention = nn.Linear(6, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(input=self.attention(x, x, x)[0].mean(1))
+
+
+def test_the_projection_of_attention_is_a_layer_like_others():
+    torch.manual_seed(0)
+    net, images = Attention().eval(), torch.randn(16, 5, 6)
+    nn.init.normal_(net.attention.out_proj.bias)
+    names = ["embed", "attention.out_proj", "head"]
+    rows = {row["layer"]: row for row, _ in layer_rows(net, [images], 4)}
+    assert list(rows) == names
+    with torch.no_grad():
+        x = net.embed(images)
+        weights = copy.deepcopy(net.attention)
+        weights.out_proj.weight.copy_(torch.eye(8))
+        weights.out_proj.bias.zero_()
+        inputs = weights(x, x, x)[0]
+    assert rows["attention.out_proj"]["input_max"] == pytest.approx(inputs.max().item(), rel=1e-5)
+    quantized = quantize_weights(net, 2)
+    corrected = correct_bias(copy.deepcopy(quantized), net, [images])
+    with torch.no_grad():
+        outputs = [model.attention(*[model.embed(images)] * 3)[0].mean((0, 1)) for model in (net, corrected)]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    before = copy.deepcopy(net.state_dict())
+    learned = adaround(copy.deepcopy(quantized), net, [images], 2, iterations=300, lr=0.1)
+    assert not torch.equal(learned.attention.out_proj.weight, quantized.attention.out_proj.weight)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_layers_that_do_not_run_are_named(net):
+    net.aux = nn.Linear(8, 2)
+    with pytest.warns(UserWarning, match="not called in eval mode, and so left out: aux"):
+        correct_bias(quantize_weights(net, 4), net, [torch.randn(2, 3, 8, 8)])
 
 
 def test_a_batch_norm_that_is_not_called_is_no_missing_batch(net):

@@ -185,3 +185,27 @@ def test_gradient_penalty_on_a_closed_form():
     assert penalty.item() == pytest.approx(0.2 * (a * layer.weight).abs().sum().item(), rel=1e-5)
     penalty.backward()
     assert torch.allclose(layer.weight.grad, 0.2 * a * (a * layer.weight).sign(), atol=1e-6)
+
+
+@pytest.mark.parametrize("unscaled_first", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_l1_under_a_grad_scaler(net, fused, unscaled_first):
+    """A fused optimizer is given scaled gradients, and divides them itself."""
+    twin = copy.deepcopy(net)
+    images = torch.randn(4, 3, 8, 8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for model, scaled in ((net, True), (twin, False)):
+        base = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+        penalise_l1(base, model, 0.3)
+        loss = model(images).square().sum()
+        if not scaled:
+            loss.backward()
+            base.step()
+            continue
+        scaler.scale(loss).backward()
+        if unscaled_first:  # as for clipping
+            scaler.unscale_(base)
+        scaler.step(base)
+        scaler.update()
+    for one, other in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -12,10 +12,10 @@ from torch.fx.proxy import TraceError
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from quant.activations import conv_norm_pairs, trace
 from quant.goals import GridGoal, SparseGoal
 from quant.penalty import Penalty
 from quant.sparsity import prunable_weights
+from quant.tracing import conv_norm_pairs, trace
 from utils.cli import UserError
 from utils.data import DataSpec, Split, eval_batches
 from utils.device import autocast

@@ -1,0 +1,192 @@
+"""torch.fx graphs of networks. A network that its graph would misrepresent is refused."""
+
+import inspect
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.proxy import TraceError
+
+from .hooks import Batch, eval_mode, images_of
+from .quantizers import Quantizer
+
+# Operations whose result may share memory with their first argument (dropout and its kin do in eval mode).
+VIEWS = {
+    "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "float", "getattr", "getitem",
+    "movedim", "moveaxis", "narrow", "permute", "ravel", "reshape", "reshape_as", "select", "split", "squeeze",
+    "swapaxes", "swapdims", "t", "tensor_split", "to", "transpose", "type", "type_as", "unbind", "unflatten",
+    "unfold", "unsqueeze", "view", "view_as",
+    "alpha_dropout", "drop_path", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout",
+    "stochastic_depth",
+}  # fmt: skip
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+VIEW_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten, *DROPOUTS)
+# `x += y` and the like. A proxy of torch.fx would make `x = x + y` of them, which other names of x do not see.
+IN_PLACE_OPERATORS = (
+    "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv",
+    "ixor",
+)  # fmt: skip
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records operators in place as what they are."""
+
+
+def _recorded(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+
+for _name in IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_name}__", _recorded(_name))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, Quantizer) or super().is_leaf_module(module, name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+class InPlaceError(TraceError):
+    """An operation in place whose operand is read again: a graph's readers take a node for a value that stays."""
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The torch.fx graph of `model` in eval mode, in which an activation quantizer is one node.
+
+    Raises torch.fx's TraceError, a ValueError, for a network that torch.fx cannot trace and for a module that is called
+    without a positional argument, and of its kind InPlaceError.
+    """
+    try:
+        with eval_mode(model):
+            graph = _Tracer().trace(model)
+    except Exception as error:  # a proxy makes code that expects a tensor raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TraceError(f"{type(model).__name__} cannot be traced by torch.fx ({reason})") from error
+    for node in graph.nodes:
+        if node.op == "call_module" and not node.args:
+            raise TraceError(f"{node.target} is called without a positional argument: its input cannot be followed")
+    _check_in_place(model, graph)
+    return graph
+
+
+def operation(node: fx.Node) -> str:
+    """Name of the function or method that `node` calls; of a module its path."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def _written(model: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The argument that `node` overwrites, if there is one."""
+    if isinstance(out := node.kwargs.get("out"), fx.Node):
+        return out
+    first = next(iter([*node.args, *node.kwargs.values()]), None)
+    if not isinstance(first, fx.Node):
+        return None
+    if node.op == "call_module":
+        return first if getattr(model.get_submodule(operation(node)), "inplace", False) else None
+    if node.op not in ("call_method", "call_function"):
+        return None
+    name = operation(node)
+    in_place = name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return first if (in_place or _says_in_place(node)) and not _is_size(first) else None
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether `node` is a size of a tensor, or computed from sizes: a number, which nothing rewrites."""
+    if operation(node) in ("size", "dim", "len") or (operation(node) == "getattr" and node.args[1] == "shape"):
+        return True
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(map(_is_size, inputs))
+
+
+def _says_in_place(node: fx.Node) -> bool:
+    """Whether a function such as relu is called with inplace=True, by name or by position."""
+    if node.op != "call_function":
+        return bool(node.kwargs.get("inplace"))
+    try:
+        arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+    except (TypeError, ValueError):  # built-in functions have no signature
+        arguments = node.kwargs
+    return bool(arguments.get("inplace"))
+
+
+def _shares_memory(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(model.get_submodule(operation(node)), VIEW_LAYERS)
+    return node.op in ("call_method", "call_function") and operation(node) in VIEWS
+
+
+def _check_in_place(model: nn.Module, graph: fx.Graph) -> None:
+    """Raises InPlaceError, naming both, if a node reads a value after another node has overwritten it."""
+    source: dict[fx.Node, fx.Node] = {}  # of a node that has its memory from another
+    attributes: dict[object, fx.Node] = {}
+    writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)  # by the node that first had the memory
+
+    def history(node: fx.Node) -> list[fx.Node]:
+        names = [node]
+        while names[-1] in source:
+            names.append(source[names[-1]])
+        return names
+
+    for node in graph.nodes:
+        for operand in node.all_input_nodes:
+            names = history(operand)
+            for writer in writers[names[-1]]:
+                if writer not in names:
+                    raise InPlaceError(
+                        f"{operation(writer)} ({writer.name}) works in place, and {node.name} reads {operand.name}, "
+                        "which it has overwritten: this cannot be followed; let it return a new tensor "
+                        "(inplace=False) and use what it returns"
+                    )
+        if node.op == "get_attr" and attributes.setdefault(node.target, node) is not node:
+            source[node] = attributes[node.target]
+        written = _written(model, node)
+        if written is not None:
+            source[node] = written
+            writers[history(node)[-1]].append(node)
+        elif node.args and isinstance(node.args[0], fx.Node) and _shares_memory(model, node):
+            source[node] = node.args[0]
+
+
+@torch.no_grad()
+def check_same(model: nn.Module, rewritten: nn.Module, batches: Iterable[Batch]) -> None:
+    """Raises ValueError if `rewritten`, made from the graph of `model`, gives another tensor than it on `batches`."""
+    with eval_mode(model), eval_mode(rewritten):
+        for batch in batches:
+            images = images_of(batch)
+            outputs = model(images), rewritten(images)
+            tensors = all(isinstance(output, torch.Tensor) for output in outputs)
+            if tensors and not torch.allclose(*outputs, rtol=1e-3, atol=1e-4, equal_nan=True):
+                raise ValueError(f"the traced graph of {type(model).__name__} does not compute what the network does")
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether `node` of a traced graph adds two activations, as they are (torch.add has an alpha)."""
+    operands = len(node.args) == 2 and all(isinstance(operand, fx.Node) for operand in node.args)
+    return operation(node) in ("add", "iadd", "add_") and operands and not node.kwargs
+
+
+def conv_norm_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
+    """Calls of 2-d convolutions, each with the call of the batch norm with running statistics that alone follows it.
+
+    `graph` is `trace(model)`. Modules that the network calls more than once, and convolutions that compute their
+    weight, are left out.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    uses = Counter(node.target for node in calls)
+    pairs = []
+    for node in calls:
+        before = node.args[0]
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        if uses[before.target] > 1 or uses[node.target] > 1:
+            continue
+        conv, norm = model.get_submodule(before.target), model.get_submodule(node.target)
+        own_weight = isinstance(conv, nn.Conv2d) and "weight" in conv._parameters
+        if own_weight and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            pairs.append((before, node))
+    return pairs
