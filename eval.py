@@ -208,7 +208,7 @@ def load_networks(args: Namespace, device) -> list[Network]:
 
     from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel, training_facts
     from utils.data import calibration_batches, check_calib_images, load_dataset
-    from utils.deployment import BN_RANGES, Deployment
+    from utils.deployment import BN_RANGES, Deployment, check_activations
 
     datasets, networks = {}, []
     quantizes = any(a_bit != 32 for a_bit in args.a_bit)
@@ -243,6 +243,7 @@ def load_networks(args: Namespace, device) -> list[Network]:
         )  # fmt: skip
         try:
             if quantizes:
+                check_activations(model, path)
                 deployment.activation_ranges(8, args.clipping_range[0])
         except ValueError as error:
             advice = "; use --act_range minmax, percentile or mse" if by_batch_norm else ""

@@ -79,6 +79,7 @@ def main() -> None:
     )
     from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel
     from utils.data import DATASETS, calibration_batches, check_calib_images, normalize
+    from utils.deployment import check_activations
 
     path = Path(args.model_path)
     checkpoint = load_checkpoint(path)
@@ -100,6 +101,7 @@ def main() -> None:
         if dataset is None:
             raise UserError(f"--a_bit {args.a_bit} needs training images, and there is no {name} in {args.data_dir}")
         check_calib_images(args.calib_images, dataset.train)
+        check_activations(model, path)
         batches = [images for images, _ in calibration_batches(dataset.train, spec, args.calib_images, args.seed)]
         try:
             deployed = quantize_activations(reference, args.a_bit, calibrate(model, batches, args.a_bit))

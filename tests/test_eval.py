@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eval import SEARCHED
-from models import ResNet32
+from models import ResNet32, build_model
 from quant import (
     bn_ranges,
     calibrate,
@@ -266,6 +266,15 @@ def test_bad_input_with_a_good_checkpoint(rejected, digits_run, tmp_path):
     assert "--calib_images 438 is more than the 437 training images" in rejected("eval.py", *too_many)
     (tmp_path / "file").write_text("")
     assert "file/x" in rejected("eval.py", *model, "--out", "file/x")
+
+
+@pytest.mark.parametrize("script", ["eval.py", "export.py"])
+def test_activations_that_would_stay_float_are_refused(rejected, tmp_path, script):
+    state = build_model("mobilenet_v3_small", 10).state_dict()
+    facts = {"arch": "mobilenet_v3_small", "num_classes": 10, "args": {"dataset": "digits"}}
+    torch.save({"state_dict": state, **facts}, tmp_path / "mobile.pth")
+    error = rejected(script, "--model_path", "mobile.pth", "--a_bit", 4, "--w_bit", 4)
+    assert "mobile.pth: 28 activations would stay float, such as features.0.2 (Hardswish)" in error
 
 
 def test_bn_range_without_batch_norm_names_the_relu(cli, tmp_path):

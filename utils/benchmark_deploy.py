@@ -41,6 +41,7 @@ def main() -> None:
 
     from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel
     from utils.data import check_calib_images, load_dataset
+    from utils.deployment import check_activations
     from utils.device import machine, select_device
 
     device, _ = select_device("cpu", 0)
@@ -55,6 +56,7 @@ def main() -> None:
         dataset = load_dataset(name, args.data_dir, device)
         check_calib_images(args.calib_images, dataset.train)
         model = model_from_checkpoint(checkpoint, path, None, len(dataset.classes)).eval()
+        check_activations(model, path)
         by_channel = per_channel(checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             try:

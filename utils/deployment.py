@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from quant import (
     adaround,
     bn_ranges,
     correct_bias,
+    float_activations,
     mse_ranges,
     percentile_ranges,
     prune_weights,
@@ -20,9 +22,20 @@ from quant import (
     relu_histograms,
 )
 from quant.grid import FLOAT_BITS
+from utils.cli import UserError
 from utils.engine import evaluate_batches, fold_batch_norm
 
 BN_RANGES = ("bn", "bn_published")  # ranges of activations that need no images
+
+
+def check_activations(model: nn.Module, path: str | Path) -> None:
+    """Raises UserError if activations of the network, that of the file `path`, would stay float."""
+    left = float_activations(model)
+    if left:
+        raise UserError(
+            f"{path}: {len(left)} activations would stay float, such as {left[0]}: only nn.ReLU modules are quantized; "
+            "leave the activations in float (--a_bit 32)"
+        )
 
 
 @dataclass(frozen=True)
