@@ -1,74 +1,50 @@
 """The method: quantization grids, the PSGD optimizer, and quantized and pruned copies of networks.
 
-Needs torch alone. In a checkout this package is `quant`; installed, it is `psgd`.
+Needs torch only. In a checkout this package is `quant`; installed, it is `psgd`. The names here are those of a user's
+tasks; the other functions are in the modules.
 """
 
-from .activations import bn_ranges, float_activations, quantize_activations
-from .auto import AUTO_MULTIPLIER, auto_lambda_s, mean_distance, steer_lambda_s
-from .calibrate import calibrate, minmax_ranges, mse_ranges, percentile_ranges, quantize_sums, relu_histograms
-from .export import export
-from .goals import GridGoal, SparseGoal
-from .grid import FLOAT_BITS, fake_quantize, fake_quantize_weight, quantize, weight_scale
-from .layers import layer_bits, psg_param_groups
-from .network import grid_share, packed_bytes, quantize_weights, weight_mse
-from .onnx_graph import to_onnx
-from .packed_file import integer_weights, load_packed, read_facts, save_packed
-from .penalty import gradient_penalty, penalise_l1
-from .post import adaround, correct_bias, reestimate_batch_norm
-from .psgd import PSGD, psg_multipliers
-from .quantizers import ActivationQuantizer, SumQuantizer
+from .activations import float_activations, quantize_activations
+from .deploy import export, load_packed, read_facts
+from .grid import Grid, fake_quantize_weight, weight_scale
+from .lambda_s import auto_lambda_s, steer_lambda_s
+from .layers import layer_grids, psg_param_groups
+from .penalties import penalize_l1
+from .post_training import adaround, correct_bias, reestimate_batch_norm
+from .pruning import prune_weights, sparse_param_groups
+from .psgd import PSGD
+from .ranges import bn_ranges, calibrate, quantize_sums
 from .report import layer_rows
-from .sparsity import nonzero_weights, prunable_weights, prune_weights, pruning_mse, sparse_param_groups
-from .warp import unwarp, warp
+from .weights import grid_share, packed_bytes, quantize_weights, weight_mse
+
+__version__ = "2.0.0"
 
 __all__ = [
-    "AUTO_MULTIPLIER",
-    "FLOAT_BITS",
     "PSGD",
-    "ActivationQuantizer",
-    "GridGoal",
-    "SparseGoal",
-    "SumQuantizer",
+    "Grid",
     "adaround",
     "auto_lambda_s",
     "bn_ranges",
     "calibrate",
     "correct_bias",
     "export",
-    "fake_quantize",
     "fake_quantize_weight",
     "float_activations",
-    "gradient_penalty",
     "grid_share",
-    "integer_weights",
-    "layer_bits",
+    "layer_grids",
     "layer_rows",
     "load_packed",
-    "mean_distance",
-    "minmax_ranges",
-    "mse_ranges",
-    "nonzero_weights",
     "packed_bytes",
-    "penalise_l1",
-    "percentile_ranges",
-    "prunable_weights",
+    "penalize_l1",
     "prune_weights",
-    "pruning_mse",
-    "psg_multipliers",
     "psg_param_groups",
-    "quantize",
     "quantize_activations",
     "quantize_sums",
     "quantize_weights",
     "read_facts",
     "reestimate_batch_norm",
-    "relu_histograms",
-    "save_packed",
     "sparse_param_groups",
     "steer_lambda_s",
-    "to_onnx",
-    "unwarp",
-    "warp",
     "weight_mse",
     "weight_scale",
 ]

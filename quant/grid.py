@@ -4,23 +4,78 @@ Weights sit on a symmetric narrow-range grid (integers -(2^(b-1)-1) ... 2^(b-1)-
 ReLU on an unsigned one (integers 0 ... 2^b-1, zero_point 0). Every function works on any shape and float dtype.
 """
 
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
+
 import torch
 from torch import Tensor
 
 BITS = range(2, 9)
 FLOAT_BITS = 32  # stands for "not quantized" wherever a bit-width is given
+FIRST_LAST_BITS = 8  # of the first and the last layer when the others have fewer than 4
+WEIGHT_RANGES = ("absmax", "mse")
 
 
 def check_bits(bits: int) -> int:
-    """`bits`, if it is a whole number from 2 to 8; else ValueError."""
-    if isinstance(bits, bool) or bits not in BITS:
+    """`bits` as an int if it is a whole number from 2 to 8. Raises ValueError otherwise."""
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or bits not in BITS:
         raise ValueError(f"bits must be a whole number from {BITS[0]} to {BITS[-1]}, got {bits!r}")
     return int(bits)
 
 
-def weight_quant_max(bits: int) -> int:
-    """Largest integer of the narrow-range weight grid, 2^(bits-1) - 1; the smallest is its negative."""
-    return 2 ** (check_bits(bits) - 1) - 1
+@dataclass(frozen=True)
+class Grid:
+    """The grids of a network's weights, said once and handed to every function. A plain `4` stands for `Grid(4)`.
+
+    Args:
+        bits: 2 to 8, or 32: full precision, where nothing is quantized.
+        first_last: whether the first and the last layer are quantized too, at `bits` bits from 4 up and at 8 below
+            (published rule). False leaves them float.
+        per_channel: whether each output channel (index of dim 0) has a step of its own. By default a tensor has one.
+        weight_range: "absmax" (published), where the step is max|w| / (2^(bits-1) - 1), or "mse" (ours, for
+            evaluation), where it is the fraction of that, in hundredths, with the least squared error: large weights
+            are clipped. PSGD trains for "absmax" only.
+
+    Raises ValueError with the value for anything else.
+    """
+
+    bits: int
+    first_last: bool = True
+    per_channel: bool = False
+    weight_range: str = "absmax"
+
+    def __post_init__(self) -> None:
+        is_float = isinstance(self.bits, Integral) and self.bits == FLOAT_BITS
+        object.__setattr__(self, "bits", FLOAT_BITS if is_float else check_bits(self.bits))
+        for name in ("first_last", "per_channel"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.weight_range not in WEIGHT_RANGES:
+            raise ValueError(f"weight_range must be one of {', '.join(WEIGHT_RANGES)}, got {self.weight_range!r}")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether this is full precision, which has no grid."""
+        return self.bits == FLOAT_BITS
+
+    @property
+    def quant_max(self) -> int:
+        """Largest integer of the narrow-range weight grid, 2^(bits-1) - 1; the smallest is its negative.
+
+        Raises ValueError for full precision.
+        """
+        return 2 ** (check_bits(self.bits) - 1) - 1
+
+    @property
+    def of_ends(self) -> "Grid":
+        """The grid of the first and the last layer, if these are quantized."""
+        return replace(self, bits=FIRST_LAST_BITS) if self.bits < 4 else self
+
+
+def as_grid(grid: Grid | int) -> Grid:
+    """`grid`, or Grid(grid) for a plain number. Raises ValueError with the value for anything else."""
+    return grid if isinstance(grid, Grid) else Grid(grid)
 
 
 def activation_quant_max(bits: int) -> int:
@@ -28,35 +83,48 @@ def activation_quant_max(bits: int) -> int:
     return 2 ** check_bits(bits) - 1
 
 
-WEIGHT_RANGES = ("absmax", "mse")
+def weight_scale(weight: Tensor, grid: Grid | int) -> Tensor:
+    """Step of the grid of `weight`: a 0-d tensor, or with per_channel one step for each index of dim 0, shaped to
+    broadcast against `weight`.
 
-
-def weight_scale(weight: Tensor, bits: int, per_channel: bool = False, weight_range: str = "absmax") -> Tensor:
-    """Step of the weight grid: with "absmax" s = max|w| / (2^(bits-1) - 1) (design of the published code), with "mse"
-    the part of it, in hundredths, of the least squared error (ours, for evaluation: large weights are cut off).
-
-    Returns a 0-d tensor, or with `per_channel` one step for each index of dim 0, shaped to broadcast against
-    `weight`; a 1-D tensor (a bias) has one step either way. A tensor (or channel) of zeros gets step 1: it lies on that
-    grid exactly, and nothing divides by zero.
-    Raises ValueError for bits outside 2..8 or an unknown weight_range.
+    A 1-D tensor (a bias) has one step either way. A tensor (or channel) of zeros has step 1: it lies on that grid
+    exactly, and nothing divides by zero. Raises ValueError for full precision.
     """
-    quant_max = weight_quant_max(bits)
-    if weight_range not in WEIGHT_RANGES:
-        raise ValueError(f"weight_range must be one of {', '.join(WEIGHT_RANGES)}, got {weight_range!r}")
-    dims = tuple(range(1, weight.dim())) if per_channel and weight.dim() > 1 else tuple(range(weight.dim()))
+    grid = as_grid(grid)
+    quant_max = grid.quant_max
+    by_channel = grid.per_channel and weight.dim() > 1
+    dims = tuple(range(1 if by_channel else 0, weight.dim()))
     if weight.numel() == 0:
         return nonzero_scale(weight.new_zeros(()))
-    absmax = weight.abs().amax(dims, keepdim=True) if len(dims) < weight.dim() else _largest_magnitude(weight)
+    absmax = weight.abs().amax(dims, keepdim=True) if by_channel else _largest_magnitude(weight)
     scale = nonzero_scale(absmax / quant_max)
-    if weight_range == "absmax":
+    if grid.weight_range == "absmax":
         return scale
     best, least = scale, torch.full_like(scale, float("inf"))
     for hundredths in range(100, 0, -1):
         tried = nonzero_scale(scale * (hundredths / 100))
         error = quantize(weight, tried, -quant_max, quant_max).mul_(tried).sub_(weight).square_()
-        error = error.sum(dim=dims, keepdim=len(dims) < weight.dim())
+        error = error.sum(dim=dims, keepdim=by_channel)
         best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
     return best
+
+
+def snap(weight: Tensor, grid: Grid | int) -> tuple[Tensor, Tensor]:
+    """Q(w), the nearest points of the grid of `weight`, and the grid's step, as `weight_scale` gives it.
+
+    The gradient of Q(w) is straight-through. Raises ValueError for full precision.
+    """
+    grid = as_grid(grid)
+    scale = weight_scale(weight.detach(), grid)
+    return fake_quantize(weight, scale, -grid.quant_max, grid.quant_max), scale
+
+
+def fake_quantize_weight(weight: Tensor, grid: Grid | int) -> Tensor:
+    """Q(w): `weight` moved to the nearest points of its grid; straight-through gradient.
+
+    `grid.bits` are this weight's own, whatever layer it belongs to. Raises ValueError for full precision.
+    """
+    return snap(weight, grid)[0]
 
 
 def weight_scales(weights: list[Tensor], bits: int, per_channel: bool = False) -> list[Tensor]:
@@ -65,15 +133,16 @@ def weight_scales(weights: list[Tensor], bits: int, per_channel: bool = False) -
     Sharded weights are taken one by one. A 1-D tensor's step may have shape [1] with `per_channel`. Raises ValueError
     for bits outside 2..8.
     """
+    grid = Grid(bits, per_channel=per_channel)
     if any(map(is_sharded, weights)):
-        return [weight_scale(weight, bits, per_channel) for weight in weights]
+        return [weight_scale(weight, grid) for weight in weights]
     # Not _foreach_norm(weights, inf): on a CPU that takes as long as all the rest of PSG.
     magnitudes = torch._foreach_abs(weights)
     if per_channel:
         peaks = [magnitude.amax(tuple(range(1, magnitude.dim())) or 0, keepdim=True) for magnitude in magnitudes]
     else:
         peaks = list(torch._foreach_max(magnitudes))
-    scales = nonzero_scale(torch.cat([peak.flatten() for peak in peaks]) / weight_quant_max(bits))
+    scales = nonzero_scale(torch.cat([peak.flatten() for peak in peaks]) / grid.quant_max)
     return [scale.view_as(peak) for scale, peak in zip(scales.split([peak.numel() for peak in peaks]), peaks)]
 
 
@@ -125,18 +194,18 @@ class _FakeQuantize(torch.autograd.Function):
     """scale * quantize(x) with the straight-through gradient: 1 inside the grid's range, 0 outside."""
 
     @staticmethod
-    def forward(ctx, x, scale, quant_min, quant_max):
+    def forward(ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.limits = quant_min, quant_max
         return quantize(x, scale, quant_min, quant_max) * scale
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         quant_min, quant_max = ctx.limits
         integers = (x / scale).round_()
         inside = (integers >= quant_min) & (integers <= quant_max)
-        return grad * inside, None, None, None
+        return grads[0] * inside, None, None, None
 
 
 def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -145,13 +214,3 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> T
     No gradient flows to `scale`.
     """
     return _FakeQuantize.apply(x, scale, quant_min, quant_max)
-
-
-def fake_quantize_weight(weight: Tensor, bits: int, per_channel: bool = False, weight_range: str = "absmax") -> Tensor:
-    """Q(w): `weight` on its own grid of `bits` bits, per tensor (default) or per output channel; see `weight_scale`.
-
-    Raises ValueError for bits outside 2..8 or an unknown weight_range.
-    """
-    quant_max = weight_quant_max(bits)
-    scale = weight_scale(weight.detach(), bits, per_channel, weight_range)
-    return fake_quantize(weight, scale, -quant_max, quant_max)

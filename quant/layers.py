@@ -2,42 +2,40 @@
 
 import copy
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .grid import check_bits, is_all_zeros, scale_count
+from .grid import Grid, as_grid, check_bits, is_all_zeros, scale_count
 
 WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-FIRST_LAST_BITS = 8  # of the first and the last layer when the others have fewer than 4
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def layer_bits(model: nn.Module, bits: int, first_last: bool = True) -> dict[str, int]:
-    """Bit-width of every quantized parameter, by its state_dict name, in the order of the model's modules.
+def layer_grids(model: nn.Module, grid: Grid | int) -> dict[str, Grid]:
+    """The grid of every quantized parameter, by its state_dict name, in the order of the model's modules.
 
-    These are the weights of convolutions and linear layers, and the biases of linear layers; normalisation layers,
+    These are the weights of convolutions and linear layers, and the biases of linear layers. Normalization layers,
     embeddings that share no layer's weight, convolution biases and other parameters of such a layer stay float. The
-    first and the last of those layers get `bits` bits if bits >= 4, else 8; with first_last=False they are left out
-    (published rule). A parameter that several layers share appears once, under its first name.
+    first and the last of those layers follow `Grid.first_last`. A parameter that several layers share appears once,
+    under its first name.
 
-    Raises ValueError for bits outside 2..8, for a model of which no such layer is left, and for weights that are not
-    real floating-point numbers.
+    Raises ValueError for full precision, for a model of which no such layer is left, and for weights that are not real
+    floating-point numbers.
     """
-    check_bits(bits)
+    grid = as_grid(grid)
+    check_bits(grid.bits)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer to quantize")
     ends = (layers[0][1], layers[-1][1])
-    result: dict[str, int] = {}
+    result: dict[str, Grid] = {}
     seen: set[int] = set()
     for name, module in layers:
         at_end = module in ends
-        if at_end and not first_last:
+        if at_end and not grid.first_last:
             continue
         for key, parameter in module.named_parameters(name, recurse=False):
             kind = key.rpartition(".")[2].removesuffix("_orig")  # what nn.utils.spectral_norm and prune make of it
@@ -47,7 +45,7 @@ def layer_bits(model: nn.Module, bits: int, first_last: bool = True) -> dict[str
             if parameter.dtype not in WEIGHT_DTYPES:
                 raise ValueError(f"{key} is {parameter.dtype}: only real floating-point weights have a grid")
             seen.add(id(parameter))
-            result[key] = FIRST_LAST_BITS if at_end and bits < 4 else bits
+            result[key] = grid.of_ends if at_end else grid
     if not result:
         raise ValueError(f"{type(model).__name__} has no weights to quantize in its convolution and linear layers")
     return result
@@ -76,24 +74,6 @@ def settle_masks(model: nn.Module, names: Iterable[str]) -> None:
             model.get_parameter(name).mul_(mask)
 
 
-def named_among(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
-    """Name and parameter of those parameters of `model` that are among `parameters`."""
-    wanted = {id(parameter) for parameter in parameters}
-    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in wanted]
-
-
-def warn_of_zeros(named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """One warning that names the trained parameters that are all zeros: they are on their target, and stay there."""
-    zeros = [name for name, parameter in named if is_all_zeros(parameter)]
-    if zeros:
-        more = f" and {len(zeros) - 3} more" if len(zeros) > 3 else ""
-        warnings.warn(
-            f"all zeros, which PSG never moves: {', '.join(zeros[:3])}{more}; give PSGD an eps > 0, such as 0.01, "
-            "start from trained weights, or leave them out of the scaled groups",
-            stacklevel=3,
-        )
-
-
 def copy_network(model: nn.Module) -> nn.Module:
     """A deep copy of `model`, also after a training step with spectral_norm, weight_norm or a pruning mask, which leave
     a computed weight in the module that copy.deepcopy refuses."""
@@ -106,32 +86,56 @@ def copy_network(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
 
-def psg_param_groups(
-    model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False
-) -> list[dict[str, Any]]:
+def psg_param_groups(model: nn.Module, grid: Grid | int) -> list[dict[str, Any]]:
     """Parameter groups for a base optimizer: the quantized parameters by bit-width, then all others, unscaled.
 
-    Which parameters are quantized, and the meaning of `first_last`, is `layer_bits`'s rule. One element alone is on its
-    grid whatever its value and would never move: it stays unscaled. Parameters that do not require a gradient are left
-    out. Weights under an active pruning mask become zero (`settle_masks`). A scaled parameter that is all zeros, as a
-    zero-initialized branch is, is named in a warning. Raises ValueError for bits outside 2..8 or a model with nothing
-    to scale.
+    `layer_grids` says which parameters are quantized. A parameter with a single element for each of its grids would
+    never move, being on the grid whatever its value: it stays unscaled. Parameters that do not require a gradient are
+    left out. Weights under an active pruning mask become zero (`settle_masks`). A scaled parameter that is all zeros,
+    as a zero-initialized branch is, is named in a warning.
+
+    Raises ValueError for full precision, for a weight_range other than "absmax", and for a model with nothing to scale.
     """
-    # By identity, not by name: a parameter shared with, say, an embedding goes by the embedding's name there.
-    named_widths = layer_bits(model, bits, first_last)
-    settle_masks(model, named_widths)
-    widths = {id(model.get_parameter(name)): width for name, width in named_widths.items()}
-    by_width: dict[int, list[nn.Parameter]] = defaultdict(list)
-    others = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            scaled = id(parameter) in widths and parameter.numel() > scale_count(parameter, per_channel)
-            (by_width[widths[id(parameter)]] if scaled else others).append(parameter)
-    if not by_width:
+    grid = as_grid(grid)
+    if grid.weight_range != "absmax":
+        raise ValueError(f'PSGD trains for the weight_range "absmax", got {grid.weight_range!r}')
+    grids = layer_grids(model, grid)
+    settle_masks(model, grids)
+    bits_of = {name: own.bits for name, own in grids.items() if not _always_on_grid(model.get_parameter(name), own)}
+    scaled, others = split_parameters(model, bits_of)
+    if not scaled:
         raise ValueError(f"{type(model).__name__} has no weights to scale: all are frozen, or on any grid")
-    warn_of_zeros(named_among(model, chain.from_iterable(by_width.values())))
-    groups = [{"params": by_width[width], "bits": width, "per_channel": per_channel} for width in sorted(by_width)]
+    groups: list[dict[str, Any]] = [
+        {"params": [scaled[name] for name in scaled if bits_of[name] == bits], "bits": bits,
+         "per_channel": grid.per_channel}
+        for bits in sorted({bits_of[name] for name in scaled})
+    ]  # fmt: skip
     return groups + ([{"params": others}] if others else [])
+
+
+def split_parameters(model: nn.Module, names: Collection[str]) -> tuple[dict[str, nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters of `model`: those that PSG scales, by their names, which are among `names`, and the others.
+
+    In the order of model.parameters(). Those that are scaled and all zeros are named in a warning.
+    """
+    # By identity: a parameter shared with, say, an embedding goes by the embedding's name in named_parameters().
+    name_of = {id(model.get_parameter(name)): name for name in names}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scaled = {name_of[id(parameter)]: parameter for parameter in trained if id(parameter) in name_of}
+    zeros = [name for name, parameter in scaled.items() if is_all_zeros(parameter)]
+    if zeros:
+        more = f" and {len(zeros) - 3} more" if len(zeros) > 3 else ""
+        warnings.warn(
+            f"all zeros, which PSG never moves: {', '.join(zeros[:3])}{more}; give PSGD an eps > 0, such as 0.01, "
+            "start from trained weights, or leave them out of the scaled groups",
+            stacklevel=3,
+        )
+    return scaled, [parameter for parameter in trained if id(parameter) not in name_of]
+
+
+def _always_on_grid(parameter: nn.Parameter, grid: Grid) -> bool:
+    """Whether each grid of `parameter` has one element only, which sets it."""
+    return parameter.numel() <= scale_count(parameter, grid.per_channel)
 
 
 def check_finite(name: str, weight: Tensor) -> None:

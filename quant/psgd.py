@@ -61,7 +61,7 @@ def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor
 class PSGD(Optimizer):
     """Scales gradients by the distance of each weight to its grid point, then lets the base optimizer step.
 
-        optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, bits=4), lr=0.01, momentum=0.9), lambda_s=150)
+        optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9), lambda_s=150)
 
     Contract: it is a torch Optimizer whose `param_groups` and `state` are the base's own objects and whose state_dict
     is the base's, key for key. `step` makes no host synchronisation and leaves the scaled gradients in `.grad`, so
@@ -94,7 +94,7 @@ class PSGD(Optimizer):
         for group in base.param_groups:
             self._complete(group)
         if not any(map(is_scaled, base.param_groups)):
-            raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, bits)')
+            raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, grid)')
         if SWITCHES & set(dir(base)) and any(group.get("acts_on") == "update" for group in base.param_groups):
             raise ValueError(f'{type(base).__name__} keeps weights of its own, which acts_on="update" would not scale')
         super().__init__(base.param_groups, base.defaults)

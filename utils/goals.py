@@ -5,35 +5,31 @@ from typing import Any
 
 from torch import nn
 
-from .layers import psg_param_groups
-from .network import grid_share, quantize_weights, weight_mse
-from .sparsity import prune_weights, pruning_mse, sparse_param_groups
+from quant import Grid, grid_share, prune_weights, psg_param_groups, quantize_weights, sparse_param_groups, weight_mse
+from quant.pruning import pruning_mse
 
 
 @dataclass(frozen=True)
 class GridGoal:
-    """Weights of `bits` bits, as `quantize_weights` makes them."""
+    """Weights on a grid, as `quantize_weights` makes them."""
 
-    bits: int
-    first_last: bool = True
-    per_channel: bool = False
+    grid: Grid
 
     @property
     def name(self) -> str:
-        return f"W{self.bits}"
+        return f"W{self.grid.bits}"
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for PSGD towards this goal."""
-        return psg_param_groups(model, self.bits, self.first_last, self.per_channel)
+        return psg_param_groups(model, self.grid)
 
     def deployed(self, model: nn.Module) -> nn.Module:
         """A copy of `model` as it is deployed."""
-        return quantize_weights(model, self.bits, self.first_last, self.per_channel)
+        return quantize_weights(model, self.grid)
 
     def distances(self, model: nn.Module) -> dict[str, float]:
         """How far the weights of `model` are from those of the deployed copy, by name of the measure."""
-        grid = (self.bits, self.first_last, self.per_channel)
-        return {f"{self.name.lower()}_mse": weight_mse(model, *grid), "grid_share": grid_share(model, *grid)}
+        return {f"{self.name.lower()}_mse": weight_mse(model, self.grid), "grid_share": grid_share(model, self.grid)}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Packed files: a network's integer weights at their true width, with scales and the rest in float, as .safetensors.
 
-    save_packed("w4.safetensors", model, bits=4, facts={"arch": "ResNet32"})
+    save_packed("w4.safetensors", model, 4, {"arch": "ResNet32"})
     load_packed("w4.safetensors", ResNet32(100))    # outputs equal quantize_weights(model, 4), bit for bit
 
 Needs the package safetensors. Nothing in a file is executed, and nothing is allocated by what it merely claims: every
@@ -10,45 +10,51 @@ length is checked against the network that it is loaded into.
 import json
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .grid import BITS, quantize, weight_quant_max, weight_scale
-from .layers import check_finite, layer_bits, weight_value
+from ..grid import BITS, Grid, quantize, weight_scale
+from ..layers import check_finite, layer_grids, weight_value
 from .packing import pack_bits, unpack_bits
 
 FORMAT = "psgd-packed-1"
 
 
-def integer_weights(
-    model: nn.Module, bits: int, first_last: bool = True, per_channel: bool = False, weight_range: str = "absmax"
-) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """Of every parameter that `layer_bits` names: its integers (int8, same shape), scale (its dtype) and bit-width.
+class IntegerWeight(NamedTuple):
+    """A quantized parameter: int8 `values` of its shape, the `scale` (0-d, or one a channel) and its bit-width."""
 
-    integers * scale are the weights of `quantize_weights`, bit for bit. Raises ValueError for bits outside 2..8, and
-    for a weight that is not finite.
+    values: Tensor
+    scale: Tensor
+    bits: int
+
+
+def integer_weights(model: nn.Module, grid: Grid | int) -> dict[str, IntegerWeight]:
+    """The integers of every parameter that `layer_grids` names.
+
+    values * scale are the weights of `quantize_weights`, bit for bit. Raises ValueError for a weight that is not
+    finite.
     """
     found = {}
-    for name, width in layer_bits(model, bits, first_last).items():
+    for name, own in layer_grids(model, grid).items():
         weight = weight_value(model, name).detach()
         check_finite(name, weight)
-        scale = weight_scale(weight, width, per_channel, weight_range)
-        limit = weight_quant_max(width)
-        found[name] = (quantize(weight, scale, -limit, limit).to(torch.int8), scale, width)
+        scale = weight_scale(weight, own)
+        values = quantize(weight, scale, -own.quant_max, own.quant_max).to(torch.int8)
+        found[name] = IntegerWeight(values, scale, own.bits)
     return found
 
 
-def save_packed(path: str | Path, model: nn.Module, facts: dict[str, Any], **grid: Any) -> None:
-    """Writes `model`, packed, and `facts` (plain values). `grid` are keyword arguments of `integer_weights`.
+def save_packed(path: str | Path, model: nn.Module, grid: Grid | int, facts: dict[str, Any] | None = None) -> None:
+    """Writes `model`, its weights packed at the bit-widths of `grid`, and `facts` (plain values).
 
     A tensor that layers share is stored once. Raises ValueError for weights that are not float32, for extra state that
     is not a tensor, and for tensors that overlap in memory.
     """
     from safetensors.torch import save_file
 
-    integers = integer_weights(model, **grid)
+    integers = integer_weights(model, grid)
     tensors, described = {}, {}
     stored = _stored_names(model, integers)
     for name, value in model.state_dict().items():
@@ -64,7 +70,7 @@ def save_packed(path: str | Path, model: nn.Module, facts: dict[str, Any], **gri
             described[name] = {"bits": width, "shape": list(values.shape)}
         else:
             tensors[name] = value.detach().contiguous()
-    metadata = {"format": FORMAT, "tensors": json.dumps(described), "facts": json.dumps(facts)}
+    metadata = {"format": FORMAT, "tensors": json.dumps(described), "facts": json.dumps(facts or {})}
     try:
         save_file({name: value.cpu() for name, value in tensors.items()}, path, metadata)
     except RuntimeError as error:
@@ -151,7 +157,7 @@ def _open(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str
             raise ValueError(f"its format is {metadata.get('format')!r} instead of {FORMAT!r}")
         facts, described = json.loads(metadata["facts"]), json.loads(metadata["tensors"])
         if not isinstance(facts, dict) or not isinstance(described, dict):
-            raise ValueError("its metadata are no mappings")
+            raise ValueError("its metadata are not mappings")
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path} is not a readable packed file ({error})") from None
     return tensors, facts, described
@@ -161,7 +167,7 @@ def _unpacked(path: str | Path, name: str, wanted: Tensor, values: list[Tensor],
     packed, scale = values
     bits = entry.get("bits") if isinstance(entry, dict) else None
     if isinstance(bits, bool) or bits not in BITS:
-        raise ValueError(f"{path}: {name} has {bits!r} bits, which is none of {BITS[0]} to {BITS[-1]}")
+        raise ValueError(f"{path}: {name} has {bits!r} bits, which is not one of {BITS[0]} to {BITS[-1]}")
     one_a_channel = (len(wanted), *[1] * (wanted.dim() - 1)) if wanted.dim() else ()
     if scale.dtype != torch.float32 or scale.shape not in ((), one_a_channel):
         raise ValueError(f"{path}: the scale of {name} is {scale.dtype} {list(scale.shape)}")

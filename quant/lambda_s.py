@@ -45,7 +45,7 @@ def auto_lambda_s(groups: list[dict[str, Any]]) -> float:
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
         got = type(groups).__name__
         raise TypeError(
-            f"groups must be a list of parameter groups, as psg_param_groups(model, bits) gives, got a {got}"
+            f"groups must be a list of parameter groups, as psg_param_groups(model, grid) gives, got a {got}"
         )
     for group in groups:
         if group.get("target") == "zero":

@@ -9,25 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import (
-    check_finite,
-    copy_network,
-    layer_bits,
-    named_among,
-    settle_masks,
-    warn_of_zeros,
-    weight_value,
-)
+from .grid import Grid
+from .layers import check_finite, copy_network, layer_grids, settle_masks, split_parameters, weight_value
 
 SCOPES = ("global", "layer")
 
 
 def prunable_weights(model: nn.Module, first_last: bool = True) -> dict[str, nn.Parameter]:
-    """The weights that pruning may set to zero, by state_dict name: those that `layer_bits` names, without biases.
+    """The weights that pruning may set to zero, by state_dict name: those that `layer_grids` names, without biases.
 
     Raises ValueError if there are none.
     """
-    named = {name: model.get_parameter(name) for name in layer_bits(model, 8, first_last)}
+    named = {name: model.get_parameter(name) for name in layer_grids(model, Grid(8, first_last))}
     found = {name: weight for name, weight in named.items() if weight.dim() > 1}
     if not found:
         raise ValueError(f"{type(model).__name__} has no convolution or linear weights to prune")
@@ -43,14 +36,10 @@ def sparse_param_groups(model: nn.Module, first_last: bool = True) -> list[dict[
     """
     named = prunable_weights(model, first_last)
     settle_masks(model, named)
-    prunable = {id(weight) for weight in named.values()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scaled = [parameter for parameter in trained if id(parameter) in prunable]
+    scaled, others = split_parameters(model, named)
     if not scaled:
         raise ValueError(f"{type(model).__name__} has no weights to scale: all that can be pruned are frozen")
-    warn_of_zeros(named_among(model, scaled))
-    others = [parameter for parameter in trained if id(parameter) not in prunable]
-    groups = [{"params": scaled, "target": "zero"}]
+    groups: list[dict[str, Any]] = [{"params": [*scaled.values()], "target": "zero"}]
     return groups + ([{"params": others}] if others else [])
 
 

@@ -11,15 +11,15 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from .grid import weight_quant_max, weight_scale
+from .grid import Grid, weight_scale
 from .hooks import Batch, images_of, restored_on_error, watch
-from .layers import layer_bits
+from .layers import layer_grids
 
-# AdaRound (Nagel et al. 2020): a rounding is a stretched sigmoid, and its regulariser sharpens from BETA[0] to BETA[1].
+# AdaRound (Nagel et al. 2020): a rounding is a stretched sigmoid, and its regularizer sharpens from BETA[0] to BETA[1].
 STRETCH = (-0.1, 1.1)
 BETA = (20.0, 2.0)
-REGULARISER = 0.01
-WARM_UP = 0.2  # share of the iterations without the regulariser
+REGULARIZER = 0.01
+WARM_UP = 0.2  # share of the iterations without the regularizer
 SAMPLES = 32  # images a step
 
 
@@ -68,7 +68,7 @@ def correct_bias(
     """
     batches = list(batches)
     with restored_on_error(quantized):
-        for name in layers_in_order(model, batches[0], first_last):
+        for name in layers_in_order(model, batches[0], layer_grids(model, Grid(8, first_last))):
             layer = quantized.get_submodule(name)
             shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
             layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
@@ -79,10 +79,7 @@ def adaround(
     quantized: nn.Module,
     model: nn.Module,
     batches: Iterable[Batch],
-    bits: int,
-    first_last: bool = True,
-    per_channel: bool = False,
-    weight_range: str = "absmax",
+    grid: Grid | int,
     iterations: int = 1000,
     lr: float = 0.01,
     seed: int = 0,
@@ -96,53 +93,60 @@ def adaround(
     weight that layers share is learned in the first of them.
     """
     batches = list(batches)
-    widths = layer_bits(model, bits, first_last)
+    grids = layer_grids(model, grid)
     generator = torch.Generator().manual_seed(seed)
     with restored_on_error(quantized):
-        for name in layers_in_order(model, batches[0], first_last):
-            width = widths.get(f"{name}.weight")
-            if width is None:
+        for name in layers_in_order(model, batches[0], grids):
+            if f"{name}.weight" not in grids:
                 continue
-            layer, source = quantized.get_submodule(name), model.get_submodule(name)
-            weight = source.weight.detach()
+            layer, weight = quantized.get_submodule(name), model.get_parameter(f"{name}.weight").detach()
             inputs = torch.cat([layer_input for layer_input, _ in capture(quantized, name, batches)])
             targets = torch.cat([output for _, output in capture(model, name, batches)])
-            scale = weight_scale(weight, width, per_channel, weight_range)
-            learned = _learn_rounding(layer, weight, scale, width, inputs, targets, iterations, lr, generator)
+            rounding = _Rounding(weight, grids[f"{name}.weight"])
+            learned = rounding.learn(layer, inputs, targets, iterations, lr, generator)
             with torch.no_grad():
-                layer.weight.copy_(learned)
+                layer.get_parameter("weight").copy_(learned)
     return quantized.eval()
 
 
-def _learn_rounding(layer, weight, scale, bits, inputs, targets, iterations, lr, generator) -> Tensor:
-    """`weight` on its grid, each element rounded down or up as learned."""
-    quant_max, kept = weight_quant_max(bits), weight != 0
-    floor = (weight / scale).floor()
-    low, high = STRETCH
-    share = ((weight / scale - floor).clamp(0.01, 0.99) - low) / (high - low)
-    logits = torch.logit(share).requires_grad_()  # such that the soft rounding starts at the float weight
-    optimizer = torch.optim.Adam([logits], lr=lr)
+class _Rounding:
+    """The roundings of one weight, down or up, as a stretched sigmoid of logits that start at the float weight."""
 
-    def rounding() -> Tensor:
-        return (torch.sigmoid(logits) * (high - low) + low).clamp(0, 1)
+    def __init__(self, weight: Tensor, grid: Grid) -> None:
+        self.quant_max, self.kept = grid.quant_max, weight != 0
+        self.scale = weight_scale(weight, grid)
+        self.floor = (weight / self.scale).floor()
+        low, high = STRETCH
+        share = ((weight / self.scale - self.floor).clamp(0.01, 0.99) - low) / (high - low)
+        self.logits = torch.logit(share).requires_grad_()
 
-    def on_grid(up: Tensor) -> Tensor:
-        return (floor + up).clamp(-quant_max, quant_max) * scale * kept
+    def up(self) -> Tensor:
+        """How far each weight is rounded up, 0 to 1."""
+        low, high = STRETCH
+        return (torch.sigmoid(self.logits) * (high - low) + low).clamp(0, 1)
 
-    for step in range(iterations):
-        chosen = torch.randint(len(inputs), (SAMPLES,), generator=generator).to(inputs.device)
-        up = rounding()
-        output = torch.func.functional_call(layer, {"weight": on_grid(up)}, (inputs[chosen],))
-        loss = (output - targets[chosen]).square().sum(1).mean()
-        progress = (step / iterations - WARM_UP) / (1 - WARM_UP)
-        if progress > 0:
-            beta = BETA[0] + (BETA[1] - BETA[0]) * progress
-            loss = loss + REGULARISER * (1 - (2 * up - 1).abs().pow(beta)).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        return on_grid((rounding() >= 0.5).to(weight.dtype))
+    def on_grid(self, up: Tensor) -> Tensor:
+        return (self.floor + up).clamp(-self.quant_max, self.quant_max) * self.scale * self.kept
+
+    def learn(
+        self, layer: nn.Module, inputs: Tensor, targets: Tensor, iterations: int, lr: float, generator: torch.Generator
+    ) -> Tensor:
+        """The weight on its grid, each element rounded as brings the outputs of `layer` nearest to `targets`."""
+        optimizer = torch.optim.Adam([self.logits], lr=lr)
+        for step in range(iterations):
+            chosen = torch.randint(len(inputs), (SAMPLES,), generator=generator).to(inputs.device)
+            up = self.up()
+            output = torch.func.functional_call(layer, {"weight": self.on_grid(up)}, (inputs[chosen],))
+            loss = (output - targets[chosen]).square().sum(1).mean()
+            progress = (step / iterations - WARM_UP) / (1 - WARM_UP)
+            if progress > 0:
+                beta = BETA[0] + (BETA[1] - BETA[0]) * progress
+                loss = loss + REGULARIZER * (1 - (2 * up - 1).abs().pow(beta)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            return self.on_grid((self.up() >= 0.5).to(self.floor.dtype))
 
 
 def capture(model: nn.Module, name: str, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
@@ -160,13 +164,13 @@ def _mean_output(model: nn.Module, name: str, batches: list[Batch]) -> Tensor:
     return (sums / sum(part.shape[1] for part in outputs)).to(outputs[0])
 
 
-def layers_in_order(model: nn.Module, batch: Batch, first_last: bool = True) -> list[str]:
-    """Names of the layers that `layer_bits` quantizes, in the order in which they run in eval mode.
+def layers_in_order(model: nn.Module, batch: Batch, parameters: Iterable[str]) -> list[str]:
+    """Names of the layers that have `parameters` (state_dict names), in the order in which they run in eval mode.
 
     One warning names those that do not run, such as an auxiliary head, or a layer whose weights are used without a
     call of it.
     """
-    names = list(dict.fromkeys(key.rpartition(".")[0] for key in layer_bits(model, 8, first_last)))
+    names = list(dict.fromkeys(key.rpartition(".")[0] for key in parameters))
     order: dict[str, None] = {}
     watch(model, names, [images_of(batch)[:1]], lambda name, *_: order.setdefault(name))
     silent = [name for name in names if name not in order]

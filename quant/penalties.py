@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .sparsity import prunable_weights
+from .pruning import prunable_weights
 
 Penalty = Callable[[Tensor], Tensor]  # of a batch's loss, 0-d, to what is added to it, 0-d
 
 
-def penalise_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_last: bool = True) -> None:
-    """Makes each step of `optimizer` minimise strength * sum |w| over the prunable weights of `model` as well.
+def penalize_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_last: bool = True) -> None:
+    """Makes each step of `optimizer` minimize strength * sum |w| over the prunable weights of `model` as well.
 
     For an optimizer that is, or will be, the base of a PSGD that acts on gradients: the penalty's, strength * sign(w),
     is then added after the scaling, as weight decay is. Scaled, as with acts_on="update", it would pull at every weight
@@ -46,7 +46,7 @@ def penalise_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_l
 def gradient_penalty(model: nn.Module, strength: float, first_last: bool = True) -> Penalty | None:
     """strength * sum |d loss / d w| over the prunable weights of `model`; None for a strength of 0.
 
-    Robustness to quantization by gradient-L1 regularisation (Alizadeh et al. 2020). It differentiates twice: a step
+    Robustness to quantization by gradient-L1 regularization (Alizadeh et al. 2020). It differentiates twice: a step
     takes several times as long.
     """
     if not strength:

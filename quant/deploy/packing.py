@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .grid import check_bits
+from ..grid import check_bits
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:

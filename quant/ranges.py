@@ -1,4 +1,5 @@
-"""Ranges of activation quantizers from images: the largest value, a percentile, or the least squared error.
+"""Ranges of activation quantizers: from images the largest value, a percentile or the least squared error, and without
+images what batch norm says.
 
 Take training images without augmentation, never test images. A batch is a tensor of images, or (images, labels) as a
 data loader gives it.
@@ -142,3 +143,70 @@ def _largest_outputs(model: nn.Module, names: Iterable[str], batches: Iterable[B
         if not math.isfinite(peak):
             raise ValueError(f"the output of {name} reaches {peak}: its range cannot be calibrated")
     return found
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and variance of an activation, one value a channel (float tensors [C])."""
+
+    mean: Tensor
+    var: Tensor
+
+
+@torch.no_grad()
+def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[str, float]:
+    """Data-free range of every ReLU: the maximum over channels of mean + n * standard deviation of what feeds it.
+
+    Batch norm says these statistics: its output has mean beta and standard deviation |gamma|. For a ReLU after a
+    residual sum, shortcut=True (ours) adds the mean and variance of the shortcut, taken as independent, an earlier
+    ReLU's output being a rectified normal variable; shortcut=False is the published rule, which looks at the batch
+    norm of the main branch (the first operand of the sum) alone.
+
+    Raises ValueError naming the ReLU that no batch norm feeds, or whose input cannot be followed to one, and for a
+    network that cannot be traced.
+    """
+    graph = trace(model)
+    known: dict[fx.Node, ChannelStatistics] = {}
+
+    def statistics(node: fx.Node) -> ChannelStatistics:
+        if node not in known:
+            known[node] = follow(node)
+        return known[node]
+
+    def follow(node: fx.Node) -> ChannelStatistics:
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.affine:
+            return ChannelStatistics(module.bias, module.weight.square())
+        if isinstance(module, nn.ReLU):
+            return rectified(statistics(node.args[0]))
+        if isinstance(module, (nn.Identity, nn.Dropout)):
+            return statistics(node.args[0])
+        if is_sum(node):
+            main = statistics(node.args[0])
+            if not shortcut:
+                return main
+            other = statistics(node.args[1])
+            return ChannelStatistics(main.mean + other.mean, main.var + other.var)
+        raise LookupError(str(node.target))
+
+    ranges: dict[str, float] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.ReLU):
+            try:
+                mean, var = statistics(node.args[0])
+            except LookupError as error:
+                raise ValueError(
+                    f"no batch norm feeds {node.target} (found {error}): its range must be calibrated on images"
+                ) from None
+            ranges[node.target] = max(ranges.get(node.target, 0.0), (mean + n * var.sqrt()).max().item())
+    return ranges
+
+
+def rectified(x: ChannelStatistics) -> ChannelStatistics:
+    """Statistics of max(0, x) for normal x, in closed form."""
+    std = x.var.sqrt().clamp_min(torch.finfo(x.var.dtype).tiny)
+    ratio = x.mean / std
+    density = torch.exp(-0.5 * ratio.square()) / (2 * torch.pi) ** 0.5
+    share = torch.special.ndtr(ratio)
+    mean = x.mean * share + std * density
+    second_moment = (x.mean.square() + x.var) * share + x.mean * std * density
+    return ChannelStatistics(mean, (second_moment - mean.square()).clamp_min(0))

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .grid import nonzero_scale
-from .hooks import eval_mode
+from ..grid import nonzero_scale
+from ..hooks import eval_mode
+from ..quantizers import Quantizer
+from ..tracing import check_same, conv_norm_pairs, is_sum, trace
+from .packed_file import IntegerWeight
 from .packing import pack_bits
-from .quantizers import Quantizer
-from .tracing import check_same, conv_norm_pairs, is_sum, trace
 
 OPSET, OPSET_INT2 = 21, 25  # INT4 came with the first, INT2 with the second
 IR_VERSION, IR_VERSION_INT2 = 10, 13
@@ -24,14 +25,14 @@ IR_VERSION, IR_VERSION_INT2 = 10, 13
 
 def to_onnx(
     model: nn.Module,
-    integers: dict[str, tuple[Tensor, Tensor, int]],
+    integers: dict[str, IntegerWeight],
     image_size: int = 32,
     normalize: tuple[Tensor, Tensor] | None = None,
     int8: bool = False,
 ) -> Any:
     """The onnx.ModelProto of `model` in eval mode, with `integers`, as `integer_weights` gives them, for its weights.
 
-    Input "images": float32 [batch, C, S, S], already normalised, C being what the first convolution takes; with
+    Input "images": float32 [batch, C, S, S], already normalized, C being what the first convolution takes; with
     `normalize`, mean and std [C] in units of 0..255, uint8 [batch, S, S, C] as a file holds them. Output "logits":
     float32 [batch, classes]. A bit-width without an ONNX type goes into the next wider one: 3 into INT4, 5 to 7 into
     INT8. With `int8` all go into INT8: a larger file of the same numbers, which runtimes without 4-bit kernels
@@ -48,7 +49,7 @@ def to_onnx(
 
 
 class _Builder:
-    def __init__(self, model: nn.Module, integers: dict[str, tuple[Tensor, Tensor, int]], narrowest: int) -> None:
+    def __init__(self, model: nn.Module, integers: dict[str, IntegerWeight], narrowest: int) -> None:
         self.model, self.integers = model, dict(integers)
         self.narrowest = narrowest  # bits of the narrowest integer type to use
         self.biases: dict[str, str] = {}  # of convolutions, from batch norm
@@ -120,7 +121,8 @@ class _Builder:
                 values, scale, bits = self.integers[name]
                 factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
                 column = factor.view(-1, 1, 1, 1)
-                self.integers[name] = values * column.sign().to(values.dtype), nonzero_scale(scale * column.abs()), bits
+                signed = values * column.sign().to(values.dtype)
+                self.integers[name] = IntegerWeight(signed, nonzero_scale(scale * column.abs()), bits)
                 before = conv.bias if conv.bias is not None else 0
                 bias = norm.bias + (before - norm.running_mean) * factor
                 self.biases[call.target] = self.constant(f"{following.target}.bias", bias)
