@@ -1,0 +1,1 @@
+"""Commands of the second rank: python -m tools.NAME."""
