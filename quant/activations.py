@@ -91,7 +91,7 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
     quantizers: dict[str, ActivationQuantizer] = {}
     for name in relu_names(model):
         if name in ranges:
-            in_place = model.get_submodule(name).inplace
+            in_place = getattr(model.get_submodule(name), "inplace", False)
             # On the model's device: a GPU divides by a scalar of the CPU's in another way, and ties fall differently.
             quantizer = ActivationQuantizer(bits, ranges[name], in_place).to(next(model.parameters()).device)
             quantizers[name] = quantizer
@@ -118,8 +118,12 @@ def _warn_of_floats(activations: Sequence[tuple[str, str]], quantizers: dict[str
 def _leave_fast_path(model: nn.Module) -> None:
     """Has torch's transformer layers call their activation: a fused kernel of theirs applies a ReLU by itself."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.activation, ActivationQuantizer):
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_quantizer(module):
             module.activation_relu_or_gelu = 0
-        layers = getattr(module, "layers", ()) if isinstance(module, nn.TransformerEncoder) else ()
-        if any(isinstance(layer.activation, ActivationQuantizer) for layer in layers):
+        if isinstance(module, nn.TransformerEncoder) and any(map(_has_quantizer, module.layers)):
             module.use_nested_tensor = False
+
+
+def _has_quantizer(layer: nn.Module) -> bool:
+    """Whether the activation of a transformer layer is a quantizer."""
+    return isinstance(getattr(layer, "activation", None), ActivationQuantizer)

@@ -6,10 +6,13 @@ ReLU on an unsigned one (integers 0 ... 2^b-1, zero_point 0). Every function wor
 
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 BITS = range(2, 9)
 FLOAT_BITS = 32  # stands for "not quantized" wherever a bit-width is given
@@ -65,7 +68,7 @@ class Grid:
 
         Raises ValueError for full precision.
         """
-        return 2 ** (check_bits(self.bits) - 1) - 1
+        return (1 << (check_bits(self.bits) - 1)) - 1
 
     @property
     def of_ends(self) -> "Grid":
@@ -80,7 +83,7 @@ def as_grid(grid: Grid | int) -> Grid:
 
 def activation_quant_max(bits: int) -> int:
     """Largest integer of the unsigned activation grid, 2^bits - 1; the smallest is 0."""
-    return 2 ** check_bits(bits) - 1
+    return (1 << check_bits(bits)) - 1
 
 
 def weight_scale(weight: Tensor, grid: Grid | int) -> Tensor:
@@ -143,7 +146,8 @@ def weight_scales(weights: list[Tensor], bits: int, per_channel: bool = False) -
     else:
         peaks = list(torch._foreach_max(magnitudes))
     scales = nonzero_scale(torch.cat([peak.flatten() for peak in peaks]) / grid.quant_max)
-    return [scale.view_as(peak) for scale, peak in zip(scales.split([peak.numel() for peak in peaks]), peaks)]
+    sizes = [peak.numel() for peak in peaks]
+    return [scale.view_as(peak) for scale, peak in zip(scales.split_with_sizes(sizes), peaks)]
 
 
 def scale_count(weight: Tensor, per_channel: bool) -> int:
@@ -151,7 +155,7 @@ def scale_count(weight: Tensor, per_channel: bool) -> int:
     return len(weight) if per_channel and weight.dim() > 1 else 1
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
     """Whether `tensor` is a DTensor, of which this process may hold a part, or nothing."""
     return hasattr(tensor, "full_tensor")
 
@@ -213,4 +217,5 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> T
 
     No gradient flows to `scale`.
     """
-    return _FakeQuantize.apply(x, scale, quant_min, quant_max)
+    quantized: Tensor = _FakeQuantize.apply(x, scale, quant_min, quant_max)
+    return quantized

@@ -45,9 +45,10 @@ def restored_on_error(model: nn.Module) -> Iterator[nn.Module]:
     except BaseException:
         for module, training, parameters, buffers in kept:
             module.training = training
-            for own, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                own.clear()
-                own.update(before)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         with torch.no_grad():
             for tensor, value in values:
                 tensor.copy_(value)

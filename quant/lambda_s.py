@@ -89,4 +89,5 @@ def steer_lambda_s(optimizer: Optimizer, share: float, progress: float, loss: fl
         elif progress < 1 and share < low + (high - low) * progress and group["lambda_s"] < limit:
             group["lambda_s"] = min(group["lambda_s"] * AUTO_RISE, limit)
             group["lambda_s_loss"] = loss
-    return groups[0]["lambda_s"]
+    lambda_s: float = groups[0]["lambda_s"]
+    return lambda_s

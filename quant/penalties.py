@@ -1,6 +1,7 @@
 """Penalties that other methods add to the loss: baselines beside PSG, and L1 together with it."""
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .pruning import prunable_weights
+from .psgd import with_gradients
 
 Penalty = Callable[[Tensor], Tensor]  # of a batch's loss, 0-d, to what is added to it, 0-d
 
@@ -31,14 +33,14 @@ def penalize_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_l
     def add_gradient(_: Optimizer, step_args: tuple[Any, ...], step_kwargs: dict[str, Any]) -> None:
         if any(callable(argument) for argument in [*step_args[1:], *step_kwargs.values()]):
             raise ValueError("an L1 penalty cannot be added in a step with a closure")
-        moved = [weight for weight in weights if weight.grad is not None]
+        moved, gradients = with_gradients(weights)
         if not moved:
             return
         pulls = torch._foreach_sign(moved)
         factor = getattr(optimizer, "grad_scale", None)
         if factor is not None:  # of GradScaler, by which a fused optimizer divides the gradients inside its step
             torch._foreach_mul_(pulls, factor.to(moved[0].device))
-        torch._foreach_add_([weight.grad for weight in moved], pulls, alpha=strength)
+        torch._foreach_add_(gradients, pulls, alpha=strength)
 
     optimizer.register_step_pre_hook(add_gradient)
 
@@ -55,6 +57,6 @@ def gradient_penalty(model: nn.Module, strength: float, first_last: bool = True)
 
     def penalty(loss: Tensor) -> Tensor:
         gradients = torch.autograd.grad(loss, weights, create_graph=True)
-        return strength * sum(gradient.abs().sum() for gradient in gradients)
+        return strength * reduce(torch.add, [gradient.abs().sum() for gradient in gradients])
 
     return penalty

@@ -6,7 +6,9 @@ that fails leaves it as it was. A batch is a tensor of images, or (images, label
 
 import warnings
 from collections.abc import Iterable
+from functools import reduce
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +73,8 @@ def correct_bias(
         for name in layers_in_order(model, batches[0], layer_grids(model, Grid(8, first_last))):
             layer = quantized.get_submodule(name)
             shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
-            layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
+            bias = cast(Tensor | None, layer.bias)
+            layer.bias = nn.Parameter(shift if bias is None else bias + shift)
     return quantized.eval()
 
 
@@ -160,7 +163,7 @@ def _mean_output(model: nn.Module, name: str, batches: list[Batch]) -> Tensor:
     """Mean of each output channel of the layer `name` over `batches` [C]."""
     channel = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
     outputs = [output.movedim(channel, 0).flatten(1) for _, output in capture(model, name, batches)]
-    sums = sum(part.cpu().double().sum(1) for part in outputs)
+    sums = reduce(torch.add, [part.cpu().double().sum(1) for part in outputs])
     return (sums / sum(part.shape[1] for part in outputs)).to(outputs[0])
 
 

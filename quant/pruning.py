@@ -4,6 +4,7 @@ Only the weights of convolutions and linear layers are pruned; biases and normal
 last layer are pruned like the others (first_last=True), or kept whole and left out of the count (first_last=False).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,11 +70,11 @@ def prune_weights(
     return pruned
 
 
-def _prune_smallest(weights: list[Tensor], sparsity: float) -> None:
+def _prune_smallest(weights: Sequence[Tensor], sparsity: float) -> None:
     magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
     kept = torch.ones_like(magnitudes)
     kept[magnitudes.topk(round(sparsity * len(magnitudes)), largest=False).indices] = 0
-    for weight, mask in zip(weights, kept.split([weight.numel() for weight in weights])):
+    for weight, mask in zip(weights, kept.split_with_sizes([weight.numel() for weight in weights])):
         weight.mul_(mask.view(weight.shape))
 
 

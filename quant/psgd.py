@@ -14,7 +14,7 @@ the factor out of the gradient again; for them it can act on the step itself ins
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -56,6 +56,12 @@ def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor
     if group["psg_eps"]:
         torch._foreach_add_(distances, group["psg_eps"])
     return distances
+
+
+def with_gradients(weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those of `weights` that have a gradient, and these gradients."""
+    pairs = [(weight, weight.grad) for weight in weights if weight.grad is not None]
+    return [weight for weight, _ in pairs], [gradient for _, gradient in pairs]
 
 
 class PSGD(Optimizer):
@@ -160,8 +166,9 @@ class PSGD(Optimizer):
     def scale_gradients(self) -> None:
         """Multiplies each `.grad` in the groups whose gradients are scaled by its PSG multiplier, in place."""
         for weights, group in self._alike("gradient"):
-            if moving := [weight for weight in weights if weight.grad is not None]:
-                torch._foreach_mul_([weight.grad for weight in moving], psg_multipliers(moving, group))
+            moving, gradients = with_gradients(weights)
+            if moving:
+                torch._foreach_mul_(gradients, psg_multipliers(moving, group))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One scaled step of the base optimizer; returns the closure's loss, if there is one."""
@@ -170,23 +177,25 @@ class PSGD(Optimizer):
                 (weights, [weight.clone() for weight in weights], psg_multipliers(weights, group))
                 for weights, group in self._alike("update")
             ]
-
-        def scaled_closure() -> Any:
-            loss = closure()
-            self.scale_gradients()
-            return loss
-
-        if closure:
-            loss = self.base.step(scaled_closure)
-        else:
-            self.scale_gradients()
-            loss = self.base.step()
+        loss = self._base_step(closure)
         with torch.no_grad():
             for weights, before, multipliers in starts:
                 torch._foreach_sub_(weights, before)
                 torch._foreach_mul_(weights, multipliers)
                 torch._foreach_add_(weights, before)
         return loss
+
+    def _base_step(self, closure: Callable[[], Any] | None) -> Any:
+        if not closure:
+            self.scale_gradients()
+            return self.base.step()
+
+        def scaled_closure() -> Any:
+            loss = closure()
+            self.scale_gradients()
+            return loss
+
+        return self.base.step(scaled_closure)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; scaled if it has `bits` or target "zero"."""

@@ -12,6 +12,8 @@ class Quantizer(nn.Module):
     inplace=True writes the result over the input, as the ReLU does that it stands for.
     """
 
+    scale: Tensor
+
     def __init__(self, largest: float, quant_min: int, quant_max: int, inplace: bool = False) -> None:
         super().__init__()
         if not 0 <= largest < float("inf"):

@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import Argument
 
 from .activations import relu_names
 from .grid import activation_quant_max, check_bits
 from .hooks import Batch, watch
 from .layers import copy_network
 from .quantizers import ActivationQuantizer, SumQuantizer
-from .tracing import check_same, is_sum, trace
+from .tracing import called_module, check_same, is_sum, trace
 
 BINS = 2048
 RULES = ("minmax", "percentile", "mse")
@@ -58,9 +59,9 @@ def relu_histograms(model: nn.Module, batches: Iterable[Batch]) -> dict[str, His
     counts: dict[str, Tensor] = {}
 
     def observe(name: str, _: Tensor, output: Tensor) -> None:
-        parts = output.float().flatten().split(2**24)  # histc counts in float32, which is exact up to there
-        bins = sum(torch.histc(part, BINS, 0, tops[name] or 1.0).cpu().double() for part in parts)
-        counts[name] = counts[name] + bins if name in counts else bins
+        for part in torch.split(output.float().flatten(), 2**24):  # histc counts in float32, exact up to there
+            bins = torch.histc(part, BINS, 0, tops[name] or 1.0).cpu().double()
+            counts[name] = counts[name] + bins if name in counts else bins
 
     watch(model, tops, batches, observe)
     return {name: Histogram(bins, tops[name]) for name, bins in counts.items()}
@@ -88,11 +89,10 @@ def quantize_sums(model: nn.Module, batches: Iterable[Batch]) -> fx.GraphModule:
     batches = list(batches)
     source = copy_network(model)
     quantized = fx.GraphModule(source, trace(source), type(model).__name__)
-    names = []
+    names: list[str] = []
     for node in list(filter(is_sum, quantized.graph.nodes)):
         for operand in node.args:
-            module = quantized.get_submodule(operand.target) if operand.op == "call_module" else None
-            if not isinstance(module, (nn.ReLU, ActivationQuantizer)):
+            if not isinstance(called_module(quantized, operand), (nn.ReLU, ActivationQuantizer)):
                 names.append(f"sum_quantizer_{len(names)}")
                 quantized.add_submodule(names[-1], nn.Identity())
                 with quantized.graph.inserting_before(node):
@@ -167,13 +167,15 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
     graph = trace(model)
     known: dict[fx.Node, ChannelStatistics] = {}
 
-    def statistics(node: fx.Node) -> ChannelStatistics:
+    def statistics(node: Argument) -> ChannelStatistics:
+        if not isinstance(node, fx.Node):
+            raise LookupError(str(node))
         if node not in known:
             known[node] = follow(node)
         return known[node]
 
     def follow(node: fx.Node) -> ChannelStatistics:
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        module = called_module(model, node)
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.affine:
             return ChannelStatistics(module.bias, module.weight.square())
         if isinstance(module, nn.ReLU):
@@ -190,7 +192,7 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
 
     ranges: dict[str, float] = {}
     for node in graph.nodes:
-        if node.op == "call_module" and isinstance(model.get_submodule(node.target), nn.ReLU):
+        if isinstance(called_module(model, node), nn.ReLU):
             try:
                 mean, var = statistics(node.args[0])
             except LookupError as error:

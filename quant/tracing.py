@@ -79,6 +79,11 @@ def operation(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def called_module(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module of `model` that `node` calls; None if it calls none."""
+    return model.get_submodule(operation(node)) if node.op == "call_module" else None
+
+
 def _written(model: nn.Module, node: fx.Node) -> fx.Node | None:
     """The argument that `node` overwrites, if there is one."""
     if isinstance(out := node.kwargs.get("out"), fx.Node):
@@ -87,7 +92,7 @@ def _written(model: nn.Module, node: fx.Node) -> fx.Node | None:
     if not isinstance(first, fx.Node):
         return None
     if node.op == "call_module":
-        return first if getattr(model.get_submodule(operation(node)), "inplace", False) else None
+        return first if getattr(called_module(model, node), "inplace", False) else None
     if node.op not in ("call_method", "call_function"):
         return None
     name = operation(node)
@@ -105,7 +110,7 @@ def _is_size(node: fx.Node) -> bool:
 
 def _says_in_place(node: fx.Node) -> bool:
     """Whether a function such as relu is called with inplace=True, by name or by position."""
-    if node.op != "call_function":
+    if isinstance(node.target, str):  # of a method or a module
         return bool(node.kwargs.get("inplace"))
     try:
         arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
@@ -116,7 +121,7 @@ def _says_in_place(node: fx.Node) -> bool:
 
 def _shares_memory(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return isinstance(model.get_submodule(operation(node)), VIEW_LAYERS)
+        return isinstance(called_module(model, node), VIEW_LAYERS)
     return node.op in ("call_method", "call_function") and operation(node) in VIEWS
 
 
@@ -185,7 +190,7 @@ def conv_norm_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx
             continue
         if uses[before.target] > 1 or uses[node.target] > 1:
             continue
-        conv, norm = model.get_submodule(before.target), model.get_submodule(node.target)
+        conv, norm = called_module(model, before), called_module(model, node)
         own_weight = isinstance(conv, nn.Conv2d) and "weight" in conv._parameters
         if own_weight and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
             pairs.append((before, node))

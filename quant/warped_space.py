@@ -22,9 +22,11 @@ def unwarp(y: Tensor, scale: Tensor | float, lambda_s: float, eps: float = 0.0) 
     cell = 2 * _stretched(torch.as_tensor(scale) / 2, lambda_s, eps)
     target = torch.round(y / cell)
     offset = y - target * cell
-    return target * scale + offset * (lambda_s * offset.abs() / 4 + eps**0.5)
+    root: float = eps**0.5
+    return target * scale + offset * (lambda_s * offset.abs() / 4 + root)
 
 
 def _stretched(distance: Tensor, lambda_s: float, eps: float) -> Tensor:
     """The integral of (lambda_s * d + eps)^(-1/2) from 0 to `distance`."""
-    return 2 / lambda_s * ((lambda_s * distance + eps).sqrt() - eps**0.5)
+    root: float = eps**0.5
+    return 2 / lambda_s * ((lambda_s * distance + eps).sqrt() - root)

@@ -7,7 +7,7 @@ and a QuantizeLinear it would keep runtimes from their integer kernels. Needs th
 """
 
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,9 +15,12 @@ from torch import Tensor, fx, nn
 from ..grid import nonzero_scale
 from ..hooks import eval_mode
 from ..quantizers import Quantizer
-from ..tracing import check_same, conv_norm_pairs, is_sum, trace
+from ..tracing import called_module, check_same, conv_norm_pairs, is_sum, operation, trace
 from .packed_file import IntegerWeight
 from .packing import pack_bits
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
 
 OPSET, OPSET_INT2 = 21, 25  # INT4 came with the first, INT2 with the second
 IR_VERSION, IR_VERSION_INT2 = 10, 13
@@ -29,7 +32,7 @@ def to_onnx(
     image_size: int = 32,
     normalize: tuple[Tensor, Tensor] | None = None,
     int8: bool = False,
-) -> Any:
+) -> "ModelProto":
     """The onnx.ModelProto of `model` in eval mode, with `integers`, as `integer_weights` gives them, for its weights.
 
     Input "images": float32 [batch, C, S, S], already normalized, C being what the first convolution takes; with
@@ -50,84 +53,102 @@ def to_onnx(
 
 class _Builder:
     def __init__(self, model: nn.Module, integers: dict[str, IntegerWeight], narrowest: int) -> None:
-        self.model, self.integers = model, dict(integers)
+        self.model, self.name = model, type(model).__name__
+        self.integers = dict(integers)
         self.narrowest = narrowest  # bits of the narrowest integer type to use
         self.biases: dict[str, str] = {}  # of convolutions, from batch norm
         self.dequantized: dict[str, str] = {}
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
+        self.nodes: list[NodeProto] = []
+        self.initializers: list[TensorProto] = []
 
-    def build(self, image_size: int, normalize: tuple[Tensor, Tensor] | None) -> Any:
-        from onnx import TensorProto, checker, helper, shape_inference
+    def build(self, image_size: int, normalize: tuple[Tensor, Tensor] | None) -> "ModelProto":
+        from onnx import TensorProto
 
-        name = type(self.model).__name__
-        convolutions = [module for module in self.model.modules() if isinstance(module, nn.Conv2d)]
-        if not convolutions:
-            raise ValueError(f"{name} has no Conv2d, so that it takes no images: it cannot be exported to ONNX")
-        channels = convolutions[0].in_channels
-        image = [image_size, image_size, channels] if normalize else [channels, image_size, image_size]
-        kind = TensorProto.UINT8 if normalize else TensorProto.FLOAT
+        channels = self.image_channels()
+        graph = trace(self.model)
+        if [node.op for node in graph.nodes].count("placeholder") == 1:  # `output_of` refuses more, by name
+            check_same(self.model, fx.GraphModule(self.model, graph), [self.sample(channels, image_size)])
+        output = self.output_of(graph, normalize)
+        if normalize:
+            return self.proto(output, TensorProto.UINT8, [image_size, image_size, channels])
+        return self.proto(output, TensorProto.FLOAT, [channels, image_size, image_size])
+
+    def image_channels(self) -> int:
+        """Channels of the images, which are those that the first convolution takes."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d):
+                return module.in_channels
+        raise ValueError(f"{self.name} has no Conv2d, so that it takes no images: it cannot be exported to ONNX")
+
+    def output_of(self, graph: fx.Graph, normalize: tuple[Tensor, Tensor] | None) -> str:
+        """Adds all nodes of `graph` and returns the name of its output."""
+        folded = self.fold_batch_norms(graph)
         names: dict[fx.Node, str] = {}
-        result = None
-        traced = trace(self.model)
-        if [node.op for node in traced.nodes].count("placeholder") == 1:  # more are refused below, by name
-            check_same(self.model, fx.GraphModule(self.model, traced), [self.sample(channels, image_size)])
-        folded = self.fold_batch_norm(traced)
-        for node in traced.nodes:
+        *nodes, output = graph.nodes
+        for node in nodes:
             if node in folded:
                 names[node] = names[node.args[0]]
             elif node.op == "placeholder" and names:
-                raise ValueError(f"{name} has a second input, {node.name}: it cannot be exported to ONNX")
+                raise ValueError(f"{self.name} has a second input, {node.name}: it cannot be exported to ONNX")
             elif node.op == "placeholder":
                 names[node] = self.normalized("images", *normalize) if normalize else "images"
-            elif node.op == "output" and not isinstance(node.args[0], fx.Node):
-                raise ValueError(f"{name} gives more than one tensor: it cannot be exported to ONNX")
-            elif node.op == "output":
-                result = names[node.args[0]]
             else:
                 names[node] = self.translate(node, [names[a] for a in node.args if isinstance(a, fx.Node)])
-        self.nodes.append(helper.make_node("Identity", [result], ["logits"]))
+        if not isinstance(output.args[0], fx.Node):
+            raise ValueError(f"{self.name} gives more than one tensor: it cannot be exported to ONNX")
+        return names[output.args[0]]
+
+    def proto(self, output: str, image_type: int, image_shape: list[int]) -> "ModelProto":
+        """The nodes so far as a checked ONNX model, whose output "logits" is their `output`."""
+        from onnx import TensorProto, checker, helper, shape_inference
+
         graph = helper.make_graph(
-            self.nodes, name,
-            [helper.make_tensor_value_info("images", kind, ["batch", *image])],
+            [*self.nodes, helper.make_node("Identity", [output], ["logits"])], self.name,
+            [helper.make_tensor_value_info("images", image_type, ["batch", *image_shape])],
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", None])],
             self.initializers,
         )  # fmt: skip
         has_int2 = any(tensor.data_type == TensorProto.INT2 for tensor in self.initializers)
         opset = helper.make_opsetid("", OPSET_INT2 if has_int2 else OPSET)
         version = IR_VERSION_INT2 if has_int2 else IR_VERSION
-        proto = helper.make_model(graph, opset_imports=[opset], ir_version=version, producer_name="psgd")
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=version, producer_name="psgd")
         try:
-            checker.check_model(proto, full_check=True)
+            checker.check_model(model, full_check=True)
         except shape_inference.InferenceError as error:
-            raise ValueError(f"{name} cannot be exported to ONNX: {' '.join(str(error).split())}") from None
-        return proto
+            raise ValueError(f"{self.name} cannot be exported to ONNX: {' '.join(str(error).split())}") from None
+        return model
 
     def sample(self, channels: int, image_size: int) -> Tensor:
         """Two images of noise, on the model's device."""
         images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
         return images.to(next(self.model.parameters()).device)
 
-    def fold_batch_norm(self, graph: fx.Graph) -> set[fx.Node]:
-        """Takes the batch norms that alone follow a convolution with integer weights into its scale and bias.
-
-        gamma / sigma * s and beta + gamma / sigma * (bias - mean); the sign of gamma goes to the integers.
-        """
+    def fold_batch_norms(self, graph: fx.Graph) -> set[fx.Node]:
+        """Folds each batch norm that alone follows a convolution with integer weights; returns the calls folded."""
         folded = set()
         for call, following in conv_norm_pairs(self.model, graph):
-            conv, norm = self.model.get_submodule(call.target), self.model.get_submodule(following.target)
-            name = f"{call.target}.weight"
-            if name in self.integers and norm.affine:
-                values, scale, bits = self.integers[name]
-                factor = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
-                column = factor.view(-1, 1, 1, 1)
-                signed = values * column.sign().to(values.dtype)
-                self.integers[name] = IntegerWeight(signed, nonzero_scale(scale * column.abs()), bits)
-                before = conv.bias if conv.bias is not None else 0
-                bias = norm.bias + (before - norm.running_mean) * factor
-                self.biases[call.target] = self.constant(f"{following.target}.bias", bias)
+            name, conv, norm = operation(call), called_module(self.model, call), called_module(self.model, following)
+            if f"{name}.weight" not in self.integers or not isinstance(conv, nn.Conv2d):
+                continue
+            if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+                bias = self.fold(f"{name}.weight", conv, norm)
+                self.biases[name] = self.constant(f"{operation(following)}.bias", bias)
                 folded.add(following)
         return folded
+
+    def fold(self, weight: str, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+        """Takes `norm` into the scale of the integers of `weight` and into the bias of `conv`, which it returns.
+
+        scale * |gamma| / sigma and beta + (bias - mean) * gamma / sigma; the sign of gamma goes to the integers.
+        """
+        mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        factor = (norm.weight / (var + norm.eps).sqrt()).detach()
+        column = factor.view(-1, 1, 1, 1)
+        values, scale, bits = self.integers[weight]
+        signed = values * column.sign().to(values.dtype)
+        self.integers[weight] = IntegerWeight(signed, nonzero_scale(scale * column.abs()), bits)
+        before = conv.bias if conv.bias is not None else 0
+        return norm.bias + (before - mean) * factor
 
     def emit(self, kind: str, inputs: list[str], **attributes: Any) -> str:
         """Adds a node and returns the name of its output."""
@@ -182,13 +203,12 @@ class _Builder:
 
     def translate(self, node: fx.Node, inputs: list[str]) -> str:
         if node.op == "call_module":
-            return self.layer(node.target, self.model.get_submodule(node.target), inputs)
+            return self.layer(operation(node), self.model.get_submodule(operation(node)), inputs)
         if is_sum(node):
             return self.emit("Add", inputs)
-        operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if operation == "flatten" and (node.args[1:], dict(node.kwargs)) in (((1,), {}), ((), {"start_dim": 1})):
+        if operation(node) == "flatten" and (node.args[1:], dict(node.kwargs)) in (((1,), {}), ((), {"start_dim": 1})):
             return self.emit("Flatten", inputs, axis=1)
-        raise ValueError(f"the operation {operation} ({node.name}) cannot be exported to ONNX")
+        raise ValueError(f"the operation {operation(node)} ({node.name}) cannot be exported to ONNX")
 
     def layer(self, name: str, module: nn.Module, inputs: list[str]) -> str:
         if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
@@ -205,7 +225,7 @@ class _Builder:
             keys = ["weight"] if module.bias is None else ["weight", "bias"]
             return self.emit("Gemm", inputs + [self.parameter(f"{name}.{key}") for key in keys], transB=1)
         if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
-            keys = ("weight", "bias", "running_mean", "running_var")
+            keys = ["weight", "bias", "running_mean", "running_var"]
             moments = [self.constant(f"{name}.{key}", getattr(module, key)) for key in keys]
             return self.emit("BatchNormalization", inputs + moments, epsilon=module.eps)
         if isinstance(module, nn.ReLU):

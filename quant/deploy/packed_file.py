@@ -166,7 +166,7 @@ def _open(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str
 def _unpacked(path: str | Path, name: str, wanted: Tensor, values: list[Tensor], entry: Any) -> Tensor:
     packed, scale = values
     bits = entry.get("bits") if isinstance(entry, dict) else None
-    if isinstance(bits, bool) or bits not in BITS:
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
         raise ValueError(f"{path}: {name} has {bits!r} bits, which is not one of {BITS[0]} to {BITS[-1]}")
     one_a_channel = (len(wanted), *[1] * (wanted.dim() - 1)) if wanted.dim() else ()
     if scale.dtype != torch.float32 or scale.shape not in ((), one_a_channel):
