@@ -20,7 +20,7 @@ images, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tens
 loader = DataLoader(TensorDataset(images[:1437], labels[:1437]), batch_size=64, shuffle=True)
 
 model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, bits=4), lr=0.05, momentum=0.9), lambda_s=50)
+optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.05, momentum=0.9), lambda_s=50)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30 * len(loader))
 
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=1)

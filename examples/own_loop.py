@@ -23,7 +23,7 @@ model = nn.Sequential(
     nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
     nn.Flatten(), nn.Linear(512, 10),
 )  # fmt: skip
-optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, bits=4), lr=0.05, momentum=0.9), lambda_s=50)
+optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.05, momentum=0.9), lambda_s=50)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
 
 for _ in range(30):

@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 
 torch.manual_seed(0)
 model = resnet18(num_classes=10)  # or resnet18(weights="DEFAULT")
-groups = psg_param_groups(model, bits=3)  # the first and the last layer get 8 bits
+groups = psg_param_groups(model, 3)  # the first and the last layer get 8 bits
 optimizer = PSGD(torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=1e-4), lambda_s=600)
 print({group.get("bits", "float"): len(group["params"]) for group in optimizer.param_groups})
 
@@ -25,5 +25,5 @@ for step in range(6):
     optimizer.step()
     print(f"step {step}: loss {loss.item():.3f}, on the grid {100 * grid_share(model, 3):.1f} %")
 
-export(model, "resnet18_w3.safetensors", bits=3)
-export(model, "resnet18_w3.onnx", bits=3, image_size=64)
+export(model, "resnet18_w3.safetensors", 3)
+export(model, "resnet18_w3.onnx", 3, image_size=64)

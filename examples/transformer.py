@@ -8,7 +8,7 @@ scikit-learn's digits as sequences of eight rows.
 """
 
 import torch
-from psgd import PSGD, auto_lambda_s, grid_share, layer_bits, psg_param_groups, quantize_weights
+from psgd import PSGD, auto_lambda_s, grid_share, layer_grids, psg_param_groups, quantize_weights
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -49,9 +49,9 @@ class Classifier(nn.Module):
 
 
 model = Classifier()
-left_alone = [name for name, _ in model.named_parameters() if name not in layer_bits(model, 4)]
+left_alone = [name for name, _ in model.named_parameters() if name not in layer_grids(model, 4)]
 print(f"left alone: {', '.join(left_alone)}")
-groups = psg_param_groups(model, bits=4)
+groups = psg_param_groups(model, 4)
 base = torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.01)
 optimizer = PSGD(base, lambda_s=auto_lambda_s(groups), acts_on="update")
 

@@ -1,7 +1,7 @@
 """The method: quantization grids, the PSGD optimizer, and quantized and pruned copies of networks.
 
-Needs torch only. In a checkout this package is `quant`; installed, it is `psgd`. The names here are those of a user's
-tasks; the other functions are in the modules.
+The package needs only torch. It is named `quant` in a checkout and `psgd` once installed. The names exported here cover
+a user's tasks; the modules hold the functions behind them.
 """
 
 from .activations import float_activations, quantize_activations

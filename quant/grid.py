@@ -1,7 +1,8 @@
 """The uniform quantization grids and their fake-quantize functions.
 
-Weights sit on a symmetric narrow-range grid (integers -(2^(b-1)-1) ... 2^(b-1)-1, zero_point 0), activations after a
-ReLU on an unsigned one (integers 0 ... 2^b-1, zero_point 0). Every function works on any shape and float dtype.
+Weights lie on a symmetric narrow-range grid: integers -(2^(bits-1) - 1) ... 2^(bits-1) - 1, zero_point 0. Activations
+after a ReLU lie on an unsigned grid: integers 0 ... 2^bits - 1, zero_point 0. The scale is the distance between
+neighboring grid points. Every function accepts any shape and any float dtype.
 """
 
 from dataclasses import dataclass, replace
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 BITS = range(2, 9)
-FLOAT_BITS = 32  # stands for "not quantized" wherever a bit-width is given
-FIRST_LAST_BITS = 8  # of the first and the last layer when the others have fewer than 4
+FLOAT_BITS = 32  # means "not quantized" wherever a bit-width is given
+FIRST_LAST_BITS = 8  # bits of the first and last layers if the other layers have fewer than 4
 WEIGHT_RANGES = ("absmax", "mse")
 
 
 def check_bits(bits: int) -> int:
-    """`bits` as an int if it is a whole number from 2 to 8. Raises ValueError otherwise."""
+    """Returns `bits` as an int. Raises ValueError unless it is a whole number from 2 to 8."""
     if isinstance(bits, bool) or not isinstance(bits, Integral) or bits not in BITS:
         raise ValueError(f"bits must be a whole number from {BITS[0]} to {BITS[-1]}, got {bits!r}")
     return int(bits)
@@ -29,18 +30,18 @@ def check_bits(bits: int) -> int:
 
 @dataclass(frozen=True)
 class Grid:
-    """The grids of a network's weights, said once and handed to every function. A plain `4` stands for `Grid(4)`.
+    """The settings of the grids of a network's weights. Every function also takes a plain `4` for `Grid(4)`.
 
     Args:
-        bits: 2 to 8, or 32: full precision, where nothing is quantized.
-        first_last: whether the first and the last layer are quantized too, at `bits` bits from 4 up and at 8 below
-            (published rule). False leaves them float.
-        per_channel: whether each output channel (index of dim 0) has a step of its own. By default a tensor has one.
-        weight_range: "absmax" (published), where the step is max|w| / (2^(bits-1) - 1), or "mse" (ours, for
-            evaluation), where it is the fraction of that, in hundredths, with the least squared error: large weights
-            are clipped. PSGD trains for "absmax" only.
+        bits: bit-width, 2 to 8; or 32 for full precision, where nothing is quantized.
+        first_last: whether the first and last layers are quantized too (default True). They then have `bits` bits if
+            `bits` is at least 4, and 8 bits otherwise (published rule). False leaves them in float.
+        per_channel: whether each output channel (index of dim 0) has its own scale. By default each tensor has one.
+        weight_range: "absmax" (default, published) sets the scale to max|w| / (2^(bits-1) - 1). "mse" (ours, for
+            evaluation) tries 1%, 2%, ..., 100% of that scale and takes the one with the smallest squared error, which
+            clips large weights. PSGD trains only for "absmax".
 
-    Raises ValueError with the value for anything else.
+    Raises ValueError, showing the value, for any other setting.
     """
 
     bits: int
@@ -59,12 +60,12 @@ class Grid:
 
     @property
     def is_float(self) -> bool:
-        """Whether this is full precision, which has no grid."""
+        """Whether this stands for full precision, which has no grid."""
         return self.bits == FLOAT_BITS
 
     @property
     def quant_max(self) -> int:
-        """Largest integer of the narrow-range weight grid, 2^(bits-1) - 1; the smallest is its negative.
+        """Largest integer of the narrow-range weight grid, 2^(bits-1) - 1. The smallest is -quant_max.
 
         Raises ValueError for full precision.
         """
@@ -72,26 +73,27 @@ class Grid:
 
     @property
     def of_ends(self) -> "Grid":
-        """The grid of the first and the last layer, if these are quantized."""
+        """The grid of the first and last layers, provided that they are quantized."""
         return replace(self, bits=FIRST_LAST_BITS) if self.bits < 4 else self
 
 
 def as_grid(grid: Grid | int) -> Grid:
-    """`grid`, or Grid(grid) for a plain number. Raises ValueError with the value for anything else."""
+    """Returns `grid` itself, or Grid(grid) for a plain number. Raises ValueError, showing the value, otherwise."""
     return grid if isinstance(grid, Grid) else Grid(grid)
 
 
 def activation_quant_max(bits: int) -> int:
-    """Largest integer of the unsigned activation grid, 2^bits - 1; the smallest is 0."""
+    """Largest integer of the unsigned activation grid, 2^bits - 1. The smallest is 0. Raises ValueError for bits
+    outside 2..8."""
     return (1 << check_bits(bits)) - 1
 
 
 def weight_scale(weight: Tensor, grid: Grid | int) -> Tensor:
-    """Step of the grid of `weight`: a 0-d tensor, or with per_channel one step for each index of dim 0, shaped to
-    broadcast against `weight`.
+    """Scale of the grid of `weight`, in the dtype of `weight`.
 
-    A 1-D tensor (a bias) has one step either way. A tensor (or channel) of zeros has step 1: it lies on that grid
-    exactly, and nothing divides by zero. Raises ValueError for full precision.
+    The result is a 0-d tensor. With per_channel it has shape [C, 1, ..., 1], one scale for each index of dim 0; a 1-D
+    tensor (a bias) still has a single, 0-d scale. A tensor or channel of zeros has scale 1: zero is a grid point at any
+    scale, and 1 avoids a division by zero. Raises ValueError for full precision.
     """
     grid = as_grid(grid)
     quant_max = grid.quant_max
@@ -113,7 +115,7 @@ def weight_scale(weight: Tensor, grid: Grid | int) -> Tensor:
 
 
 def snap(weight: Tensor, grid: Grid | int) -> tuple[Tensor, Tensor]:
-    """Q(w), the nearest points of the grid of `weight`, and the grid's step, as `weight_scale` gives it.
+    """Returns Q(w), which is `weight` rounded to the nearest points of its grid, and the grid's `weight_scale`.
 
     The gradient of Q(w) is straight-through. Raises ValueError for full precision.
     """
@@ -123,23 +125,24 @@ def snap(weight: Tensor, grid: Grid | int) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantize_weight(weight: Tensor, grid: Grid | int) -> Tensor:
-    """Q(w): `weight` moved to the nearest points of its grid; straight-through gradient.
+    """Q(w): `weight` rounded to the nearest points of its grid, with a straight-through gradient.
 
-    `grid.bits` are this weight's own, whatever layer it belongs to. Raises ValueError for full precision.
+    `grid.bits` applies as it is: the rule for first and last layers is not used here. Raises ValueError for full
+    precision.
     """
     return snap(weight, grid)[0]
 
 
 def weight_scales(weights: list[Tensor], bits: int, per_channel: bool = False) -> list[Tensor]:
-    """`weight_scale` of each of `weights`, which share one device and dtype, in few operations for all together.
+    """`weight_scale` of each of `weights`, computed with a few operations for all of them together.
 
-    Sharded weights are taken one by one. A 1-D tensor's step may have shape [1] with `per_channel`. Raises ValueError
-    for bits outside 2..8.
+    All `weights` share one device and dtype. Sharded weights are processed one by one. With `per_channel` the scale of
+    a 1-D tensor may have shape [1] instead of []. Raises ValueError for bits outside 2..8.
     """
     grid = Grid(bits, per_channel=per_channel)
     if any(map(is_sharded, weights)):
         return [weight_scale(weight, grid) for weight in weights]
-    # Not _foreach_norm(weights, inf): on a CPU that takes as long as all the rest of PSG.
+    # Not _foreach_norm(weights, inf): on a CPU it takes as long as the rest of PSG together.
     magnitudes = torch._foreach_abs(weights)
     if per_channel:
         peaks = [magnitude.amax(tuple(range(1, magnitude.dim())) or 0, keepdim=True) for magnitude in magnitudes]
@@ -151,27 +154,28 @@ def weight_scales(weights: list[Tensor], bits: int, per_channel: bool = False) -
 
 
 def scale_count(weight: Tensor, per_channel: bool) -> int:
-    """Number of grids of `weight`, each with a step of its own: see `weight_scale`."""
+    """Number of scales of `weight`: one, or one for each index of dim 0 (see `weight_scale`)."""
     return len(weight) if per_channel and weight.dim() > 1 else 1
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
-    """Whether `tensor` is a DTensor, of which this process may hold a part, or nothing."""
+    """Whether `tensor` is a DTensor. This process may hold only a part of it, or nothing."""
     return hasattr(tensor, "full_tensor")
 
 
 def number(value: Tensor) -> float:
-    """The 0-d `value` on the host; of a DTensor the whole's, where .item() would read this process's part."""
+    """The 0-d `value` as a Python number. For a DTensor it is the value over all processes; .item() would read only
+    this process's part."""
     return (value.full_tensor() if is_sharded(value) else value).item()
 
 
 def is_all_zeros(weight: Tensor) -> bool:
-    """Whether `weight`, which may be sharded, has elements and none of them differs from zero."""
+    """Whether `weight`, which may be sharded, has at least one element and all of them are zero."""
     return weight.numel() > 0 and not weight.is_meta and number(_largest_magnitude(weight.detach())) == 0
 
 
 def _largest_magnitude(weight: Tensor) -> Tensor:
-    """max|w|, 0-d, of a tensor that is not empty, though this process's part of it may be."""
+    """max|w|, 0-d. `weight` is not empty as a whole, but this process's part of it may be."""
     if not is_sharded(weight):
         return weight.abs().amax()
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -187,15 +191,13 @@ def nonzero_scale(scale: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Integers clamp(round(x / scale), quant_min, quant_max), in the dtype of `x`.
-
-    Ties round to even. The division is not replaced by a multiplication with 1/scale: at ties the two differ.
-    """
+    """Integers clamp(round(x / scale), quant_min, quant_max), in the shape and dtype of `x`. Ties round to even."""
+    # Not x * (1 / scale): at ties the result differs.
     return (x / scale).round_().clamp_(quant_min, quant_max)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """scale * quantize(x) with the straight-through gradient: 1 inside the grid's range, 0 outside."""
+    """scale * quantize(x) with the straight-through gradient: 1 inside the range of the grid, 0 outside."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -213,9 +215,9 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """`x` moved to the nearest of the grid points scale * {quant_min ... quant_max}; straight-through gradient.
+    """`x` rounded to the nearest of the grid points scale * {quant_min ... quant_max}; straight-through gradient.
 
-    No gradient flows to `scale`.
+    `scale` is 0-d or broadcasts against `x`. No gradient flows to it.
     """
     quantized: Tensor = _FakeQuantize.apply(x, scale, quant_min, quant_max)
     return quantized

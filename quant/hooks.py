@@ -1,4 +1,4 @@
-"""Running batches through a network: what its layers see, and how to leave the network as it was."""
+"""Running batches through a network: observing its layers, and leaving the network as it was."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Batch = Any  # images, or (images, labels, ...) as a data loader gives them
+Batch = Any  # images, or (images, labels, ...) as a data loader yields them
 Observer = Callable[[str, Tensor, Tensor], None]  # takes a layer's name, its input and its output
 
 
 def images_of(batch: Batch) -> Tensor:
-    """The images of a batch: the batch itself, or the first of (images, labels, ...).
+    """The images of a batch: the batch itself if it is a tensor, or the first item of (images, labels, ...).
 
-    Raises TypeError for anything else, such as a dict.
+    Raises TypeError for any other batch, such as a dict.
     """
     images = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
     if not isinstance(images, Tensor):
@@ -25,7 +25,7 @@ def images_of(batch: Batch) -> Tensor:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` in eval mode; each module has its own mode back afterwards."""
+    """Puts `model` in eval mode for the block. Each module returns to its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -37,7 +37,7 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[nn.Module]:
-    """After an exception in the block `model` has the parameters, buffers and modes that it had before."""
+    """Restores the parameters, buffers and modes of `model` if the block raises an exception."""
     kept = [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     values = [(tensor, tensor.detach().clone()) for tensor in chain(model.parameters(), model.buffers())]
     try:
@@ -57,10 +57,11 @@ def restored_on_error(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def watch(model: nn.Module, names: Iterable[str], batches: Iterable[Batch], observe: Observer) -> int:
-    """Runs `batches` through `model` in eval mode and shows each call of the modules `names` to `observe`.
+    """Runs `batches` through `model` in eval mode and passes each call of the modules `names` to `observe`.
 
-    An input or output is valid during the call only: a layer behind it may work in place. The out_proj of an
-    nn.MultiheadAttention, whose weights are used without a call, is called here. Returns the number of batches.
+    The input and the output are valid only during the call of `observe`: a later layer may overwrite them in place. An
+    nn.MultiheadAttention uses the weights of its out_proj without calling it; here it does call it. Returns the number
+    of batches.
     """
     seen = 0
     with ExitStack() as stack:
@@ -87,8 +88,8 @@ def _hook(name: str, observe: Observer) -> Callable[..., None]:
 
 @contextmanager
 def _called_projection(attention: nn.MultiheadAttention) -> Iterator[None]:
-    """Makes `attention` call its out_proj as a layer: it runs with the identity in its place, which is exact, and
-    out_proj is applied to what comes out."""
+    """Makes `attention` call its out_proj as a layer. The attention itself runs with an identity in place of out_proj,
+    which is exact; out_proj is then applied to the result."""
     layer = attention.out_proj
     own = dict(layer._parameters)
 

@@ -1,13 +1,14 @@
-"""PSGD: position-based scaled gradients (PSG) round any torch optimizer.
+"""PSGD: position-based scaled gradients (PSG) for any torch optimizer.
 
-The rule (paper, section 3; published code), for a weight tensor w with gradient g, before the base optimizer's
-momentum and weight decay:
+PSG scales the gradient g of a weight tensor w before the base optimizer applies its momentum and weight decay (paper,
+section 3, and published code):
 
-    g <- g * (lambda_s * |w - Q(w)| + eps)      Q: the nearest point of the weight's own low-bit grid
+    g <- g * (lambda_s * |w - Q(w)| + eps)      target "grid": Q(w) is the nearest point of the low-bit grid of w
     g <- g * (lambda_s * |w| + eps)             target "zero": sparse training
 
-A weight on its target stays there, the others move, and the float weights end up on the grid. Adam and its kin divide
-the factor out of the gradient again; for them it can act on the step itself instead (ours):
+With eps = 0 a weight on its target stays there while the other weights move, and so the float weights end up on the
+grid. Adam and similar optimizers normalize the gradient, which cancels the factor. For them the factor can act on the
+optimizer's step instead (ours):
 
     w <- w + (lambda_s * |w - Q(w)| + eps) * (the step that the base optimizer makes from w)
 """
@@ -25,28 +26,28 @@ from .grid import check_bits, weight_scales
 
 CHOICES = {"target": ("grid", "zero"), "acts_on": ("gradient", "update")}
 STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
-SWITCHES = {"train", "eval"}  # of bases that keep two sets of weights, as schedule_free's do
-# Settings of a scaled group. It is psg_eps because Adam and others have an eps of their own in the same dict.
+SWITCHES = {"train", "eval"}  # methods of base optimizers that keep two sets of weights, such as those of schedule_free
+# Settings of a scaled group. The key is psg_eps because Adam and others have their own eps in the same dict.
 PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "acts_on"}
-PSG_KEYS |= {"lambda_s_start", "lambda_s_limit", "lambda_s_loss"}  # of steer_lambda_s
+PSG_KEYS |= {"lambda_s_start", "lambda_s_limit", "lambda_s_loss"}  # state of steer_lambda_s
 
 
 def is_scaled(group: dict[str, Any]) -> bool:
-    """Whether PSGD scales this parameter group: it has `bits`, or its `target` is "zero"."""
+    """Whether PSGD scales this parameter group, which means that it has `bits` or that its `target` is "zero"."""
     return "bits" in group or group.get("target") == "zero"
 
 
 def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """lambda_s * |w - target(w)| + psg_eps for each tensor of a scaled group: new tensors of the weights' shapes.
+    """The PSG multiplier lambda_s * |w - target(w)| + psg_eps, as a new tensor of its shape and dtype, for each weight.
 
-    `weights` share one device and dtype, as the foreach calls need for their fast path; dividing and multiplying by the
-    0-d scales has none.
+    All `weights` share one device and dtype, which the fast path of the foreach calls requires. (Division and
+    multiplication by 0-d scales have no fast path.)
     """
     if group["target"] == "zero":
         distances = list(torch._foreach_abs(weights))
     else:
         scales = weight_scales(weights, group["bits"], group["per_channel"])
-        # |round(w / s) * s - w|; no clamp is needed, since max|w| / s is the grid's last integer (in bfloat16 nearly).
+        # |round(w / s) * s - w|. No clamp is needed: max|w| / s is quant_max (approximately so in bfloat16).
         distances = list(torch._foreach_div(weights, scales))
         torch._foreach_round_(distances)
         torch._foreach_mul_(distances, scales)
@@ -59,38 +60,40 @@ def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor
 
 
 def with_gradients(weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Those of `weights` that have a gradient, and these gradients."""
+    """The weights that have a gradient, and their gradients."""
     pairs = [(weight, weight.grad) for weight in weights if weight.grad is not None]
     return [weight for weight, _ in pairs], [gradient for _, gradient in pairs]
 
 
 class PSGD(Optimizer):
-    """Scales gradients by the distance of each weight to its grid point, then lets the base optimizer step.
+    """Scales each gradient by the distance of its weight to the nearest grid point, then runs the base optimizer's step.
 
         optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9), lambda_s=150)
 
-    Contract: it is a torch Optimizer whose `param_groups` and `state` are the base's own objects and whose state_dict
-    is the base's, key for key. `step` makes no host synchronisation and leaves the scaled gradients in `.grad`, so
-    clear them before the next backward pass. With a closure, gradients are scaled after each evaluation.
+    PSGD is a torch Optimizer. Its `param_groups` and `state` are the base optimizer's own objects, and its state_dict
+    is the base optimizer's, key for key. `step` makes no host synchronization. It leaves the scaled gradients in
+    `.grad`, so clear them before the next backward pass. With a closure, gradients are scaled after each evaluation.
 
-    With acts_on="update" gradients stay as they are, and what the base does to a weight is scaled as a whole: its
-    momentum, preconditioning, weight decay and penalties. The right choice for a base that normalises gradients.
+    With acts_on="update" the gradients stay unscaled, and the whole change that the base optimizer makes to a weight is
+    scaled: momentum, preconditioning, weight decay and penalties. Use it with base optimizers that normalize gradients.
 
     Args:
-        base: an optimizer instance. In its parameter groups `bits` (2..8) or `target="zero"` marks what is scaled;
+        base: an optimizer instance. `bits` (2..8) or `target="zero"` in a parameter group marks the group as scaled;
             the other groups pass through untouched.
-        lambda_s: strength, > 0, for the scaled groups that name none (default 150: the paper's for 4 bits). It is
-            written into them, so that groups used a second time keep the first lambda_s.
-        eps: added to the multiplier, >= 0, for the scaled groups without a `psg_eps` (default 0, as published).
-        acts_on: "gradient" (default, as published) or "update", for the scaled groups that name none.
+        lambda_s: strength, > 0, of the scaled groups that do not set their own (default 150, the paper's value for
+            4 bits). It is written into the groups, so groups that are used again keep the first lambda_s.
+        eps: constant, >= 0, added to the multiplier of the scaled groups that do not set a `psg_eps` (default 0, as
+            published).
+        acts_on: "gradient" (default, as published) or "update", for the scaled groups that do not set their own.
 
-    What lies on its grid stays unless eps > 0: a tensor of zeros, and the largest weight, which sets the grid.
+    A weight on a grid point does not move unless eps > 0. That holds for all-zero tensors and for the largest weight of
+    each tensor, which defines the grid.
 
-    A base that has train() and eval(), as schedule_free's have, lends them. Its other methods are its own: what they do
-    to the weights is not scaled, so call them on `optimizer.base`, knowing that.
+    PSGD has train() and eval() if the base optimizer has them, as the optimizers of schedule_free do. Call any other
+    method of the base optimizer on `optimizer.base`; its changes to the weights are not scaled.
 
-    Raises TypeError if `base` is not an optimizer instance, or a PSGD; ValueError for a setting out of range, for
-    complex weights, for PSG settings in a group that is not marked, and if no group is marked.
+    Raises TypeError if `base` is not an optimizer instance or is itself a PSGD. Raises ValueError for a setting out of
+    range, for complex weights, for PSG settings in a group that is not marked, and if no group is marked.
     """
 
     def __init__(self, base: Optimizer, lambda_s: float = 150.0, eps: float = 0.0, acts_on: str = "gradient") -> None:
@@ -110,8 +113,8 @@ class PSGD(Optimizer):
     def _follow(self) -> None:
         self._share()
         if hasattr(self.base, "_optimizer_load_state_dict_post_hooks"):  # a wrapper such as Lookahead has none
-            self.base.register_load_state_dict_post_hook(self._share)  # loading replaces them
-        for name in STATE_HOOKS:  # saving and loading are the base's, and so are the hooks that it calls
+            self.base.register_load_state_dict_post_hook(self._share)  # loading replaces the shared objects
+        for name in STATE_HOOKS:  # the base saves and loads, and so its hooks are the ones that run
             setattr(self, f"register_{name}_hook", getattr(self.base, f"register_{name}_hook"))
         for name in SWITCHES & set(dir(self.base)):
             setattr(self, name, getattr(self.base, name))
@@ -120,7 +123,7 @@ class PSGD(Optimizer):
         base = self.__dict__.get("base")
         if name.startswith("_") or not hasattr(base, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        advice = f"call optimizer.base.{name}, whose changes of weights are not scaled"
+        advice = f"call optimizer.base.{name}, whose changes to the weights are not scaled"
         raise AttributeError(f"PSGD has no {name}, which belongs to {type(base).__name__}: {advice}")
 
     def _share(self, *_: Optimizer) -> None:
@@ -129,7 +132,7 @@ class PSGD(Optimizer):
         self.defaults = self.base.defaults
 
     def _complete(self, group: dict[str, Any]) -> None:
-        """Checks a scaled group's settings, then fills in the missing ones; other groups stay as they are."""
+        """Checks the settings of a scaled group, then fills in the missing ones. Other groups stay as they are."""
         if not is_scaled(group):
             if stray := PSG_KEYS & group.keys():
                 key = min(stray)
@@ -152,7 +155,7 @@ class PSGD(Optimizer):
         group.update(settings)
 
     def _alike(self, acts_on: str) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
-        """The weights of the scaled groups with this `acts_on`, in lists of one group, device and dtype."""
+        """Lists of scaled weights with this `acts_on`, each list from one group and of one device and dtype."""
         for group in self.param_groups:
             if not is_scaled(group) or group["acts_on"] != acts_on:
                 continue
@@ -164,14 +167,14 @@ class PSGD(Optimizer):
 
     @torch.no_grad()
     def scale_gradients(self) -> None:
-        """Multiplies each `.grad` in the groups whose gradients are scaled by its PSG multiplier, in place."""
+        """Multiplies each `.grad` by its PSG multiplier, in place, in the scaled groups with acts_on="gradient"."""
         for weights, group in self._alike("gradient"):
             moving, gradients = with_gradients(weights)
             if moving:
                 torch._foreach_mul_(gradients, psg_multipliers(moving, group))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One scaled step of the base optimizer; returns the closure's loss, if there is one."""
+        """Makes one scaled step of the base optimizer. Returns what its step returns: the loss if there is a closure."""
         with torch.no_grad():
             starts = [
                 (weights, [weight.clone() for weight in weights], psg_multipliers(weights, group))
@@ -198,19 +201,22 @@ class PSGD(Optimizer):
         return self.base.step(scaled_closure)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the base optimizer; scaled if it has `bits` or target "zero"."""
-        if "base" not in self.__dict__:  # called by Optimizer.__init__ with the groups the base already has
+        """Adds a group to the base optimizer. The group is scaled if it has `bits` or target "zero"."""
+        if "base" not in self.__dict__:  # Optimizer.__init__ passes the groups that the base already has
             super().add_param_group(param_group)
             return
         self._complete(param_group)
         self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state_dict; the PSG settings are in its param_groups."""
+        """The base optimizer's state_dict. Its param_groups hold the PSG settings."""
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state_dict of PSGD, with its PSG settings, or of the bare base, which keeps this instance's."""
+        """Restores a state_dict of PSGD or of the bare base optimizer.
+
+        PSG settings that `state_dict` lacks keep their present values.
+        """
         before = [{key: group[key] for key in PSG_KEYS & group.keys()} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         self._share()

@@ -1,4 +1,4 @@
-"""Modules that round activations: in place of a ReLU, and before a residual sum."""
+"""Modules that fake-quantize activations: one replaces a ReLU, the other precedes a residual sum."""
 
 import torch
 from torch import Tensor, nn
@@ -7,9 +7,10 @@ from .grid import activation_quant_max, fake_quantize, nonzero_scale
 
 
 class Quantizer(nn.Module):
-    """Rounds to the integers quant_min ... quant_max times a step, of which `largest` is the last.
+    """Rounds to the grid points scale * {quant_min ... quant_max}, where `largest` is scale * quant_max.
 
-    inplace=True writes the result over the input, as the ReLU does that it stands for.
+    A `largest` of 0 gives scale 1. inplace=True writes the result over the input, as an in-place ReLU does. Raises
+    ValueError for a `largest` that is negative or not finite.
     """
 
     scale: Tensor
@@ -22,7 +23,7 @@ class Quantizer(nn.Module):
         self.register_buffer("scale", nonzero_scale(torch.tensor(largest / quant_max)))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The gradient needs the input as it was, which writing in place destroys.
+        # The backward pass needs the original input, which the in-place write overwrites.
         held = x.clone() if self.inplace else x
         quantized = fake_quantize(held, self.scale.to(x.dtype), self.quant_min, self.quant_max)
         return x.copy_(quantized) if self.inplace else quantized
@@ -32,10 +33,10 @@ class Quantizer(nn.Module):
 
 
 class ActivationQuantizer(Quantizer):
-    """ReLU and quantizer in one: clamps to [0, x_max] and rounds to the 2^bits levels of that range.
+    """A ReLU and a quantizer in one: clamps to [0, x_max] and rounds to the 2^bits levels of that range.
 
-    An x_max of 0, a ReLU that was never seen to fire, gives a step of 1. Raises ValueError for bits outside 2..8 or an
-    x_max that is negative or not finite.
+    An x_max of 0, of a ReLU that never fired during calibration, gives scale 1. Raises ValueError for bits outside 2..8
+    and for an x_max that is negative or not finite.
     """
 
     def __init__(self, bits: int, x_max: float, inplace: bool = False) -> None:
@@ -43,9 +44,9 @@ class ActivationQuantizer(Quantizer):
 
 
 class SumQuantizer(Quantizer):
-    """Rounds to integers -128 ... 127 of a step absmax / 127: what a residual sum takes.
+    """Quantizes an operand of a residual sum: rounds to scale * {-128 ... 127}, where scale is absmax / 127.
 
-    An absmax of 0 gives a step of 1. Raises ValueError for an absmax that is negative or not finite.
+    An absmax of 0 gives scale 1. Raises ValueError for an absmax that is negative or not finite.
     """
 
     def __init__(self, absmax: float) -> None:

@@ -1,14 +1,16 @@
-"""The warped space in which plain gradient descent does what PSG does (paper, section 3.1 and appendix)."""
+"""The warped space in which plain gradient descent is equivalent to PSG (paper, section 3.1 and appendix)."""
 
 import torch
 from torch import Tensor
 
 
 def warp(x: Tensor, scale: Tensor | float, lambda_s: float, eps: float = 0.0) -> Tensor:
-    """f(x), element by element, with slope (lambda_s * |x - t| + eps)^(-1/2); t is the nearest multiple of `scale`.
+    """f(x), element by element, in the shape of `x`. Its slope is (lambda_s * |x - t| + eps)^(-1/2), where t is the
+    multiple of `scale` nearest to x.
 
-    A step of gradient descent on the loss as a function of f(x) moves x by the PSG step, to first order in the learning
-    rate. f is increasing, continuous and odd; with eps = 0 its slope is infinite at each t, and a weight stays there.
+    Consider the loss as a function of f(x). A step of gradient descent on it moves x by the PSG step, to first order in
+    the learning rate. f is increasing, continuous and odd. With eps = 0 the slope of f is infinite at each t, and a
+    weight at t stays there.
     """
     target = torch.round(x / scale)
     offset = x - target * scale
@@ -18,7 +20,7 @@ def warp(x: Tensor, scale: Tensor | float, lambda_s: float, eps: float = 0.0) ->
 
 
 def unwarp(y: Tensor, scale: Tensor | float, lambda_s: float, eps: float = 0.0) -> Tensor:
-    """The x with warp(x) = y."""
+    """The inverse of `warp`: the x for which warp(x) = y."""
     cell = 2 * _stretched(torch.as_tensor(scale) / 2, lambda_s, eps)
     target = torch.round(y / cell)
     offset = y - target * cell

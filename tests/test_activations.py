@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from models import ResNet32, vgg16_bn
-from quant import ActivationQuantizer, bn_ranges, minmax_ranges, quantize_activations
+from quant import bn_ranges, quantize_activations
+from quant.quantizers import ActivationQuantizer
+from quant.ranges import minmax_ranges
 
 
 def test_activation_quantizer_is_relu_and_grid():

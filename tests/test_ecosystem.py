@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
-from quant import PSGD, auto_lambda_s, grid_share, layer_bits, psg_param_groups, weight_mse
+from quant import PSGD, auto_lambda_s, grid_share, layer_grids, psg_param_groups, weight_mse
 from tests.test_psgd import backward, fill_gradients, run, same, sgd, twin_multiplier, weights
 
 BASES = {
@@ -49,9 +49,9 @@ def test_any_base_steps_on_the_scaled_gradient(net, name):
         fill_gradients(net, step)
         optimizer.step()
         fill_gradients(reference, step)
-        for key, width in layer_bits(reference, 4).items():
+        for key, grid in layer_grids(reference, 4).items():
             parameter = reference.get_parameter(key)
-            parameter.grad *= twin_multiplier(parameter.detach(), width, 50)
+            parameter.grad *= twin_multiplier(parameter.detach(), grid.bits, 50)
         plain.step()
     assert same(weights(net), weights(reference))
 
@@ -70,9 +70,9 @@ def test_the_step_of_any_base_is_scaled(net, name):
         before = weights(reference)
         plain.step()
         with torch.no_grad():
-            for key, width in layer_bits(reference, 4).items():
+            for key, grid in layer_grids(reference, 4).items():
                 parameter = reference.get_parameter(key)
-                multiplier = twin_multiplier(before[key], width, 50)
+                multiplier = twin_multiplier(before[key], grid.bits, 50)
                 parameter.copy_((parameter - before[key]) * multiplier + before[key])
     assert same(weights(net), weights(reference))
 
@@ -147,9 +147,9 @@ def test_round_a_wrapper_without_hooks(net):
         fill_gradients(net, step)
         optimizer.step()
         fill_gradients(reference, step)
-        for key, width in layer_bits(reference, 4).items():
+        for key, grid in layer_grids(reference, 4).items():
             parameter = reference.get_parameter(key)
-            parameter.grad *= twin_multiplier(parameter.detach(), width, 50)
+            parameter.grad *= twin_multiplier(parameter.detach(), grid.bits, 50)
         plain.step()
     assert same(weights(net), weights(reference))
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -272,8 +272,8 @@ def test_gradient_accumulation(net):
         net(images).square().sum().backward()
     before, accumulated = weights(net), {name: p.grad.clone() for name, p in net.named_parameters()}
     optimizer.step()
-    for name, width in layer_bits(net, 4).items():
-        expected = before[name] - 0.01 * accumulated[name] * twin_multiplier(before[name], width, 20)
+    for name, grid in layer_grids(net, 4).items():
+        expected = before[name] - 0.01 * accumulated[name] * twin_multiplier(before[name], grid.bits, 20)
         assert torch.allclose(net.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
 
 
@@ -285,9 +285,9 @@ def test_clipping_comes_before_the_step(net):
     norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5)
     assert norm.item() == pytest.approx(torch.cat([g.flatten() for g in raw.values()]).norm().item(), rel=1e-5)
     optimizer.step()
-    for name, width in layer_bits(net, 4).items():
+    for name, grid in layer_grids(net, 4).items():
         clipped = raw[name] * 0.5 / norm
-        expected = before[name] - 0.01 * clipped * twin_multiplier(before[name], width, 20)
+        expected = before[name] - 0.01 * clipped * twin_multiplier(before[name], grid.bits, 20)
         assert torch.allclose(net.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
 
 
@@ -339,7 +339,7 @@ def compare_with_one_process(rank, ranks, wrap, per_channel):
     reference = copy.deepcopy(model)
     wrapped = wrap(model)
     for figure in (auto_of_model, grid_share, weight_mse):
-        assert figure(model, bits=4) == pytest.approx(figure(reference, bits=4)), figure
+        assert figure(model, 4) == pytest.approx(figure(reference, 4)), figure
     for step in range(6):
         if step in (0, 3):
             bases = [sgd(net, per_channel=per_channel) for net in (model, reference)]

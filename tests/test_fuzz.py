@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eval import parse as parse_eval
-from quant import fake_quantize_weight, prune_weights, weight_scale
+from quant import Grid, fake_quantize_weight, prune_weights, weight_scale
 from train import parse as parse_train
 from train import parser as train_parser
 from utils.cli import UserError
@@ -42,12 +42,12 @@ def tensors(draw):
 @QUICK
 @given(tensors(), st.integers(2, 8), st.booleans(), st.sampled_from(["absmax", "mse"]))
 def test_quantized_values_are_on_the_grid_near_and_stay(weight, bits, per_channel, weight_range):
-    quantized = fake_quantize_weight(weight, bits, per_channel, weight_range)
+    quantized = fake_quantize_weight(weight, Grid(bits, per_channel=per_channel, weight_range=weight_range))
     assert quantized.shape == weight.shape and quantized.dtype == weight.dtype
     assert quantized.isfinite().all()
     if not weight.numel():
         return
-    scale = weight_scale(weight, bits, per_channel, weight_range)
+    scale = weight_scale(weight, Grid(bits, per_channel=per_channel, weight_range=weight_range))
     assert (scale > 0).all() and scale.isfinite().all()
     limit = 2 ** (bits - 1) - 1
     integers = (quantized.double() / scale.double()).round()
@@ -58,7 +58,7 @@ def test_quantized_values_are_on_the_grid_near_and_stay(weight, bits, per_channe
     if weight_range == "absmax":
         assert ((weight.double() - quantized.double()).abs() <= scale.double() / 2 + slack).all()
         # The largest value is kept, so quantizing again finds the same grid.
-        again = fake_quantize_weight(quantized, bits, per_channel)
+        again = fake_quantize_weight(quantized, Grid(bits, per_channel=per_channel))
         assert ((again.double() - quantized.double()).abs() <= slack).all()
 
 

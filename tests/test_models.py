@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from models import ARCHITECTURES, ResNet32, build_model, vgg16_bn
-from quant import layer_bits
+from quant import layer_grids
 
 COUNTS = {"ResNet32": 472_756, "vgg16_bn": 34_011_172}
 
@@ -15,7 +15,7 @@ def test_parameter_count_at_100_classes(arch):
 
 def test_resnet32_quantized_weights():
     model = ResNet32(100)
-    names = [name for name in layer_bits(model, 4) if name.endswith("weight")]
+    names = [name for name in layer_grids(model, 4) if name.endswith("weight")]
     assert len(names) == 34
     assert sum(model.get_parameter(name).numel() for name in names) == 470_192
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models import ResNet32
-from quant import load_packed, quantize_weights, read_facts, save_packed
-from quant.packing import pack_bits, unpack_bits
+from quant import Grid, load_packed, quantize_weights, read_facts
+from quant.deploy import save_packed
+from quant.deploy.packing import pack_bits, unpack_bits
 from tests.conftest import SmallNet
 
 
@@ -43,16 +44,16 @@ def test_values_and_lengths_that_do_not_fit():
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_file_gives_the_quantized_network_bit_for_bit(tmp_path, net, bits, per_channel):
     path = tmp_path / "a.safetensors"
-    save_packed(path, net, {"arch": "SmallNet"}, bits=bits, per_channel=per_channel)
+    save_packed(path, net, Grid(bits, per_channel=per_channel), {"arch": "SmallNet"})
     loaded = load_packed(path, SmallNet())
-    expected = quantize_weights(net, bits, per_channel=per_channel).state_dict()
+    expected = quantize_weights(net, Grid(bits, per_channel=per_channel)).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
     assert read_facts(path) == {"arch": "SmallNet"} and not loaded.training
 
 
 def test_size_of_resnet32_at_4_bits(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_packed(path, ResNet32(100), {}, bits=4)
+    save_packed(path, ResNet32(100), 4)
     # 470,192 weights and 100 biases at half a byte; batch norm, scales and the header take the rest.
     assert 235_146 < path.stat().st_size < 300_000
 
@@ -60,7 +61,7 @@ def test_size_of_resnet32_at_4_bits(tmp_path):
 @pytest.fixture
 def packed(tmp_path, net):
     path = tmp_path / "a.safetensors"
-    save_packed(path, net, {"arch": "SmallNet"}, bits=4)
+    save_packed(path, net, 4, {"arch": "SmallNet"})
     return path
 
 
@@ -82,7 +83,7 @@ CHANGES = {
     "a foreign format": (lambda t, m: m.update(format="x"), "its format is 'x' instead of"),
     "no format": (lambda t, m: m.pop("format"), "its format is None instead of"),
     "bad metadata": (lambda t, m: m.update(facts="{"), "is not a readable packed file"),
-    "no mapping": (lambda t, m: m.update(facts="[]"), "its metadata are no mappings"),
+    "no mapping": (lambda t, m: m.update(facts="[]"), "its metadata are not mappings"),
     "unknown bits": (lambda t, m: m["tensors"]["fc.weight"].update(bits=9), "fc.weight has 9 bits"),
     "bits of another kind": (lambda t, m: m["tensors"].update({"fc.weight": 4}), "fc.weight has None bits"),
     "other bits": (lambda t, m: m["tensors"]["fc.weight"].update(bits=3), "40 values of 3 bits need uint8"),
@@ -140,7 +141,7 @@ class Tied(nn.Module):
 def test_shared_weights_are_stored_once(tmp_path):
     torch.manual_seed(0)
     net, words = Tied().eval(), torch.arange(6)
-    save_packed(tmp_path / "a.safetensors", net, {}, bits=4)
+    save_packed(tmp_path / "a.safetensors", net, 4)
     again = load_packed(tmp_path / "a.safetensors", Tied())
     assert again.a.weight is again.embed.weight
     assert torch.equal(again(words), quantize_weights(net, 4)(words)) and not torch.equal(again(words), net(words))
@@ -148,7 +149,7 @@ def test_shared_weights_are_stored_once(tmp_path):
 
 def test_half_precision_is_refused(tmp_path, net):
     with pytest.raises(ValueError, match="conv1.weight is torch.float16: packed files are of float32 networks"):
-        save_packed(tmp_path / "a.safetensors", net.half(), {}, bits=4)
+        save_packed(tmp_path / "a.safetensors", net.half(), 4)
     assert not list(tmp_path.iterdir())
 
 
@@ -165,7 +166,7 @@ def test_a_network_on_the_meta_device_is_filled(tmp_path):
     torch.manual_seed(0)
     net, images = Tied().eval(), torch.randn(3, 4)
     net.second.bias.requires_grad_(False)
-    save_packed(tmp_path / "a.safetensors", net, {}, bits=4)
+    save_packed(tmp_path / "a.safetensors", net, 4)
     with torch.device("meta"):
         empty = Tied()
     empty.second.bias.requires_grad_(False)
@@ -192,13 +193,13 @@ def test_state_that_a_file_cannot_hold(tmp_path):
 
     net = SmallNet()
     with pytest.raises(ValueError, match="_extra_state of the state_dict is a dict: a packed file holds tensors only"):
-        save_packed(tmp_path / "a.safetensors", WithExtraState(), {}, bits=4)
-    save_packed(tmp_path / "b.safetensors", net, {}, bits=4)
+        save_packed(tmp_path / "a.safetensors", WithExtraState(), 4)
+    save_packed(tmp_path / "b.safetensors", net, 4)
     with pytest.raises(ValueError, match="_extra_state of the state_dict is a dict"):
         load_packed(tmp_path / "b.safetensors", WithExtraState())
     memory = torch.zeros(6)
     net.register_buffer("left", memory[:4])
     net.register_buffer("right", memory[2:])
     with pytest.raises(ValueError, match="a packed file holds tensors with memory of their own only"):
-        save_packed(tmp_path / "c.safetensors", net, {}, bits=4)
+        save_packed(tmp_path / "c.safetensors", net, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]

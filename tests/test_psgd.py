@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant import PSGD, psg_param_groups
+from quant import PSGD, Grid, psg_param_groups
 from tests.conftest import needs_cuda
 
 
@@ -32,7 +32,7 @@ def fill_gradients(net, seed):
 
 
 def sgd(net, bits=4, lr=0.01, per_channel=False, **settings):
-    groups = psg_param_groups(net, bits, per_channel=per_channel)
+    groups = psg_param_groups(net, Grid(bits, per_channel=per_channel))
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=1e-4, **settings)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant import PSGD, fake_quantize_weight, layer_bits, psg_param_groups
+from quant import PSGD, Grid, fake_quantize_weight, layer_grids, psg_param_groups
 from tests.test_psgd import backward, fill_gradients, same, sgd, twin_multiplier, weights
 from utils.device import select_device
 
@@ -17,13 +17,13 @@ from utils.device import select_device
 @pytest.mark.parametrize("eps", [0.0, 0.01])
 def test_equals_the_twin(net, bits, eps):
     optimizer = PSGD(sgd(net, bits), lambda_s=37.0, eps=eps)
-    widths = layer_bits(net, bits)
+    grids = layer_grids(net, bits)
     backward(net)
     expected = {}
     for name, parameter in net.named_parameters():
         gradient = parameter.grad.clone()
-        if name in widths:
-            gradient *= twin_multiplier(parameter.detach(), widths[name], 37.0, eps)
+        if name in grids:
+            gradient *= twin_multiplier(parameter.detach(), grids[name].bits, 37.0, eps)
         expected[name] = gradient
     optimizer.scale_gradients()
     for name, parameter in net.named_parameters():
@@ -34,15 +34,15 @@ def test_whole_training_equals_a_plain_loop(net):
     """Steps of PSGD(SGD) = scale by hand, then SGD: momentum and weight decay see the scaled gradient."""
     reference = copy.deepcopy(net)
     plain = torch.optim.SGD(reference.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    widths = layer_bits(net, 4)
+    grids = layer_grids(net, 4)
     optimizer = PSGD(sgd(net), lambda_s=150)
     for step in range(5):
         fill_gradients(net, step)
         optimizer.step()
         fill_gradients(reference, step)
         for name, parameter in reference.named_parameters():
-            if name in widths:
-                parameter.grad *= twin_multiplier(parameter.detach(), widths[name], 150)
+            if name in grids:
+                parameter.grad *= twin_multiplier(parameter.detach(), grids[name].bits, 150)
         plain.step()
     assert same(weights(net), weights(reference))
 
@@ -81,7 +81,7 @@ def test_adam_undoes_a_factor_of_the_gradient_but_not_of_the_update(net):
 
 
 def test_per_channel_grid(net):
-    base = torch.optim.SGD(psg_param_groups(net, 4, per_channel=True), lr=0.1)
+    base = torch.optim.SGD(psg_param_groups(net, Grid(4, per_channel=True)), lr=0.1)
     backward(net)
     gradient, bias_gradient = net.conv2.weight.grad.clone(), net.fc.bias.grad.clone()
     PSGD(base, lambda_s=2.0).scale_gradients()
@@ -134,7 +134,7 @@ def test_empty_tensor_is_no_error():
 
 def test_param_groups_cover_every_parameter_once(net):
     for bits, first_last in ((4, True), (3, True), (3, False)):
-        groups = psg_param_groups(net, bits, first_last)
+        groups = psg_param_groups(net, Grid(bits, first_last=first_last))
         ids = [id(p) for group in groups for p in group["params"]]
         assert sorted(ids) == sorted(map(id, net.parameters()))
     scaled = {group.get("bits"): {id(p) for p in group["params"]} for group in psg_param_groups(net, 3)}
@@ -163,7 +163,7 @@ def test_one_element_of_a_grid_of_its_own_still_learns():
     assert [len(group["params"]) for group in psg_param_groups(model, 4)] == [3, 1]
     assert psg_param_groups(model, 4)[-1]["params"] == [model[1].bias]
     depthwise = nn.Sequential(nn.Conv2d(3, 3, 1, groups=3, bias=False), nn.Linear(6, 4))
-    assert psg_param_groups(depthwise, 4, per_channel=True)[-1]["params"] == [depthwise[0].weight]
+    assert psg_param_groups(depthwise, Grid(4, per_channel=True))[-1]["params"] == [depthwise[0].weight]
     assert len(psg_param_groups(depthwise, 4)) == 1
 
 

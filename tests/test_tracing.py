@@ -9,16 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from models import build_model
-from quant import (
-    ActivationQuantizer,
-    bn_ranges,
-    calibrate,
-    float_activations,
-    minmax_ranges,
-    quantize_activations,
-    quantize_sums,
-    to_onnx,
-)
+from quant import bn_ranges, calibrate, float_activations, quantize_activations, quantize_sums
+from quant.deploy import to_onnx
+from quant.quantizers import ActivationQuantizer
+from quant.ranges import minmax_ranges
 from quant.tracing import InPlaceError, trace
 from utils.engine import fold_batch_norm
 

@@ -12,19 +12,18 @@ from torch import nn
 
 from models import ResNet32
 from quant import (
-    AUTO_MULTIPLIER,
     PSGD,
     auto_lambda_s,
     fake_quantize_weight,
     grid_share,
-    layer_bits,
-    mean_distance,
-    psg_multipliers,
+    layer_grids,
     psg_param_groups,
     quantize_weights,
     sparse_param_groups,
     steer_lambda_s,
 )
+from quant.lambda_s import AUTO_MULTIPLIER, mean_distance
+from quant.psgd import psg_multipliers
 from utils.checkpoint import load_checkpoint
 from utils.engine import train_epoch
 
@@ -37,7 +36,7 @@ def test_parameters_are_not_groups(net):
 
 @pytest.fixture
 def optimizer(net):
-    return PSGD(torch.optim.SGD(psg_param_groups(net, bits=3), lr=0.01), lambda_s=150)
+    return PSGD(torch.optim.SGD(psg_param_groups(net, 3), lr=0.01), lambda_s=150)
 
 
 def scaled(optimizer):
@@ -62,7 +61,7 @@ def test_stays_after_the_decay_and_below_its_limit(optimizer):
 
 def test_rises_that_the_loss_does_not_bear_are_taken_back_for_good(net):
     def make():
-        return PSGD(torch.optim.SGD(psg_param_groups(net, bits=3), lr=0.01), lambda_s=150)
+        return PSGD(torch.optim.SGD(psg_param_groups(net, 3), lr=0.01), lambda_s=150)
 
     optimizer = make()
     for loss, expected in ((1.0, 187.5), (1.09, 234.375), (1.2, 150), (0.9, 150), (0.9, 150)):  # 1.2 > 1.1 * 1.09
@@ -115,7 +114,7 @@ def test_start_on_other_networks(build, bits):
     start = auto_lambda_s(groups)
     assert start > 300  # their weights are smaller than ResNet-32's, and 150 would hardly move them
     # Stated layer by layer, at 4 bits: the mean over all weights is the target.
-    names = layer_bits(model, bits)
+    names = layer_grids(model, bits)
     layers = {name: start * mean_distance([model.get_parameter(name)]) for name in names}
     sizes = {name: model.get_parameter(name).numel() for name in names}
     mean = sum(layers[name] * sizes[name] for name in names) / sum(sizes.values())

@@ -5,17 +5,10 @@ import torch
 from torch import nn
 
 from models import vgg16_bn
-from quant import (
-    SumQuantizer,
-    calibrate,
-    fake_quantize,
-    minmax_ranges,
-    mse_ranges,
-    percentile_ranges,
-    quantize_sums,
-    relu_histograms,
-)
-from quant.calibrate import BINS
+from quant import calibrate, quantize_sums
+from quant.grid import fake_quantize
+from quant.quantizers import SumQuantizer
+from quant.ranges import BINS, minmax_ranges, mse_ranges, percentile_ranges, relu_histograms
 
 
 @pytest.fixture

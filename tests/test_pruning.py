@@ -8,16 +8,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from models import ResNet32
-from quant import (
-    PSGD,
-    gradient_penalty,
-    nonzero_weights,
-    penalise_l1,
-    prunable_weights,
-    prune_weights,
-    pruning_mse,
-    sparse_param_groups,
-)
+from quant import PSGD, penalize_l1, prune_weights, sparse_param_groups
+from quant.penalties import gradient_penalty
+from quant.pruning import nonzero_weights, prunable_weights, pruning_mse
 
 
 def pruned_by_torch(model, sparsity, scope):
@@ -153,7 +146,7 @@ def test_l1_is_its_gradient_in_the_loss_after_the_scaling_of_psg(net, psg):
 
     def stepped(model, strength):
         base = torch.optim.SGD(sparse_param_groups(model, first_last=False), lr=lr, momentum=0.9)
-        penalise_l1(base, model, strength, first_last=False)
+        penalize_l1(base, model, strength, first_last=False)
         optimizer = PSGD(base, lambda_s=4) if psg else base
         model(images).square().sum().backward()
         optimizer.step()
@@ -168,7 +161,7 @@ def test_l1_is_its_gradient_in_the_loss_after_the_scaling_of_psg(net, psg):
 
 def test_l1_penalty_takes_no_closure(net):
     base = torch.optim.SGD(sparse_param_groups(net), lr=0.1)
-    penalise_l1(base, net, 1e-3)
+    penalize_l1(base, net, 1e-3)
     for optimizer in (base, PSGD(base)):
         with pytest.raises(ValueError, match="cannot be added in a step with a closure"):
             optimizer.step(lambda: 0)
@@ -196,7 +189,7 @@ def test_l1_under_a_grad_scaler(net, fused, unscaled_first):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for model, scaled in ((net, True), (twin, False)):
         base = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
-        penalise_l1(base, model, 0.3)
+        penalize_l1(base, model, 0.3)
         loss = model(images).square().sum()
         if not scaled:
             loss.backward()

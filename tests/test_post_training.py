@@ -11,6 +11,7 @@ from torchvision.ops import StochasticDepth
 
 from models import ResNet32, build_model
 from quant import (
+    Grid,
     adaround,
     calibrate,
     correct_bias,
@@ -194,7 +195,7 @@ def test_adaround_of_a_closed_case():
     quantized = quantize_weights(net, 8)
     images = torch.ones(64, 41)
     nearest = (net(images) - quantized(images)).abs().sum()
-    rounded = adaround(quantized, net, [images], bits=8, iterations=1000)
+    rounded = adaround(quantized, net, [images], 8, iterations=1000)
     assert rounded is quantized and set(rounded[0].weight.unique().tolist()) <= {0.0, 1.0, 127.0}
     assert (net(images) - rounded(images)).abs().sum() < 0.5 * nearest
 
@@ -204,7 +205,7 @@ def test_adaround_on_a_network(net):
     images = torch.randn(128, 3, 8, 8)
     net.eval()
     nearest = quantize_weights(net, 3)
-    rounded = adaround(copy.deepcopy(nearest), net, images.split(64), bits=3, iterations=200)
+    rounded = adaround(copy.deepcopy(nearest), net, images.split(64), 3, iterations=200)
     with torch.no_grad():
         errors = [(net(images) - other(images)).square().mean().item() for other in (nearest, rounded)]
     assert errors[1] < errors[0]
@@ -215,9 +216,9 @@ def test_adaround_on_a_network(net):
             rounded.get_parameter(name) / scale, (rounded.get_parameter(name) / scale).round(), atol=1e-4
         )
     assert torch.equal(rounded.fc.bias, fake_quantize_weight(net.fc.bias, 8))
-    grid = {"per_channel": True, "weight_range": "mse"}
-    rounded = adaround(quantize_weights(net, 3, **grid), net, [images], bits=3, **grid, iterations=20)
-    steps = rounded.conv2.weight / weight_scale(net.conv2.weight, 3, **grid)
+    grid = Grid(3, per_channel=True, weight_range="mse")
+    rounded = adaround(quantize_weights(net, grid), net, [images], grid, iterations=20)
+    steps = rounded.conv2.weight / weight_scale(net.conv2.weight, grid)
     assert torch.allclose(steps, steps.round(), atol=1e-4)
 
 
@@ -249,7 +250,7 @@ def test_mean_of_a_run(cli, tmp_path, few_digits, three_epochs, width, zeros):
         assert torch.allclose(parameter, sum(state[name] for state in states) / 3, atol=1e-6), name
     digits = load_dataset("cifar10", "data", torch.device("cpu"))
     images = [batch for batch, _ in calibration_batches(digits.train, digits.spec, 100, seed=1)]
-    deployed = quantize_weights(prune_weights(model, zeros), width, per_channel=True)
+    deployed = quantize_weights(prune_weights(model, zeros), Grid(width, per_channel=True))
     expected = reestimate_batch_norm(deployed, images).state_dict()
     for name, value in model.named_buffers():
         assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5), name
@@ -281,7 +282,7 @@ def test_bad_input_of_average(rejected, few_digits, three_epochs):
 def test_adaround_leaves_pruned_weights_at_zero(net):
     pruned = prune_weights(net.eval(), 0.5)
     images = torch.randn(64, 3, 8, 8)
-    learned = adaround(copy.deepcopy(pruned), pruned, [images], bits=4, iterations=50, lr=0.5)
+    learned = adaround(copy.deepcopy(pruned), pruned, [images], 4, iterations=50, lr=0.5)
     nearest = quantize_weights(pruned, 4)
     for name in ("conv1.weight", "conv2.weight"):
         zero = pruned.get_parameter(name) == 0
@@ -305,8 +306,8 @@ def test_modes_of_the_float_network_are_restored(net):
     images = torch.randn(8, 3, 8, 8)
     modes = [module.training for module in net.modules()]
     correct_bias(quantize_weights(net, 4), net, [images])
-    adaround(quantize_weights(net, 4), net, [images], bits=4, iterations=1)
-    for _ in layer_rows(net, [images], bits=4):
+    adaround(quantize_weights(net, 4), net, [images], 4, iterations=1)
+    for _ in layer_rows(net, [images], 4):
         pass
     calibrate(net, [images], 8)
     assert [module.training for module in net.modules()] == modes
@@ -320,7 +321,7 @@ def test_layers_without_a_weight_of_their_own():
     stack = nn.Sequential(first, nn.ReLU(), tied, nn.ReLU(), spectral_norm(computed), nn.ReLU(), nn.Linear(4, 2))
     images = torch.randn(64, 4)
     assert [row["layer"] for row, _ in layer_rows(stack.eval(), [images], 4)] == ["0", "6"]
-    learned = adaround(quantize_weights(stack, 4), stack, [images], bits=4, iterations=100, lr=0.1)
+    learned = adaround(quantize_weights(stack, 4), stack, [images], 4, iterations=100, lr=0.1)
     assert learned[2].weight is learned[0].weight and torch.isfinite(learned(images)).all()
     scale = weight_scale(first.weight, 4)
     integers = learned[0].weight / scale

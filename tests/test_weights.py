@@ -9,58 +9,61 @@ from torch import nn
 from torch.nn.utils import prune
 
 from quant import (
+    Grid,
     fake_quantize_weight,
     grid_share,
-    integer_weights,
-    layer_bits,
+    layer_grids,
     layer_rows,
-    nonzero_weights,
     packed_bytes,
     prune_weights,
-    pruning_mse,
     psg_param_groups,
     quantize_weights,
     sparse_param_groups,
     weight_mse,
 )
+from quant.deploy import integer_weights
+from quant.pruning import nonzero_weights, pruning_mse
 
 
-def test_layer_bits_first_last_rule(net):
+def test_layer_grids_first_last_rule(net):
     names = ["conv1.weight", "conv2.weight", "fc.weight", "fc.bias"]
-    assert layer_bits(net, 4) == dict.fromkeys(names, 4)
-    assert layer_bits(net, 3) == {"conv1.weight": 8, "conv2.weight": 3, "fc.weight": 8, "fc.bias": 8}
-    assert layer_bits(net, 2, first_last=False) == {"conv2.weight": 2}
+    assert layer_grids(net, 4) == dict.fromkeys(names, Grid(4))
+    grids = layer_grids(net, Grid(3, per_channel=True))
+    assert {name: grid.bits for name, grid in grids.items()} == dict(zip(names, (8, 3, 8, 8)))
+    assert all(grid.per_channel for grid in grids.values())
+    inner = Grid(2, first_last=False)
+    assert layer_grids(net, inner) == {"conv2.weight": inner}
 
 
-def test_layer_bits_counts_a_shared_parameter_once():
+def test_layer_grids_counts_a_shared_parameter_once():
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight
-    assert list(layer_bits(nn.Sequential(first, second), 4)) == ["0.weight"]
+    assert list(layer_grids(nn.Sequential(first, second), 4)) == ["0.weight"]
 
 
-def test_layer_bits_takes_weights_and_linear_biases_alone(net):
+def test_layer_grids_takes_weights_and_linear_biases_alone(net):
     """Not what a subclass adds; a weight under the name that spectral_norm gives it is one."""
     net.fc.lora = nn.Parameter(torch.ones(5, 2))
     nn.utils.spectral_norm(net.conv2)
-    assert list(layer_bits(net, 4)) == ["conv1.weight", "conv2.weight_orig", "fc.weight", "fc.bias"]
+    assert list(layer_grids(net, 4)) == ["conv1.weight", "conv2.weight_orig", "fc.weight", "fc.bias"]
 
 
 def test_nothing_to_quantize(net):
     with pytest.raises(ValueError, match="no convolution or linear layer"):
-        layer_bits(nn.Sequential(nn.ReLU()), 4)
+        layer_grids(nn.Sequential(nn.ReLU()), 4)
     with pytest.raises(ValueError, match="Sequential has no weights to quantize"):
-        grid_share(nn.Sequential(net.conv1, net.fc), 4, first_last=False)
+        grid_share(nn.Sequential(net.conv1, net.fc), Grid(4, first_last=False))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_quantize_weights_is_a_copy_on_the_grid(net, bits, per_channel):
     before = copy.deepcopy(net.state_dict())
-    quantized = quantize_weights(net, bits, per_channel=per_channel)
-    widths = layer_bits(net, bits)
+    quantized = quantize_weights(net, Grid(bits, per_channel=per_channel))
+    grids = layer_grids(net, Grid(bits, per_channel=per_channel))
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
-        expected = fake_quantize_weight(value, widths[name], per_channel) if name in widths else value
+        expected = fake_quantize_weight(value, grids[name]) if name in grids else value
         assert torch.equal(quantized.state_dict()[name], expected), name
 
 
@@ -79,7 +82,7 @@ def test_quantize_weights_names_the_layer_that_is_not_finite(net, bad):
 
 
 def test_weight_mse_and_grid_share(net):
-    names = layer_bits(net, 3)
+    names = layer_grids(net, 3)
     error = torch.cat([(net.get_parameter(n) - fake_quantize_weight(net.get_parameter(n), b)).detach().flatten()
                        for n, b in names.items()])  # fmt: skip
     assert weight_mse(net, 3) == pytest.approx(error.square().mean().item(), rel=1e-5)
@@ -98,19 +101,19 @@ def test_packed_bytes():
     assert packed_bytes(net, 32) == 4 * (conv + conv_bias + linear + linear_bias)
     # 4 bits: 135 weights in 68 bytes, 21 in 11, 3 in 2, a 4-byte scale each; the convolution's bias stays float.
     assert packed_bytes(net, 4) == (68 + 4) + 4 * 5 + (11 + 4) + (2 + 4)
-    assert packed_bytes(net, 4, per_channel=True) == (68 + 4 * 5) + 4 * 5 + (11 + 4 * 3) + (2 + 4)
+    assert packed_bytes(net, Grid(4, per_channel=True)) == (68 + 4 * 5) + 4 * 5 + (11 + 4 * 3) + (2 + 4)
     assert packed_bytes(net, 2) == (135 + 4) + 4 * 5 + (21 + 4) + (3 + 4)  # both layers are ends: 8 bits
     three = nn.Sequential(net, nn.Linear(3, 2, bias=False))
-    assert packed_bytes(three, 4, first_last=False) == packed_bytes(net[0], 32) + (11 + 4) + (2 + 4) + 4 * 6
+    assert packed_bytes(three, Grid(4, first_last=False)) == packed_bytes(net[0], 32) + (11 + 4) + (2 + 4) + 4 * 6
 
 
 def test_layer_rows(net):
     before = copy.deepcopy(net.state_dict())
     images = torch.randn(16, 3, 8, 8)
     seen = []
-    for row, network in layer_rows(net, images.split(8), bits=3):
+    for row, network in layer_rows(net, images.split(8), 3):
         name = f"{row['layer']}.weight"
-        width = layer_bits(net, 3)[name]
+        width = layer_grids(net, 3)[name].bits
         assert row["bits"] == width and row["weights"] == before[name].numel()
         for key, value in network.state_dict().items():
             own = key.startswith(f"{row['layer']}.")
@@ -122,9 +125,9 @@ def test_layer_rows(net):
         assert row["sqnr"] == pytest.approx(sqnr, abs=1e-3) and 0 < row["grid_share"] <= 1
         seen.append(row["layer"])
     assert seen == ["conv1", "conv2", "fc"]
-    first = next(iter(layer_rows(net, [images], bits=3)))[0]
+    first = next(iter(layer_rows(net, [images], 3)))[0]
     assert first["input_max"] == images.max().item() and first["input_min"] == images.min().item()
-    rows = layer_rows(net, [images], bits=3)
+    rows = layer_rows(net, [images], 3)
     next(rows)
     rows.close()
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
@@ -183,7 +186,7 @@ def test_networks_that_compute_a_weight_are_copied_after_a_training_step(net, wr
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint8])
 def test_weights_without_a_grid_are_refused(net, dtype):
     net.conv2.weight = nn.Parameter(torch.ones(8, 8, 3, 3, dtype=dtype), requires_grad=False)
-    for function in (quantize_weights, grid_share, psg_param_groups, layer_bits):
+    for function in (quantize_weights, grid_share, psg_param_groups, layer_grids):
         with pytest.raises(ValueError, match=f"conv2.weight is {dtype}: only real floating-point weights have a grid"):
             function(net, 4)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quant import PSGD, weight_scale
-from quant.warp import unwarp, warp
+from quant.warped_space import unwarp, warp
 
 STEP, LAMBDA_S = 0.25, 6.0
 
