@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from models import build_model, check_arch
-from utils.cli import Parser, UserError, run
+from utils.cli import Parser, UserError, first_line, run
 from utils.files import atomic_write
 
 # Quantizer constants that the published code kept in its state_dicts; ours are derived from the weights.
@@ -46,8 +46,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes of a foreign file can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint ({reason[:120]})") from None
+        raise UserError(f"{path} is not a readable checkpoint ({first_line(error)[:120]})") from None
     if isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint}
     state = checkpoint["state_dict"] if isinstance(checkpoint, dict) else None
@@ -109,9 +108,8 @@ def new_model(arch: str, num_classes: int, weights: str | None = None) -> nn.Mod
     except ValueError as error:
         raise UserError(str(error)) from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:  # from torch's reader of a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         advice = f"delete its file in {Path(torch.hub.get_dir()) / 'checkpoints'}"
-        raise UserError(f"--weights {weights} of {arch} cannot be read ({reason}): {advice}") from None
+        raise UserError(f"--weights {weights} of {arch} cannot be read ({first_line(error)}): {advice}") from None
 
 
 def model_from_checkpoint(
@@ -195,7 +193,7 @@ def load_run(path: str | Path, model: nn.Module, optimizer: Any, scheduler: Any)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the optimizer state in {path} does not fit this run ({error})") from None
+        raise UserError(f"the optimizer state in {path} does not fit this run ({first_line(error)})") from None
     return checkpoint["epoch"]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.distributed import ALONE, World
 
 if TYPE_CHECKING:
@@ -128,9 +128,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # the bytes of a foreign file can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} is not a readable .npz of plain arrays ({reason}): make it again or delete it"
+            f"{path} is not a readable .npz of plain arrays ({first_line(error)}): make it again or delete it"
         ) from None
 
 
@@ -141,9 +140,8 @@ def _torchvision(name: str, data_dir: Path, npz: Path) -> dict[str, np.ndarray]:
     try:
         train, test = (cls(data_dir, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"no {name} data: {npz} is not there and the download failed ({reason}); "
+            f"no {name} data: {npz} is not there and the download failed ({first_line(error)}); "
             "put the file there, or try --dataset digits, which needs none"
         ) from None
     return {

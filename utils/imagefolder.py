@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.data import step_sizes
 from utils.distributed import World
 
@@ -43,7 +43,7 @@ class _Files(torch.utils.data.Dataset):
         try:
             image = default_loader(path)
         except Exception as error:  # the bytes of a foreign file can raise anything
-            raise UserError(f"{path} cannot be read as an image ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{path} cannot be read as an image ({first_line(error)})") from None
         # Crop and flip depend on (seed, epoch, image) alone, whichever process or worker draws them.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed((self.seed * 2**26 + index) % 2**63)  # a GPU's stays as it is
@@ -114,9 +114,8 @@ def load_folder(
         try:
             parts.append(ImageFolder(Path(data_dir) / name))
         except (OSError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"--data_dir {data_dir}: {name}/ must hold a folder of images for each class ({reason})"
+                f"--data_dir {data_dir}: {name}/ must hold a folder of images for each class ({first_line(error)})"
             ) from None
     train, val = parts
     # In a fixed shuffle, not class by class: --val_split takes the last images.
