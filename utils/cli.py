@@ -16,6 +16,10 @@ from utils.signals import Stopped
 RANK = os.environ.get("RANK", "0")  # among the processes of torchrun
 SPEAKER = "" if RANK == "0" else f"process {RANK}: "
 DATASET_NAMES = ["cifar100", "cifar10", "digits", "imagefolder"]
+DATA_DIR_HELP = (
+    "folder of <dataset>.npz, of torchvision's archive, or of train/ and val/ "
+    "(default: the one of the file's training if the data set is there, else data)"
+)
 CHECKPOINT_FLAGS = ("--model_path", "--load_pretrained")
 ESCAPE_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # of terminals, such as bold
 
@@ -24,10 +28,28 @@ class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, the value, what to do."""
 
 
+class Default(int):
+    """The default of a flag that is a whole number: who reads it can tell that nobody asked for it."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what `error` says, without a terminal's escape codes; its type if it says nothing."""
     lines = ESCAPE_CODES.sub("", str(error)).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def lost_reader(error: BaseException) -> str:
+    """What to say if `error` is torch's for a DataLoader worker that has died, else nothing."""
+    if not first_line(error).startswith(("DataLoader worker", "Pin memory thread")):
+        return ""
+    how = "has ended unexpectedly"
+    cause: BaseException | None = error
+    while cause:  # the signal is often in an earlier one
+        if killed := re.search(r"killed by signal: ([\w ]+)", str(cause)):
+            how = f"was killed (signal: {killed[1].strip()})"
+        cause = cause.__cause__ or cause.__context__
+    advice = "try fewer --workers or a smaller --batch_size"
+    return f"a process that reads images {how}, as happens where memory is short: {advice}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +96,8 @@ def run(main: Callable[[], None]) -> None:
             reason = f"another process of the run has ended ({reason}); {advice}"
         elif type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
             reason = f"the memory does not suffice ({reason}); try a smaller batch, network or number of images"
+        elif lost_reader(error):
+            reason = lost_reader(error)
         elif "does not have a deterministic implementation" in reason:
             reason = f"{reason.partition(',')[0]}: leave --deterministic out"
         else:
