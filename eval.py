@@ -65,8 +65,9 @@ def parse() -> Namespace:
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
     p.add_argument("--dataset", default=None, choices=cli.DATASET_NAMES,
                    help="data set (default: the one the file was trained on, cifar100 if it names none)")
-    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
-    p.add_argument("--workers", type=cli.index, default=4, help="processes that read images of an imagefolder")
+    p.add_argument("--data_dir", default=None, help=cli.DATA_DIR_HELP)
+    p.add_argument("--workers", type=cli.index, default=4,
+                   help="processes that read images of an imagefolder, one a core at most")
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
                    help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
     p.add_argument("--sparsity", type=cli.sparsity, nargs="+", default=[0.0], metavar="S",
@@ -100,8 +101,8 @@ def parse() -> Namespace:
                    help="after quantization, on training images: bn_reestimate: batch-norm statistics anew; "
                    "bias_correct: mean outputs brought back; adaround: roundings learned layer by layer")
     p.add_argument("--iterations", type=cli.count, default=1000, metavar="N", help="of adaround, for each layer")
-    p.add_argument("--calib_images", type=cli.count, default=1024, metavar="N",
-                   help="training images for calibration and --post")
+    p.add_argument("--calib_images", type=cli.count, default=cli.Default(1024), metavar="N",
+                   help="training images for calibration and --post; all if there are fewer and N is not given")
     p.add_argument("--seed", type=cli.seed, default=1, help="of the choice of calibration images")
     p.add_argument("--report", action="store_true",
                    help="also a row for each layer of each model, at the first --w_bit, to --out DIR/layers.csv")
@@ -207,10 +208,12 @@ def load_networks(args: Namespace, device) -> list[Network]:
     import torch
 
     from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel, training_facts
-    from utils.data import calibration_batches, check_calib_images, load_dataset
+    from utils.data import calib_images, calibration_batches
     from utils.deployment import BN_RANGES, Deployment, check_activations
+    from utils.pairing import Datasets
 
-    datasets, networks = {}, []
+    datasets, networks = Datasets(args.data_dir, device, args.workers), []
+    counts: dict[int, int] = {}  # of images for calibration, by those there are
     quantizes = any(a_bit != 32 for a_bit in args.a_bit)
     by_batch_norm = args.act_range in BN_RANGES
     searches = by_batch_norm and len(args.clipping_range) > 1
@@ -218,17 +221,16 @@ def load_networks(args: Namespace, device) -> list[Network]:
     for path in args.model_path:
         checkpoint = load_checkpoint(path)
         name = args.dataset or dataset_name(checkpoint)
-        if name not in datasets:
-            datasets[name] = load_dataset(name, args.data_dir, device, args.workers)
-        dataset = datasets[name]
+        dataset = datasets.of(checkpoint, path, name)
         model = model_from_checkpoint(checkpoint, path, args.arch, len(dataset.classes))
         model.to(device, memory_format=torch.channels_last).eval()
         train, test, split_name = dataset.splits(args.val_split)
-        if needs_images:
-            check_calib_images(args.calib_images, train)
+        if needs_images and len(train) not in counts:
+            counts[len(train)] = calib_images(args.calib_images, train)
+        taken = counts.get(len(train), 0)
 
-        def images(train=train, spec=dataset.spec):
-            return calibration_batches(train, spec, args.calib_images, args.seed)
+        def images(train=train, spec=dataset.spec, taken=taken):
+            return calibration_batches(train, spec, taken, args.seed)
 
         facts = {
             "model": path,
@@ -249,6 +251,7 @@ def load_networks(args: Namespace, device) -> list[Network]:
             advice = "; use --act_range minmax, percentile or mse" if by_batch_norm else ""
             raise UserError(f"{path}: {error}{advice}") from None
         networks.append(Network(facts | training_facts(checkpoint), deployment, test, dataset.spec))
+    args.calib_images = max(counts.values(), default=args.calib_images)  # for the record
     return networks
 
 

@@ -46,7 +46,8 @@ def parser() -> Parser:
     p.add_argument("--weights", default="", metavar="NAME", help="torchvision's weights to start from, as DEFAULT")
     p.add_argument("--dataset", default="cifar100", choices=cli.DATASET_NAMES, help="data set")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz, of its archive, or of train/ and val/")
-    p.add_argument("--workers", type=cli.index, default=4, help="processes that read images of an imagefolder")
+    p.add_argument("--workers", type=cli.index, default=4,
+                   help="processes that read images of an imagefolder, one a core at most")
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N", help="evaluate on N held-out training images")
     p.add_argument("--seed", type=cli.seed, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
@@ -65,7 +66,7 @@ def parser() -> Parser:
     p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor", help="what has a grid of its own")
     p.add_argument("--a_bit", type=cli.bits, default=4, help="target bit-width of activations; no effect in training")
     p.add_argument("--load_pretrained", default=None, metavar="FILE",
-                   help='checkpoint to start from, or "" for scratch '
+                   help='checkpoint to start from, or "" for scratch; as many classes of other names will do '
                    f"(default: {PRETRAINED} for PSG on ResNet32 and cifar100, else scratch)")
     p.add_argument("--resume_epoch", type=cli.count, metavar="N", help="first epoch (default: the checkpoint's + 1)")
     p.add_argument("--epoch", type=cli.count, default=150, help="number of the last epoch")
@@ -179,10 +180,11 @@ def main() -> None:
 
     from quant import gradient_penalty, steer_lambda_s
     from utils import checkpoint as checkpoints
-    from utils.data import load_dataset, train_batches
+    from utils.data import check_files, load_dataset, train_batches
     from utils.device import machine, resolve_precision, select_device, set_deterministic
     from utils.distributed import join, leave, own_device
     from utils.engine import NonFiniteError, check_moves, check_takes, evaluate_goal
+    from utils.pairing import matched
     from utils.signals import StopRequest
     from utils.training import Training
 
@@ -197,9 +199,12 @@ def main() -> None:
 
     # Everything that can be wrong is looked at before the run folder is made, files before downloads.
     checkpoints.known_arch(args.arch)
-    pretrained = checkpoints.load_checkpoint(args.load_pretrained) if args.load_pretrained and not folder else None
+    start = folder.last_checkpoint if folder else args.load_pretrained
+    source = checkpoints.load_checkpoint(start) if start else {}
+    pretrained = None if folder else source
     with world.main_first():
         dataset = load_dataset(args.dataset, args.data_dir, device, args.workers)
+    dataset = matched(dataset, source, start, transfer=not folder)
     train_split, eval_split, eval_name = dataset.splits(args.val_split)
     num_classes = len(dataset.classes)
     first_epoch = args.resume_epoch = args.resume_epoch or (pretrained or {}).get("epoch", 0) + 1
@@ -228,11 +233,12 @@ def main() -> None:
 
     done, last_good = first_epoch - 1, args.load_pretrained or "none"
     if folder:
-        done = checkpoints.load_run(folder.last_checkpoint, model, optimizer, scheduler)
+        done = checkpoints.load_run(source, folder.last_checkpoint, model, optimizer, scheduler)
         if done >= args.epoch:
             print(f"{folder.path} has all {done} epochs: nothing left to do (a larger --epoch goes on)")
             return leave(world)
         last_good = folder.last_checkpoint
+    check_files(train_split, eval_split, world)
     facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device), "processes": world.size}
     if world.is_main:
         if folder:
@@ -279,7 +285,7 @@ def main() -> None:
         checkpoint = {
             "epoch": epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(), "arch": args.arch, "num_classes": num_classes,
-            "args": vars(args), "metrics": row,
+            "classes": dataset.classes, "args": vars(args), "metrics": row,
         }  # fmt: skip
         if epoch in args.save_epochs:
             checkpoints.save_checkpoint(folder.path / f"epoch_{epoch}.pth", checkpoint)

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -15,10 +16,40 @@ from utils.signals import Stopped
 RANK = os.environ.get("RANK", "0")  # among the processes of torchrun
 SPEAKER = "" if RANK == "0" else f"process {RANK}: "
 DATASET_NAMES = ["cifar100", "cifar10", "digits", "imagefolder"]
+DATA_DIR_HELP = (
+    "folder of <dataset>.npz, of torchvision's archive, or of train/ and val/ "
+    "(default: the one of the file's training if the data set is there, else data)"
+)
+CHECKPOINT_FLAGS = ("--model_path", "--load_pretrained")
+ESCAPE_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # of terminals, such as bold
 
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, the value, what to do."""
+
+
+class Default(int):
+    """The default of a flag that is a whole number: who reads it can tell that nobody asked for it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, without a terminal's escape codes; its type if it says nothing."""
+    lines = ESCAPE_CODES.sub("", str(error)).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def lost_reader(error: BaseException) -> str:
+    """What to say if `error` is torch's for a DataLoader worker that has died, else nothing."""
+    if not first_line(error).startswith(("DataLoader worker", "Pin memory thread")):
+        return ""
+    how = "has ended unexpectedly"
+    cause: BaseException | None = error
+    while cause:  # the signal is often in an earlier one
+        if killed := re.search(r"killed by signal: ([\w ]+)", str(cause)):
+            how = f"was killed (signal: {killed[1].strip()})"
+        cause = cause.__cause__ or cause.__context__
+    advice = "try fewer --workers or a smaller --batch_size"
+    return f"a process that reads images {how}, as happens where memory is short: {advice}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +63,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+            file = next((word for word in unknown if word.endswith((".pth", ".pt"))), None)
+            near += [f"{flag} {file}" for flag in CHECKPOINT_FLAGS if file and flag in known]
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
         return parsed
 
@@ -53,15 +86,18 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         if RANK != "0":
             time.sleep(3)  # torchrun ends the others when one fails: what is wrong in all is said by the first alone
-        print(f"{SPEAKER}error: {error}", file=sys.stderr)
+        words = " ".join(str(error).splitlines()) or first_line(error)  # a path may have line ends
+        print(f"{SPEAKER}error: {words}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if type(error).__name__.startswith("Dist") or "gloo" in reason:  # what torch.distributed raises
             advice = "see its message; a run that has saved an epoch goes on with --resume"
             reason = f"another process of the run has ended ({reason}); {advice}"
         elif type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
             reason = f"the memory does not suffice ({reason}); try a smaller batch, network or number of images"
+        elif lost_reader(error):
+            reason = lost_reader(error)
         elif "does not have a deterministic implementation" in reason:
             reason = f"{reason.partition(',')[0]}: leave --deterministic out"
         else:

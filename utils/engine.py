@@ -16,7 +16,7 @@ from quant.goals import GridGoal, SparseGoal
 from quant.penalty import Penalty
 from quant.sparsity import prunable_weights
 from quant.tracing import conv_norm_pairs, trace
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.data import DataSpec, Split, eval_batches
 from utils.device import autocast
 from utils.distributed import ALONE, World
@@ -114,8 +114,7 @@ def check_takes(model: nn.Module, name: str, size: int, smallest_step: int) -> N
     try:
         model.eval()(image)
     except Exception as error:  # torch and torchvision raise several kinds
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--arch {name} cannot take {size} x {size} images ({reason})") from None
+        raise UserError(f"--arch {name} cannot take {size} x {size} images ({first_line(error)})") from None
     if smallest_step == 1:  # batch norm over one number has no variance
         try:
             copy.deepcopy(model).train()(image)
