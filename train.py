@@ -250,6 +250,7 @@ def main() -> None:
     penalty = gradient_penalty(model, args.grad_l1, bool(args.first_last_quant))
     use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
     training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph, stop, bool(args.compile))
+    stop.advice = "no epoch is whole yet: the same command begins anew"
     for epoch in range(done + 1, args.epoch + 1):
         started = time.perf_counter()
         if epoch > first_epoch:

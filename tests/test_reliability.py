@@ -6,6 +6,7 @@ The long form: KILLS=50 SOAK=200 python -m pytest tests/test_reliability.py -s
 import contextlib
 import csv
 import os
+import pathlib
 import random
 import resource
 import shutil
@@ -16,6 +17,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models import ResNet32
@@ -30,9 +32,10 @@ FLAGS = ["--dataset", "cifar10", "--arch", "squeezenet1_1", "--lr", "0.001", "--
 FLAGS += ["--device", "cpu", "--precision", "fp32", "--deterministic"]
 
 
-def start(folder, *flags):
+def start(folder, *flags, script="train.py", apart=False):
+    """The process of a command; `apart`: in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, flags)], cwd=folder, text=True,
+        [sys.executable, ROOT / script, *map(str, flags)], cwd=folder, text=True, start_new_session=apart,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -107,6 +110,68 @@ def test_signals_end_the_run_in_good_order(tmp_path, cli, number):
     assert len(rows(tmp_path / "runs/a")) == done
     outcome = cli("train.py", "--exp_name", "a", "--resume", "--epoch", done + 1)
     assert outcome.code == 0 and f"epoch {done + 1:3d} " in outcome.out
+
+
+@pytest.fixture(scope="module")
+def many_images(tmp_path_factory):
+    """A folder of two classes, with more training images than a test waits for."""
+    folder = tmp_path_factory.mktemp("images")
+    for part, count in (("train", 300), ("val", 2)):
+        for name in ("a", "b"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (16, 16)).save(folder / part / name / f"{number}.png")
+    return folder
+
+
+def with_children(pid):
+    """`pid` and what it has started, each process after its own."""
+    path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+    return [*(found for child in path.read_text().split() for found in with_children(int(child))), pid]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number, at_once", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_signal_to_every_process_is_one_line(tmp_path, many_images, number, at_once):
+    """As a terminal, SLURM and systemd send it: to the processes that read images too, and to these first."""
+    flags = ["--dataset", "imagefolder", "--data_dir", many_images, "--workers", "2", "--psg", "0", *FLAGS[2:-1]]
+    process = start(tmp_path, *flags, "--batch_size", "8", "--exp_name", "a", "--epoch", "9", apart=True)
+    assert wait_for(process, "epochs ")
+    while len(processes := with_children(process.pid)) < 3:
+        time.sleep(0.05)
+    time.sleep(0.5)  # so that they are in the midst of their images
+    if at_once:
+        os.killpg(process.pid, number)
+    else:
+        for pid in processes:
+            os.kill(pid, number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, err
+    assert err == f"stopped by {number.name}; no epoch is whole yet: the same command begins anew\n"
+
+
+def test_a_reader_of_images_that_is_killed_is_one_line(tmp_path, many_images):
+    flags = ["--dataset", "imagefolder", "--data_dir", many_images, "--workers", "1", "--psg", "0", *FLAGS[2:-1]]
+    process = start(tmp_path, *flags, "--batch_size", "8", "--exp_name", "a", "--epoch", "9")
+    assert wait_for(process, "epochs ")
+    while len(processes := with_children(process.pid)) < 2:
+        time.sleep(0.05)
+    os.kill(processes[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2 and len(err.splitlines()) == 1, err
+    assert err.startswith("error: a process that reads images has ended (") and "try fewer --workers" in err
+
+
+@pytest.mark.parametrize("script, words", [("train.py", "epochs "), ("eval.py", "device: ")])
+def test_sigterm_before_the_first_step_and_in_an_evaluation(tmp_path, digits_run, script, words):
+    """Wherever it comes, in one line, and no folder is left that holds nothing."""
+    flags = ["--model_path", digits_run, "--w_bit", *range(2, 9), "--out", "out"]
+    process = start(tmp_path, *(flags if script == "eval.py" else [*FLAGS, "--epoch", "1000"]), script=script)
+    assert wait_for(process, words)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 143 and err.startswith("stopped by SIGTERM") and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path, cli):

@@ -4,13 +4,14 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
 from itertools import chain
 from typing import NoReturn
 
-from utils.signals import Stopped
+from utils.signals import Stopped, stop_behind, stoppable
 
 RANK = os.environ.get("RANK", "0")  # among the processes of torchrun
 SPEAKER = "" if RANK == "0" else f"process {RANK}: "
@@ -19,6 +20,12 @@ DATASET_NAMES = ["cifar100", "cifar10", "digits", "imagefolder"]
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, the value, what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text without terminal colors, or its type's name if it has no text."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,34 +54,50 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main; a UserError or a file trouble becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    """Calls a script's main; a UserError or a file trouble becomes one line on stderr and exit code 2.
+
+    Ctrl-C ends it with exit code 130, SIGTERM with 143, and one line of the first process.
+    """
     try:
-        main()
+        with stoppable():
+            try:
+                main()
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                reason = _explained(error)
+                if reason is None:
+                    raise
+                raise UserError(reason) from None
     except (UserError, OSError) as error:
         if RANK != "0":
             time.sleep(3)  # torchrun ends the others when one fails: what is wrong in all is said by the first alone
-        print(f"{SPEAKER}error: {error}", file=sys.stderr)
+        line = " ".join(str(error).splitlines()) or first_line(error)  # a path may have line ends
+        print(f"{SPEAKER}error: {line}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if type(error).__name__.startswith("Dist") or "gloo" in reason:  # what torch.distributed raises
-            advice = "see its message; a run that has saved an epoch goes on with --resume"
-            reason = f"another process of the run has ended ({reason}); {advice}"
-        elif type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
-            reason = f"the memory does not suffice ({reason}); try a smaller batch, network or number of images"
-        elif "does not have a deterministic implementation" in reason:
-            reason = f"{reason.partition(',')[0]}: leave --deterministic out"
-        else:
-            raise
-        print(f"{SPEAKER}error: {reason}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as stop:
         if RANK == "0":
-            print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+            print(stop if isinstance(stop, Stopped) else "interrupted", file=sys.stderr)
+        sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
+
+
+def _explained(error: Exception) -> str | None:
+    """What the user can do about an error that torch raises late, in one line; None if it is none of these.
+
+    Raises Stopped for what comes of a SIGINT or SIGTERM that has been noted.
+    """
+    reason = first_line(error)
+    of_reader = "DataLoader worker" in reason  # a process that reads images
+    of_fellow = type(error).__name__.startswith("Dist") or "gloo" in reason  # what torch.distributed raises
+    stop_behind(wait=of_reader or (of_fellow and RANK != "0"))
+    if of_reader:
+        return f"a process that reads images has ended ({reason}); if the memory did not suffice, try fewer --workers"
+    if of_fellow:
+        advice = "see its message; a run that has saved an epoch goes on with --resume"
+        return f"another process of the run has ended ({reason}); {advice}"
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
+        return f"the memory does not suffice ({reason}); try a smaller batch, network or number of images"
+    if "does not have a deterministic implementation" in reason:
+        return f"{reason.partition(',')[0]}: leave --deterministic out"
+    return None
 
 
 def _number(text: str) -> float:

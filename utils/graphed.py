@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from quant.penalty import Penalty
+from utils.cli import first_line
 from utils.data import TrainBatches
 from utils.engine import Result, epoch_result, train_step
 from utils.signals import StopRequest
@@ -110,6 +111,6 @@ class GraphedTraining:
                 self._step(len(self.window))
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a broken capture raises an error of its own
-            self.failure = (str(cause) or type(cause).__name__).splitlines()[0]
+            self.failure = first_line(cause)
             return
         self._replay = graph.replay

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from utils.cli import UserError
 from utils.data import step_sizes
 from utils.distributed import World
+from utils.signals import outlive_signals
 
 SIZE, RESIZED = 224, 256
 
@@ -71,6 +72,7 @@ class FolderSplit:
         loader = DataLoader(
             _Files(self.files, _transform(self.mean, self.std, augment), seed), batch_sampler=chosen,
             num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
+            worker_init_fn=outlive_signals,
         )  # fmt: skip
         try:
             for images, labels in loader:

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.files import git_commit, write_csv, write_json
 
 ROOT = Path("runs")
@@ -80,7 +80,7 @@ class RunFolder:
                 raise ValueError("there are no args of train.py in it")
             return settings
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / 'args.json'} cannot be read ({error})") from None
+            raise UserError(f"{self.path / 'args.json'} cannot be read ({first_line(error)})") from None
 
     def latest_args(self) -> dict[str, Any]:
         """The run's args, with those of KEPT_BY_RESUMES as they were at the last resume."""

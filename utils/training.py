@@ -7,7 +7,7 @@ from torch import nn
 from tqdm import tqdm
 
 from quant.penalty import Penalty
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.data import TrainBatches
 from utils.distributed import ALONE, World
 from utils.engine import Result, train_epoch
@@ -65,8 +65,7 @@ class Training:
             return self._epoch(number, title)
         except RuntimeError as error:
             if self.compile and isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"--compile 1 does not work here ({reason}): leave it out") from None
+                raise UserError(f"--compile 1 does not work here ({first_line(error)}): leave it out") from None
             raise
 
     def _epoch(self, number: int, title: str) -> Result:
