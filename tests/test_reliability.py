@@ -24,6 +24,7 @@ from models import ResNet32
 from tests.conftest import ROOT
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.cli import UserError
+from utils.runs import RunFolder
 
 KILLS, SOAK = int(os.environ.get("KILLS", "2")), int(os.environ.get("SOAK", "16"))
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -162,15 +163,14 @@ def test_a_reader_of_images_that_is_killed_is_one_line(tmp_path, many_images):
     assert err.startswith("error: a process that reads images has ended (") and "try fewer --workers" in err
 
 
-@pytest.mark.parametrize("script, words", [("train.py", "epochs "), ("eval.py", "device: ")])
-def test_sigterm_before_the_first_step_and_in_an_evaluation(tmp_path, digits_run, script, words):
-    """Wherever it comes, in one line, and no folder is left that holds nothing."""
+def test_sigterm_in_an_evaluation(tmp_path, digits_run):
+    """One line, and no folder is left that holds nothing."""
     flags = ["--model_path", digits_run, "--w_bit", *range(2, 9), "--out", "out"]
-    process = start(tmp_path, *(flags if script == "eval.py" else [*FLAGS, "--epoch", "1000"]), script=script)
-    assert wait_for(process, words)
+    process = start(tmp_path, *flags, script="eval.py")
+    assert wait_for(process, "device: ")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=100)
-    assert process.returncode == 143 and err.startswith("stopped by SIGTERM") and len(err.splitlines()) == 1, err
+    assert process.returncode == 143 and err == "stopped by SIGTERM\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -185,6 +185,81 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, cli):
     process.communicate()
     done = load_checkpoint(tmp_path / "runs/a/last.pth")["epoch"]
     assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", done + 1).code == 0  # a dead holder holds nothing
+
+
+def test_a_folder_without_an_epoch_is_used_again(tmp_path, monkeypatch, rejected):
+    """A run that was killed in its first epoch leaves its settings, logs and half a file, and no trace in the next."""
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder.create("a")
+    folder.write_settings({"args": {}})
+    folder.start_logging(after_epoch=0)
+    (folder.path / ".last.pth.1-0.tmp").write_text("half")
+    left = {path.name for path in folder.path.iterdir()}
+    assert {"args.json", "lock"} < left and len(left) == 4
+    del folder  # and its lock, as if the process had ended
+    message = rejected("train.py", "--exp_name", "a", "--resume")
+    assert "nothing to resume: runs/a/last.pth is not there; start without --resume\n" in message
+    assert RunFolder.create("a").exp_name == "a"
+    assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("name", ["last.pth", "epoch_3.pth", "metrics.csv", "notes.txt", "b/args.json"])
+def test_a_folder_with_anything_else_is_left_alone(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "runs/a" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("x")
+    assert RunFolder.create("a").exp_name == "a-2"
+    assert [path for path in (tmp_path / "runs/a").rglob("*") if path.is_file()] == [file]
+
+
+def test_many_runs_of_one_name_at_once_have_folders_of_their_own(tmp_path):
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from utils.runs import RunFolder\n"
+    code += "folder = RunFolder.create('a'); print(folder.exp_name, flush=True); time.sleep(1000)"
+    (tmp_path / "runs/a").mkdir(parents=True)  # as a run that was killed at once leaves it
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, ROOT], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    names = [process.stdout.readline().strip() for process in processes]
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert sorted(names) == sorted(set(names)) and "a" in names and "" not in names
+
+
+def test_a_bare_resume_names_the_runs_that_there_are(tmp_path, rejected):
+    for number, name in enumerate(["old", "digits/4bits", "b", "new"]):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "last.pth").write_text("")
+        os.utime(tmp_path / "runs" / name / "last.pth", (number, number))
+    message = rejected("train.py", "--resume")
+    assert "nothing to resume: runs/cifar100/4bits/last.pth is not there; start without --resume, or " in message
+    assert "choose --exp_name new, b, digits/4bits and 1 more" in message
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("", "cifar100/4bits"),
+        ("--w_bit 3", "cifar100/3bits"),
+        ("--dataset digits", "digits/4bits"),
+        ("--dataset digits --target zero", "digits/sparse90"),
+        ("--target zero --sparsity 0.975", "cifar100/sparse97.5"),
+        ("--dataset cifar10 --psg 0", "cifar10/vanilla"),
+    ],
+)
+def test_a_run_without_a_name_is_called_by_data_set_and_goal(rejected, flags, name):
+    """And is resumed by the same flags."""
+    assert f"runs/{name}/last.pth is not there" in rejected("train.py", *flags.split(), "--resume")
+
+
+def test_a_run_without_a_name_is_resumed_without_one(tmp_path, cli):
+    flags = ["--dataset", "cifar10", "--w_bit", "3"]
+    assert cli("train.py", *FLAGS, *flags, "--epoch", 1).code == 0
+    outcome = cli("train.py", *flags, "--resume", "--epoch", 2)
+    assert outcome.code == 0, outcome.err
+    assert [row["epoch"] for row in rows(tmp_path / "runs/cifar10/3bits")] == ["1", "2"]
 
 
 def test_full_disk(tmp_path, cli):
@@ -206,7 +281,7 @@ def test_full_disk_at_an_export(tmp_path, cli, digits_run):
         outcome = cli("export.py", "--model_path", digits_run)
     assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1, outcome.err
     assert "deploy/last_w4.safetensors cannot be written" in outcome.err
-    assert not list((tmp_path / "deploy").iterdir())
+    assert not (tmp_path / "deploy").exists()
 
 
 def test_strength_without_measure_is_named(tmp_path, cli):
