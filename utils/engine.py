@@ -22,6 +22,7 @@ from utils.cli import UserError, first_line
 from utils.data import DataSpec, Split, eval_batches
 from utils.device import autocast
 from utils.distributed import ALONE, World
+from utils.progress import shown
 
 # Images at a time in evaluation: on a CPU small batches stay in its caches, a GPU wants large ones.
 EVAL_BATCH_SIZE = {"cpu": 100, "cuda": 1000}
@@ -175,7 +176,9 @@ def evaluate(model: nn.Module, split: Split, spec: DataSpec, precision: str = "f
     """Loss and top-1 of `model` in eval mode on every image of `split`, shared out to the processes of `world`."""
     part = split.part(slice(world.rank, None, world.size)) if world.size > 1 else split
     batch_size = EVAL_BATCH_SIZE.get(split.device.type, 500) if isinstance(split, Split) else LARGE_IMAGES
-    return evaluate_batches(model, eval_batches(part, spec, batch_size), precision, world)
+    batches = eval_batches(part, spec, batch_size)
+    steps = -(-len(part) // batch_size)
+    return evaluate_batches(model, shown(batches, "evaluation", steps, not world.is_main), precision, world)
 
 
 @torch.inference_mode()
