@@ -25,15 +25,17 @@ Ranges, scales, bit-widths and roundings are never fitted to test images. A bit-
 which is the first row of every model.
 """
 
-import os
+import math
+import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from utils import cli
-from utils.cli import Parser, UserError, run
+from utils.cli import Parser, UserError, first_line, run
 
 COLUMNS = {  # name: (least width on screen, format); without a width only in the files
     "model": (5, "s"), "arch": (0, "s"), "dataset": (0, "s"), "split": (0, "s"), "trained": (12, "s"),
@@ -145,53 +147,37 @@ def settings(args: Namespace) -> list:
 def main() -> None:
     args = parse()
 
+    from utils.device import resolve_precision, select_device
+    from utils.files import output_folder
+
+    with output_folder("--out", args.out) if args.out else nullcontext():
+        device, device_line = select_device(args.device, args.cu_num)
+        args.precision = resolve_precision(args.precision, device)
+        networks = load_networks(args, device)
+        print(f"{device_line}, precision: {args.precision}")
+        sweep(args, networks, device)
+
+
+def sweep(args: Namespace, networks: list[Network], device) -> None:
+    """Evaluates and prints every row of every model; with --out, writes what there is after each model."""
     import torch
 
-    from quant import nonzero_weights, packed_bytes, weight_mse
-    from utils.device import machine, resolve_precision, select_device
-    from utils.engine import evaluate, fold_batch_norm
+    from utils.device import machine
     from utils.files import write_csv, write_results
 
-    device, device_line = select_device(args.device, args.cu_num)
-    args.precision = resolve_precision(args.precision, device)
-    networks = load_networks(args, device)
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        if not os.access(args.out, os.W_OK):
-            raise UserError(f"--out {args.out} cannot be written to")
-
-    print(f"{device_line}, precision: {args.precision}")
     columns = {name: shape for name, shape in COLUMNS.items() if shape[0]}
     columns["model"] = (max(map(len, ["model", *args.model_path])), "s")
-    print("  ".join(f"{name:>{width}}" for name, (width, _) in columns.items()))
+    print("  ".join(f"{name:>{width}}" for name, (width, _) in columns.items()), flush=True)
     facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device)}
     rows: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     for net in networks:
-        deployment = net.deployment
         chosen: dict[Any, float] = {}
         for setting in settings(args):
             plain = replace(setting, post="none")
             if plain not in chosen:
-                chosen[plain] = clipping_range(args, deployment, plain)
-            n = chosen[plain]
-            try:
-                network = deployment.network(setting, n)
-            except ValueError as error:  # a network that has no batch norm, ReLU, ... for what is asked
-                raise UserError(f"{net.facts['model']}: {error}") from None
-            nonzero = nonzero_weights(network, deployment.first_last)
-            result = evaluate(fold_batch_norm(network), net.test, net.spec, args.precision)
-            del network  # two models at a time
-            grid = deployment.weight_grid(setting.w_bit)
-            row = net.facts | {
-                "sparsity": setting.sparsity, "prune": args.prune if setting.sparsity else "none", "nonzero": nonzero,
-                "w_bit": setting.w_bit, "weight_range": args.weight_range,
-                "granularity": "channel" if deployment.per_channel else "tensor",
-                "a_bit": setting.a_bit, "act_range": "none" if setting.a_bit == 32 else args.act_range,
-                "clipping_range": f"{n:g}" if n else "", "post": setting.post, "top1": round(result.top1, 4),
-                "loss": round(result.loss, 6), "weight_mse": weight_mse(deployment.pruned(setting.sparsity), **grid),
-                "bytes": packed_bytes(deployment.model, setting.w_bit, grid["first_last"], grid["per_channel"]),
-            }  # fmt: skip
+                chosen[plain] = clipping_range(args, net.deployment, plain)
+            row = evaluated(args, net, setting, chosen[plain])
             rows.append(row)
             print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
         if args.out:  # after each model, so that a sweep that is cut off leaves what it has
@@ -201,6 +187,46 @@ def main() -> None:
             write_csv(Path(args.out) / "layers.csv", layers)
     if args.out:
         print(f"written: {args.out}/results.csv and results.json" + (" and layers.csv" if layers else ""))
+
+
+def evaluated(args: Namespace, net: Network, setting, n: float) -> dict[str, Any]:
+    """The row of a network as `setting` deploys it, with `n` for the bn ranges."""
+    from quant import nonzero_weights, packed_bytes, weight_mse
+    from utils.deployment import Setting
+    from utils.engine import evaluate, fold_batch_norm
+
+    deployment = net.deployment
+    try:
+        network = deployment.network(setting, n)
+    except ValueError as error:  # a network that has no batch norm, ReLU, ... for what is asked
+        raise UserError(f"{net.facts['model']}: {first_line(error)}") from None
+    nonzero = nonzero_weights(network, deployment.first_last)
+    result = evaluate(fold_batch_norm(network), net.test, net.spec, args.precision)
+    del network  # two models at a time
+    pruned = f", sparsity {setting.sparsity:g}" if setting.sparsity else ""
+    deployed = f"at W{setting.w_bit}A{setting.a_bit}{pruned}, post {setting.post}" if setting != Setting() else ""
+    check_outputs(result.loss, net.facts["model"], deployed)
+    grid = deployment.weight_grid(setting.w_bit)
+    return net.facts | {
+        "sparsity": setting.sparsity, "prune": args.prune if setting.sparsity else "none", "nonzero": nonzero,
+        "w_bit": setting.w_bit, "weight_range": args.weight_range,
+        "granularity": "channel" if deployment.per_channel else "tensor",
+        "a_bit": setting.a_bit, "act_range": "none" if setting.a_bit == 32 else args.act_range,
+        "clipping_range": f"{n:g}" if n else "", "post": setting.post, "top1": round(result.top1, 4),
+        "loss": round(result.loss, 6), "weight_mse": weight_mse(deployment.pruned(setting.sparsity), **grid),
+        "bytes": packed_bytes(deployment.model, setting.w_bit, grid["first_last"], grid["per_channel"]),
+    }  # fmt: skip
+
+
+def check_outputs(loss: float, model: str, deployed: str = "") -> None:
+    """For a `loss` that is no number: UserError if it is the trained network's, a warning if it is of one `deployed`
+    as these words say."""
+    if math.isfinite(loss):
+        return
+    what = f"{model}: the network's outputs are not finite (loss {loss})"
+    if not deployed:
+        raise UserError(f"{what}: take the file of an earlier epoch, or train with a smaller --lr")
+    print(f"warning: {what} {deployed}: its top-1 means nothing", file=sys.stderr)
 
 
 def load_networks(args: Namespace, device) -> list[Network]:
@@ -249,7 +275,7 @@ def load_networks(args: Namespace, device) -> list[Network]:
                 deployment.activation_ranges(8, args.clipping_range[0])
         except ValueError as error:
             advice = "; use --act_range minmax, percentile or mse" if by_batch_norm else ""
-            raise UserError(f"{path}: {error}{advice}") from None
+            raise UserError(f"{path}: {first_line(error)}{advice}") from None
         networks.append(Network(facts | training_facts(checkpoint), deployment, test, dataset.spec))
     args.calib_images = max(counts.values(), default=args.calib_images)  # for the record
     return networks
@@ -265,7 +291,7 @@ def clipping_range(args: Namespace, deployment, setting) -> float:
         return args.clipping_range[0]
     losses = deployment.clipping_losses(setting, args.clipping_range, args.precision)
     curve = ", ".join(f"{n:g}: {loss:.4f}" for n, loss in losses.items())
-    best = min(losses, key=losses.get)
+    best = min(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n]))  # nan is smaller and larger than none
     pruned = f", sparsity {setting.sparsity:g}" if setting.sparsity else ""
     print(
         f"W{setting.w_bit}A{setting.a_bit}{pruned}: training loss by clipping range {curve}; taken: {best:g}",
@@ -284,8 +310,9 @@ def layer_report(args: Namespace, net: Network) -> list[dict[str, Any]]:
     rows = []
     images = (batch for batch, _ in deployment.images())
     for row, network in layer_rows(deployment.model, images, **deployment.weight_grid(args.w_bit[0])):
-        lost = full - evaluate(network, net.test, net.spec, args.precision).top1
-        rows.append({"model": net.facts["model"], **row, "top1_lost": round(lost, 4)})
+        result = evaluate(network, net.test, net.spec, args.precision)
+        check_outputs(result.loss, net.facts["model"], f"with {row['layer']} alone at W{row['bits']}")
+        rows.append({"model": net.facts["model"], **row, "top1_lost": round(full - result.top1, 4)})
     return rows
 
 

@@ -10,14 +10,12 @@ Both files are read again and run before they get their names: outputs that are 
 an error, and nothing is left behind. Needs: pip install -r requirements-export.txt
 """
 
-import contextlib
 import hashlib
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 
-from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, bits, bits_or_float, count, run, seed
+from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, bits, bits_or_float, count, first_line, run, seed
 
 CLASSES = {"cifar100": 100, "cifar10": 10, "digits": 10}
 CHECKED = 512  # images on which the files are compared with the network
@@ -60,12 +58,22 @@ def main() -> None:
     if args.integer_kernels and args.a_bit == 32:
         raise UserError("--integer_kernels needs --a_bit: float activations have none")
     try:
-        import onnx
-        import onnxruntime  # noqa: F401 - looked for before anything is done
-        import safetensors
+        import onnx  # noqa: F401 - looked for before anything is done
+        import onnxruntime  # noqa: F401
+        import safetensors  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{error}: pip install -r requirements-export.txt") from None
+        raise UserError(f"{first_line(error)}: pip install -r requirements-export.txt") from None
 
+    from utils.files import output_folder
+
+    with output_folder("--out", args.out) as out:
+        write(args, out)
+
+
+def write(args: Namespace, out: Path) -> None:
+    """Writes both files to `out`, checks them and says what they are."""
+    import onnx
+    import safetensors
     import torch
 
     from models import build_model
@@ -82,6 +90,7 @@ def main() -> None:
     from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel
     from utils.data import DATASETS, calib_images, calibration_batches, normalize
     from utils.deployment import check_activations
+    from utils.files import replacing
     from utils.pairing import Datasets
     from utils.sources import at_hand
     from utils.trained_for import mismatches
@@ -115,7 +124,7 @@ def main() -> None:
             if args.integer_kernels:
                 deployed = quantize_sums(deployed, batches)
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {first_line(error)}") from None
 
     if dataset:
         images = dataset.test.images[:CHECKED]
@@ -126,8 +135,10 @@ def main() -> None:
     with torch.no_grad():
         expected = reference(floats)
         expected_deployed = expected if deployed is reference else deployed(floats)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    if not (expected.isfinite().all() and expected_deployed.isfinite().all()):
+        raise UserError(
+            f"{path}: the network's outputs are not finite at W{args.w_bit}A{args.a_bit}: nothing is written"
+        )
     stem = out / f"{path.stem}_w{args.w_bit}"
     float_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     kind = "test" if dataset else "random"
@@ -141,11 +152,11 @@ def main() -> None:
     }  # fmt: skip
     constants = (torch.tensor(spec.mean), torch.tensor(spec.std)) if args.with_normalize else None
     packed_path, onnx_path = f"{stem}.safetensors", f"{stem}{f'a{args.a_bit}' if args.a_bit != 32 else ''}.onnx"
-    with checked_file(packed_path) as packed, checked_file(onnx_path) as graph:
+    with replacing(packed_path) as packed, replacing(onnx_path) as graph:
         try:
             save_packed(packed, model, facts, **grid)
         except safetensors.SafetensorError as error:  # as a full disk is to it
-            raise UserError(f"{packed_path} cannot be written ({error}): nothing is written") from None
+            raise UserError(f"{packed_path} cannot be written ({first_line(error)}): nothing is written") from None
         again = load_packed(packed, build_model(facts["arch"], facts["num_classes"]))
         with torch.no_grad():
             if not torch.equal(again(floats), expected):
@@ -154,7 +165,7 @@ def main() -> None:
             integers = integer_weights(model, **grid)
             onnx.save(to_onnx(deployed, integers, images.shape[1], constants, args.integer_kernels), graph)
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {first_line(error)}") from None
         inputs = images if args.with_normalize else floats
         logits = run_onnx(graph, inputs, as_written=True)
         difference = (logits - expected_deployed).abs().max().item()
@@ -190,15 +201,9 @@ def percent_right(logits, labels) -> float:
     return 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
-@contextlib.contextmanager
-def checked_file(path: str):
-    """A temporary name to write to and check, renamed to `path` if the block ends well, and removed if not."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def same_top1(logits, expected) -> float:
+    """Percent of the images with the same best class."""
+    return 100 * (logits.argmax(1) == expected.argmax(1)).float().mean().item()
 
 
 def run_onnx(path: Path, images, as_written: bool):

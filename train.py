@@ -29,7 +29,7 @@ from argparse import Namespace
 from utils import cli
 from utils.cli import Parser, UserError, run
 from utils.files import command_line, git_commit
-from utils.runs import KEPT_BY_RESUMES, RunFolder
+from utils.runs import KEPT_BY_RESUMES, RunFolder, default_exp_name
 
 PRETRAINED = "models/ResNet82.pth"
 DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
@@ -81,7 +81,9 @@ def parser() -> Parser:
     p.add_argument("--grad_l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="adds W times the sum of the magnitudes of the weights' gradients to the loss")
     p.add_argument("--batch_size", type=cli.count, default=128, help="images a step, of all processes together")
-    p.add_argument("--exp_name", default="cifar100/4bits", help="run folder, under runs/")
+    p.add_argument("--exp_name", default=None,
+                   help="run folder, under runs/ (default: data set and goal, as cifar100/4bits, digits/sparse90, or "
+                   "cifar10/vanilla with --psg 0)")
     p.add_argument("--resume", action="store_true", help="go on with the run in runs/<exp_name>")
     p.add_argument("--save_epochs", type=cli.epochs, action=cli.EpochSet, nargs="*", default=[], metavar="N",
                    help="epochs to keep a file of, as 82 or 103-150")
@@ -99,6 +101,9 @@ def parser() -> Parser:
 def parse() -> tuple[Namespace, RunFolder | None]:
     """The settings, and the folder to go on in; a resumed run's settings are its own."""
     args = parser().parse_args()
+    if args.exp_name is None:
+        resolve_target(args)
+        args.exp_name = default_exp_name(args)
     if not args.resume:
         if args.load_pretrained is None:
             as_published = args.psg and args.arch == "ResNet32" and args.dataset == "cifar100"
@@ -109,11 +114,12 @@ def parse() -> tuple[Namespace, RunFolder | None]:
         if args.w_decay is None:
             args.w_decay = 0.0 if args.psg and args.w_bit == 2 else 1e-4
         return args, None
-    folder = RunFolder.reopen(args.exp_name)
+    folder, exp_name = RunFolder.reopen(args.exp_name), args.exp_name
     again = parser()
     saved = vars(again.parse_args([])) | folder.latest_args()  # a flag that came later is at its default
     again.set_defaults(**saved)
     args = again.parse_args()
+    args.exp_name = exp_name
     if args.precision == "auto":  # what it was resolved to when the run began
         args.precision = saved["precision"]
     changed = [key for key, value in saved.items() if key not in FREE_ON_RESUME and getattr(args, key) != value]
@@ -256,6 +262,7 @@ def main() -> None:
     penalty = gradient_penalty(model, args.grad_l1, bool(args.first_last_quant))
     use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
     training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph, stop, bool(args.compile))
+    stop.advice = "no epoch is whole yet: the same command begins anew"
     for epoch in range(done + 1, args.epoch + 1):
         started = time.perf_counter()
         if epoch > first_epoch:

@@ -14,7 +14,7 @@ bits up such a file serves as a float network too; of 2 bits, or of many zeros, 
 from pathlib import Path
 
 from utils import cli
-from utils.cli import Parser, UserError, bits_or_float, count, epochs, index, run, seed, sparsity
+from utils.cli import Parser, UserError, bits_or_float, count, epochs, first_line, index, run, seed, sparsity
 
 
 def main() -> None:
@@ -41,8 +41,10 @@ def main() -> None:
     from utils.checkpoint import RUN_STATE, load_checkpoint, model_from_checkpoint, per_channel, save_checkpoint
     from utils.data import calib_images, calibration_batches
     from utils.device import select_device
+    from utils.files import check_output_file
     from utils.pairing import Datasets
 
+    check_output_file("--out", args.out)
     device, device_line = select_device(args.device, args.cu_num)
     paths = [Path(args.run) / f"epoch_{epoch}.pth" for epoch in args.epochs]
     absent = [path for path in paths if not path.is_file()]
@@ -75,7 +77,7 @@ def main() -> None:
     try:
         state = reestimate_batch_norm(deployed, images).state_dict() | dict(mean.named_parameters())
     except ValueError as error:
-        raise UserError(f"{paths[-1]}: {error}") from None
+        raise UserError(f"{paths[-1]}: {first_line(error)}") from None
     kept = {key: value for key, value in last.items() if key not in (*RUN_STATE, "metrics")}
     kept["state_dict"] = {name: value.detach().cpu() for name, value in state.items()}
     kept["averaged_epochs"] = [args.epochs[0], args.epochs[-1]]

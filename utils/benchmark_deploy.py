@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.benchmark import alternate
-from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, bits, count, run
-from utils.files import command_line, git_commit, write_json
+from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, bits, count, first_line, run
+from utils.files import check_output_file, command_line, git_commit, write_json
 
 BATCHES = (1, 256)
 PIECE = 256  # images timed at once
@@ -33,11 +33,13 @@ def main() -> None:
     p.add_argument("--rounds", type=count, default=20, help="times that each kind is measured at each batch size")
     p.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
     args = p.parse_args()
+    if args.json:
+        check_output_file("--json", args.json)
 
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(f"{error}: pip install -r requirements-export.txt") from None
+        raise UserError(f"{first_line(error)}: pip install -r requirements-export.txt") from None
     import torch
 
     from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel
@@ -64,8 +66,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 found = compare(args, taken, model, by_channel, dataset, Path(folder))
-            except ValueError as error:  # an operation without a counterpart in the file
-                raise UserError(f"{path}: {error}") from None
+            except ValueError as error:  # as an operation without a counterpart in the file
+                raise UserError(f"{path}: {first_line(error)}") from None
         rows += [{"model": path, **row} for row in found]
     if args.json:
         facts = {"command": command_line(), "commit": git_commit(), "machine": hardware, "torch": torch.__version__}
@@ -84,8 +86,12 @@ def compare(args, taken: int, model, by_channel: bool, dataset, folder: Path) ->
     kinds = torch_kinds(model) | onnx_kinds(args, taken, model, by_channel, dataset, folder)
     top1 = {}
     for name, (_, network) in kinds.items():
-        hits = sum((network(images).argmax(1) == labels).sum().item()
-                   for images, labels in eval_batches(dataset.test, dataset.spec, 256))  # fmt: skip
+        hits = 0
+        for images, labels in eval_batches(dataset.test, dataset.spec, 256):
+            logits = network(images)
+            if not logits.isfinite().all():
+                raise ValueError(f"the outputs of {name} are not finite")
+            hits += (logits.argmax(1) == labels).sum().item()
         top1[name] = 100 * hits / len(dataset.test)
     speed: dict[str, dict[int, float]] = {name: {} for name in kinds}
     for batch in BATCHES:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import NoReturn
 
-from utils.signals import Stopped
+from utils.signals import Stopped, stop_behind, stoppable
 
 RANK = os.environ.get("RANK", "0")  # among the processes of torchrun
 SPEAKER = "" if RANK == "0" else f"process {RANK}: "
@@ -80,37 +80,50 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main; a UserError or a file trouble becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    """Calls a script's main; a UserError or a file trouble becomes one line on stderr and exit code 2.
+
+    Ctrl-C ends it with exit code 130, SIGTERM with 143, and one line of the first process.
+    """
     try:
-        main()
+        with stoppable():
+            try:
+                main()
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                reason = _explained(error)
+                if reason is None:
+                    raise
+                raise UserError(reason) from None
     except (UserError, OSError) as error:
         if RANK != "0":
             time.sleep(3)  # torchrun ends the others when one fails: what is wrong in all is said by the first alone
-        words = " ".join(str(error).splitlines()) or first_line(error)  # a path may have line ends
-        print(f"{SPEAKER}error: {words}", file=sys.stderr)
+        line = " ".join(str(error).splitlines()) or first_line(error)  # a path may have line ends
+        print(f"{SPEAKER}error: {line}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        reason = first_line(error)
-        if type(error).__name__.startswith("Dist") or "gloo" in reason:  # what torch.distributed raises
-            advice = "see its message; a run that has saved an epoch goes on with --resume"
-            reason = f"another process of the run has ended ({reason}); {advice}"
-        elif type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
-            reason = f"the memory does not suffice ({reason}); try a smaller batch, network or number of images"
-        elif lost_reader(error):
-            reason = lost_reader(error)
-        elif "does not have a deterministic implementation" in reason:
-            reason = f"{reason.partition(',')[0]}: leave --deterministic out"
-        else:
-            raise
-        print(f"{SPEAKER}error: {reason}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as stop:
         if RANK == "0":
-            print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+            print(stop if isinstance(stop, Stopped) else "interrupted", file=sys.stderr)
+        sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
+
+
+def _explained(error: Exception) -> str | None:
+    """What the user can do about an error that torch raises late, in one line; None if it is none of these.
+
+    Raises Stopped for what comes of a SIGINT or SIGTERM that has been noted.
+    """
+    reason = first_line(error)
+    of_reader = lost_reader(error)
+    of_fellow = type(error).__name__.startswith("Dist") or "gloo" in reason  # what torch.distributed raises
+    stop_behind(wait=bool(of_reader) or (of_fellow and RANK != "0"))
+    if of_reader:
+        return of_reader
+    if of_fellow:
+        advice = "see its message; a run that has saved an epoch goes on with --resume"
+        return f"another process of the run has ended ({reason}); {advice}"
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
+        return f"the memory does not suffice ({reason}); try a smaller batch, network or number of images"
+    if "does not have a deterministic implementation" in reason:
+        return f"{reason.partition(',')[0]}: leave --deterministic out"
+    return None
 
 
 def _number(text: str) -> float:

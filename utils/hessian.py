@@ -11,14 +11,13 @@ for checkpoints with respect to the weights of convolutions and linear layers, t
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from quant import PSGD, GridGoal, grid_share, prunable_weights, quantize_weights
-from utils.cli import DATA_DIR_HELP, Default, Parser, count, index, run, seed
+from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, count, index, run, seed
 from utils.data import TrainBatches, calib_images, calibration_batches, load_dataset, normalize
 
 BITS, LAMBDA_S, LR, EPOCHS, DECAY, BATCH_SIZE = 4, 20.0, 0.1, 300, 250, 128  # of the small network
@@ -150,6 +149,8 @@ def spectrum_rows(
     """For a checkpoint: a row for each Ritz value of each random start, and its facts."""
     weights = [*prunable_weights(model).values()]
     loss = cross_entropy(model(images), labels)
+    if not loss.isfinite():
+        raise UserError(f"{path}: the network's outputs are not finite (loss {loss.item()}): it has no curvature")
     product = hessian_product(loss, weights)
     generator = torch.Generator().manual_seed(args.seed)
     rows = []
@@ -167,7 +168,7 @@ def spectrum_rows(
 
 def main() -> None:
     from utils.device import select_device
-    from utils.files import command_line, git_commit, write_csv, write_json
+    from utils.files import command_line, git_commit, output_folder, write_csv, write_json
     from utils.pairing import Datasets
 
     p = Parser(__doc__)
@@ -187,21 +188,21 @@ def main() -> None:
     args = p.parse_args()
     device = select_device(args.device, args.cu_num)[0] if args.model_path else torch.device("cpu")
     datasets = Datasets(args.data_dir, device)
-    # First: a wrong path costs nothing.
-    networks = [(path, load_network(path, datasets, args)) for path in args.model_path]
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    rows, facts = digits_rows(args.seed)
-    write_csv(Path(args.out) / "digits.csv", rows)
-    for fact in facts:
-        print(f"digits, {fact['network']}: largest eigenvalue {fact['largest_eigenvalue']:.4g}", flush=True)
-    spectra = [spectrum_rows(path, *network, args) for path, network in networks]
-    if spectra:
-        write_csv(Path(args.out) / "spectrum.csv", [row for rows, _ in spectra for row in rows])
-    else:
-        (Path(args.out) / "spectrum.csv").unlink(missing_ok=True)  # of an earlier call
-    origin = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__}
-    results = {"digits": facts, "checkpoints": [fact for _, fact in spectra]}
-    write_json(Path(args.out) / "results.json", origin | results)
+    with output_folder("--out", args.out) as out:
+        # First: a wrong path costs nothing.
+        networks = [(path, load_network(path, datasets, args)) for path in args.model_path]
+        rows, facts = digits_rows(args.seed)
+        write_csv(out / "digits.csv", rows)
+        for fact in facts:
+            print(f"digits, {fact['network']}: largest eigenvalue {fact['largest_eigenvalue']:.4g}", flush=True)
+        spectra = [spectrum_rows(path, *network, args) for path, network in networks]
+        if spectra:
+            write_csv(out / "spectrum.csv", [row for rows, _ in spectra for row in rows])
+        else:
+            (out / "spectrum.csv").unlink(missing_ok=True)  # of an earlier call
+        origin = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__}
+        results = {"digits": facts, "checkpoints": [fact for _, fact in spectra]}
+        write_json(out / "results.json", origin | results)
 
 
 if __name__ == "__main__":

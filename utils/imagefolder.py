@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from utils.cli import UserError, first_line, lost_reader
+from utils.cli import UserError, first_line
 from utils.data import step_sizes
 from utils.distributed import ALONE, World
 from utils.images import check_header, read_image
+from utils.signals import outlive_signals
 
 SIZE, RESIZED = 224, 256
 
@@ -92,6 +93,7 @@ class FolderSplit:
         loader = DataLoader(
             _Files(self.files, _transform(self.mean, self.std, augment), seed), batch_sampler=chosen,
             num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
+            worker_init_fn=outlive_signals,
         )  # fmt: skip
         for images, labels in _read(loader):
             images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
@@ -106,7 +108,7 @@ class FolderSplit:
         own = range(world.rank, len(self), world.size)
         loader = DataLoader(
             _Damaged([self.files[index] for index in own], whole), 64, num_workers=self.workers,
-            generator=torch.Generator(),
+            generator=torch.Generator(), worker_init_fn=outlive_signals,
         )  # fmt: skip
         found = torch.cat([torch.zeros(0, dtype=torch.bool), *_read(loader)])
         damaged = torch.zeros(len(self), dtype=torch.int32, device=self.device)
@@ -121,15 +123,11 @@ class FolderSplit:
 
 
 def _read(loader: DataLoader) -> Iterator:
-    """The batches of `loader`, with a UserError in one line for what went wrong in a worker, or with one."""
+    """The batches of `loader`, with a UserError in one line for what went wrong in a worker."""
     try:
         yield from loader
     except UserError as error:  # its message comes wrapped in the worker's traceback
         raise UserError(str(error).strip().splitlines()[-1].removeprefix("utils.cli.UserError: ")) from None
-    except RuntimeError as error:
-        if lost_reader(error):
-            raise UserError(lost_reader(error)) from None
-        raise
 
 
 def usable_cores() -> int:
