@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import ResNet32
 from utils.cli import first_line, run
 
 SCRATCH = ["--dataset", "digits", "--load_pretrained", ""]
@@ -138,3 +139,15 @@ def test_an_error_without_text_has_the_name_of_its_type(capsys):
         with pytest.raises(SystemExit) as stop:
             run(silent(kind))
         assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_warning_of_the_library_is_one_line(cli, few_digits, tmp_path):
+    """A bias that is all zeros is on every grid, and PSG never moves it."""
+    state = ResNet32(10).state_dict()
+    state["fc.bias"].zero_()
+    torch.save({"arch": "ResNet32", "num_classes": 10, "state_dict": state}, tmp_path / "zero.pth")
+    flags = ["--dataset", "cifar10", "--load_pretrained", "zero.pth", "--epoch", 1, "--batch_size", 64]
+    outcome = cli("train.py", *flags)
+    lines = outcome.err.strip().splitlines()
+    assert outcome.code == 0 and len(lines) == 1, outcome
+    assert lines[0].startswith("warning: all zeros, which PSG never moves: fc.bias; give PSGD an eps > 0")

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import NoReturn
@@ -82,10 +83,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main; a UserError or a file trouble becomes one line on stderr and exit code 2.
 
-    Ctrl-C ends it with exit code 130, SIGTERM with 143, and one line of the first process.
+    Ctrl-C ends it with exit code 130, SIGTERM with 143, and one line of the first process. A warning is one line too.
     """
     try:
-        with stoppable():
+        with stoppable(), warnings.catch_warnings():
+            warnings.showwarning = _warn
             try:
                 main()
             except (RuntimeError, ConnectionError, EOFError) as error:
@@ -103,6 +105,11 @@ def run(main: Callable[[], None]) -> None:
         if RANK == "0":
             print(stop if isinstance(stop, Stopped) else "interrupted", file=sys.stderr)
         sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """Shows a warning of a library as scripts show theirs: in one line, without the place in the code."""
+    print(f"{SPEAKER}warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _explained(error: Exception) -> str | None:
