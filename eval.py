@@ -25,15 +25,17 @@ Ranges, scales, bit-widths and roundings are never fitted to test images. A bit-
 which is the first row of every model.
 """
 
-import os
+import math
+import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from utils import cli
-from utils.cli import Parser, UserError, run
+from utils.cli import Parser, UserError, first_line, run
 
 COLUMNS = {  # name: (least width on screen, format); without a width only in the files
     "model": (5, "s"), "arch": (0, "s"), "dataset": (0, "s"), "split": (0, "s"), "trained": (12, "s"),
@@ -65,8 +67,9 @@ def parse() -> Namespace:
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
     p.add_argument("--dataset", default=None, choices=cli.DATASET_NAMES,
                    help="data set (default: the one the file was trained on, cifar100 if it names none)")
-    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
-    p.add_argument("--workers", type=cli.index, default=4, help="processes that read images of an imagefolder")
+    p.add_argument("--data_dir", default=None, help=cli.DATA_DIR_HELP)
+    p.add_argument("--workers", type=cli.index, default=4,
+                   help="processes that read images of an imagefolder, one a core at most")
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
                    help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
     p.add_argument("--sparsity", type=cli.sparsity, nargs="+", default=[0.0], metavar="S",
@@ -100,8 +103,8 @@ def parse() -> Namespace:
                    help="after quantization, on training images: bn_reestimate: batch-norm statistics anew; "
                    "bias_correct: mean outputs brought back; adaround: roundings learned layer by layer")
     p.add_argument("--iterations", type=cli.count, default=1000, metavar="N", help="of adaround, for each layer")
-    p.add_argument("--calib_images", type=cli.count, default=1024, metavar="N",
-                   help="training images for calibration and --post")
+    p.add_argument("--calib_images", type=cli.count, default=cli.Default(1024), metavar="N",
+                   help="training images for calibration and --post; all if there are fewer and N is not given")
     p.add_argument("--seed", type=cli.seed, default=1, help="of the choice of calibration images")
     p.add_argument("--report", action="store_true",
                    help="also a row for each layer of each model, at the first --w_bit, to --out DIR/layers.csv")
@@ -144,53 +147,37 @@ def settings(args: Namespace) -> list:
 def main() -> None:
     args = parse()
 
+    from utils.device import resolve_precision, select_device
+    from utils.files import output_folder
+
+    with output_folder("--out", args.out) if args.out else nullcontext():
+        device, device_line = select_device(args.device, args.cu_num)
+        args.precision = resolve_precision(args.precision, device)
+        networks = load_networks(args, device)
+        print(f"{device_line}, precision: {args.precision}")
+        sweep(args, networks, device)
+
+
+def sweep(args: Namespace, networks: list[Network], device) -> None:
+    """Evaluates and prints every row of every model; with --out, writes what there is after each model."""
     import torch
 
-    from quant import nonzero_weights, packed_bytes, weight_mse
-    from utils.device import machine, resolve_precision, select_device
-    from utils.engine import evaluate, fold_batch_norm
+    from utils.device import machine
     from utils.files import write_csv, write_results
 
-    device, device_line = select_device(args.device, args.cu_num)
-    args.precision = resolve_precision(args.precision, device)
-    networks = load_networks(args, device)
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        if not os.access(args.out, os.W_OK):
-            raise UserError(f"--out {args.out} cannot be written to")
-
-    print(f"{device_line}, precision: {args.precision}")
     columns = {name: shape for name, shape in COLUMNS.items() if shape[0]}
     columns["model"] = (max(map(len, ["model", *args.model_path])), "s")
-    print("  ".join(f"{name:>{width}}" for name, (width, _) in columns.items()))
+    print("  ".join(f"{name:>{width}}" for name, (width, _) in columns.items()), flush=True)
     facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device)}
     rows: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     for net in networks:
-        deployment = net.deployment
         chosen: dict[Any, float] = {}
         for setting in settings(args):
             plain = replace(setting, post="none")
             if plain not in chosen:
-                chosen[plain] = clipping_range(args, deployment, plain)
-            n = chosen[plain]
-            try:
-                network = deployment.network(setting, n)
-            except ValueError as error:  # a network that has no batch norm, ReLU, ... for what is asked
-                raise UserError(f"{net.facts['model']}: {error}") from None
-            nonzero = nonzero_weights(network, deployment.first_last)
-            result = evaluate(fold_batch_norm(network), net.test, net.spec, args.precision)
-            del network  # two models at a time
-            grid = deployment.weight_grid(setting.w_bit)
-            row = net.facts | {
-                "sparsity": setting.sparsity, "prune": args.prune if setting.sparsity else "none", "nonzero": nonzero,
-                "w_bit": setting.w_bit, "weight_range": args.weight_range,
-                "granularity": "channel" if deployment.per_channel else "tensor",
-                "a_bit": setting.a_bit, "act_range": "none" if setting.a_bit == 32 else args.act_range,
-                "clipping_range": f"{n:g}" if n else "", "post": setting.post, "top1": round(result.top1, 4),
-                "loss": round(result.loss, 6), "weight_mse": weight_mse(deployment.pruned(setting.sparsity), **grid),
-                "bytes": packed_bytes(deployment.model, setting.w_bit, grid["first_last"], grid["per_channel"]),
-            }  # fmt: skip
+                chosen[plain] = clipping_range(args, net.deployment, plain)
+            row = evaluated(args, net, setting, chosen[plain])
             rows.append(row)
             print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
         if args.out:  # after each model, so that a sweep that is cut off leaves what it has
@@ -202,15 +189,57 @@ def main() -> None:
         print(f"written: {args.out}/results.csv and results.json" + (" and layers.csv" if layers else ""))
 
 
+def evaluated(args: Namespace, net: Network, setting, n: float) -> dict[str, Any]:
+    """The row of a network as `setting` deploys it, with `n` for the bn ranges."""
+    from quant import nonzero_weights, packed_bytes, weight_mse
+    from utils.deployment import Setting
+    from utils.engine import evaluate, fold_batch_norm
+
+    deployment = net.deployment
+    try:
+        network = deployment.network(setting, n)
+    except ValueError as error:  # a network that has no batch norm, ReLU, ... for what is asked
+        raise UserError(f"{net.facts['model']}: {first_line(error)}") from None
+    nonzero = nonzero_weights(network, deployment.first_last)
+    result = evaluate(fold_batch_norm(network), net.test, net.spec, args.precision)
+    del network  # two models at a time
+    pruned = f", sparsity {setting.sparsity:g}" if setting.sparsity else ""
+    deployed = f"at W{setting.w_bit}A{setting.a_bit}{pruned}, post {setting.post}" if setting != Setting() else ""
+    check_outputs(result.loss, net.facts["model"], deployed)
+    grid = deployment.weight_grid(setting.w_bit)
+    return net.facts | {
+        "sparsity": setting.sparsity, "prune": args.prune if setting.sparsity else "none", "nonzero": nonzero,
+        "w_bit": setting.w_bit, "weight_range": args.weight_range,
+        "granularity": "channel" if deployment.per_channel else "tensor",
+        "a_bit": setting.a_bit, "act_range": "none" if setting.a_bit == 32 else args.act_range,
+        "clipping_range": f"{n:g}" if n else "", "post": setting.post, "top1": round(result.top1, 4),
+        "loss": round(result.loss, 6), "weight_mse": weight_mse(deployment.pruned(setting.sparsity), **grid),
+        "bytes": packed_bytes(deployment.model, setting.w_bit, grid["first_last"], grid["per_channel"]),
+    }  # fmt: skip
+
+
+def check_outputs(loss: float, model: str, deployed: str = "") -> None:
+    """For a `loss` that is no number: UserError if it is the trained network's, a warning if it is of one `deployed`
+    as these words say."""
+    if math.isfinite(loss):
+        return
+    what = f"{model}: the network's outputs are not finite (loss {loss})"
+    if not deployed:
+        raise UserError(f"{what}: take the file of an earlier epoch, or train with a smaller --lr")
+    print(f"warning: {what} {deployed}: its top-1 means nothing", file=sys.stderr)
+
+
 def load_networks(args: Namespace, device) -> list[Network]:
     """Every model with its data; all that can be wrong is looked at before the first evaluation."""
     import torch
 
     from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel, training_facts
-    from utils.data import calibration_batches, check_calib_images, load_dataset
+    from utils.data import calib_images, calibration_batches
     from utils.deployment import BN_RANGES, Deployment, check_activations
+    from utils.pairing import Datasets
 
-    datasets, networks = {}, []
+    datasets, networks = Datasets(args.data_dir, device, args.workers), []
+    counts: dict[int, int] = {}  # of images for calibration, by those there are
     quantizes = any(a_bit != 32 for a_bit in args.a_bit)
     by_batch_norm = args.act_range in BN_RANGES
     searches = by_batch_norm and len(args.clipping_range) > 1
@@ -218,17 +247,16 @@ def load_networks(args: Namespace, device) -> list[Network]:
     for path in args.model_path:
         checkpoint = load_checkpoint(path)
         name = args.dataset or dataset_name(checkpoint)
-        if name not in datasets:
-            datasets[name] = load_dataset(name, args.data_dir, device, args.workers)
-        dataset = datasets[name]
+        dataset = datasets.of(checkpoint, path, name)
         model = model_from_checkpoint(checkpoint, path, args.arch, len(dataset.classes))
         model.to(device, memory_format=torch.channels_last).eval()
         train, test, split_name = dataset.splits(args.val_split)
-        if needs_images:
-            check_calib_images(args.calib_images, train)
+        if needs_images and len(train) not in counts:
+            counts[len(train)] = calib_images(args.calib_images, train)
+        taken = counts.get(len(train), 0)
 
-        def images(train=train, spec=dataset.spec):
-            return calibration_batches(train, spec, args.calib_images, args.seed)
+        def images(train=train, spec=dataset.spec, taken=taken):
+            return calibration_batches(train, spec, taken, args.seed)
 
         facts = {
             "model": path,
@@ -247,8 +275,9 @@ def load_networks(args: Namespace, device) -> list[Network]:
                 deployment.activation_ranges(8, args.clipping_range[0])
         except ValueError as error:
             advice = "; use --act_range minmax, percentile or mse" if by_batch_norm else ""
-            raise UserError(f"{path}: {error}{advice}") from None
+            raise UserError(f"{path}: {first_line(error)}{advice}") from None
         networks.append(Network(facts | training_facts(checkpoint), deployment, test, dataset.spec))
+    args.calib_images = max(counts.values(), default=args.calib_images)  # for the record
     return networks
 
 
@@ -262,7 +291,7 @@ def clipping_range(args: Namespace, deployment, setting) -> float:
         return args.clipping_range[0]
     losses = deployment.clipping_losses(setting, args.clipping_range, args.precision)
     curve = ", ".join(f"{n:g}: {loss:.4f}" for n, loss in losses.items())
-    best = min(losses, key=losses.get)
+    best = min(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n]))  # nan is smaller and larger than none
     pruned = f", sparsity {setting.sparsity:g}" if setting.sparsity else ""
     print(
         f"W{setting.w_bit}A{setting.a_bit}{pruned}: training loss by clipping range {curve}; taken: {best:g}",
@@ -281,8 +310,9 @@ def layer_report(args: Namespace, net: Network) -> list[dict[str, Any]]:
     rows = []
     images = (batch for batch, _ in deployment.images())
     for row, network in layer_rows(deployment.model, images, **deployment.weight_grid(args.w_bit[0])):
-        lost = full - evaluate(network, net.test, net.spec, args.precision).top1
-        rows.append({"model": net.facts["model"], **row, "top1_lost": round(lost, 4)})
+        result = evaluate(network, net.test, net.spec, args.precision)
+        check_outputs(result.loss, net.facts["model"], f"with {row['layer']} alone at W{row['bits']}")
+        rows.append({"model": net.facts["model"], **row, "top1_lost": round(full - result.top1, 4)})
     return rows
 
 

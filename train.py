@@ -29,7 +29,7 @@ from argparse import Namespace
 from utils import cli
 from utils.cli import Parser, UserError, run
 from utils.files import command_line, git_commit
-from utils.runs import KEPT_BY_RESUMES, RunFolder
+from utils.runs import KEPT_BY_RESUMES, RunFolder, default_exp_name
 
 PRETRAINED = "models/ResNet82.pth"
 DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
@@ -46,7 +46,8 @@ def parser() -> Parser:
     p.add_argument("--weights", default="", metavar="NAME", help="torchvision's weights to start from, as DEFAULT")
     p.add_argument("--dataset", default="cifar100", choices=cli.DATASET_NAMES, help="data set")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz, of its archive, or of train/ and val/")
-    p.add_argument("--workers", type=cli.index, default=4, help="processes that read images of an imagefolder")
+    p.add_argument("--workers", type=cli.index, default=4,
+                   help="processes that read images of an imagefolder, one a core at most")
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N", help="evaluate on N held-out training images")
     p.add_argument("--seed", type=cli.seed, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
@@ -65,7 +66,7 @@ def parser() -> Parser:
     p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor", help="what has a grid of its own")
     p.add_argument("--a_bit", type=cli.bits, default=4, help="target bit-width of activations; no effect in training")
     p.add_argument("--load_pretrained", default=None, metavar="FILE",
-                   help='checkpoint to start from, or "" for scratch '
+                   help='checkpoint to start from, or "" for scratch; as many classes of other names will do '
                    f"(default: {PRETRAINED} for PSG on ResNet32 and cifar100, else scratch)")
     p.add_argument("--resume_epoch", type=cli.count, metavar="N", help="first epoch (default: the checkpoint's + 1)")
     p.add_argument("--epoch", type=cli.count, default=150, help="number of the last epoch")
@@ -80,7 +81,9 @@ def parser() -> Parser:
     p.add_argument("--grad_l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="adds W times the sum of the magnitudes of the weights' gradients to the loss")
     p.add_argument("--batch_size", type=cli.count, default=128, help="images a step, of all processes together")
-    p.add_argument("--exp_name", default="cifar100/4bits", help="run folder, under runs/")
+    p.add_argument("--exp_name", default=None,
+                   help="run folder, under runs/ (default: data set and goal, as cifar100/4bits, digits/sparse90, or "
+                   "cifar10/vanilla with --psg 0)")
     p.add_argument("--resume", action="store_true", help="go on with the run in runs/<exp_name>")
     p.add_argument("--save_epochs", type=cli.epochs, action=cli.EpochSet, nargs="*", default=[], metavar="N",
                    help="epochs to keep a file of, as 82 or 103-150")
@@ -98,6 +101,9 @@ def parser() -> Parser:
 def parse() -> tuple[Namespace, RunFolder | None]:
     """The settings, and the folder to go on in; a resumed run's settings are its own."""
     args = parser().parse_args()
+    if args.exp_name is None:
+        resolve_target(args)
+        args.exp_name = default_exp_name(args)
     if not args.resume:
         if args.load_pretrained is None:
             as_published = args.psg and args.arch == "ResNet32" and args.dataset == "cifar100"
@@ -108,11 +114,12 @@ def parse() -> tuple[Namespace, RunFolder | None]:
         if args.w_decay is None:
             args.w_decay = 0.0 if args.psg and args.w_bit == 2 else 1e-4
         return args, None
-    folder = RunFolder.reopen(args.exp_name)
+    folder, exp_name = RunFolder.reopen(args.exp_name), args.exp_name
     again = parser()
     saved = vars(again.parse_args([])) | folder.latest_args()  # a flag that came later is at its default
     again.set_defaults(**saved)
     args = again.parse_args()
+    args.exp_name = exp_name
     if args.precision == "auto":  # what it was resolved to when the run began
         args.precision = saved["precision"]
     changed = [key for key, value in saved.items() if key not in FREE_ON_RESUME and getattr(args, key) != value]
@@ -179,10 +186,11 @@ def main() -> None:
 
     from quant import gradient_penalty, steer_lambda_s
     from utils import checkpoint as checkpoints
-    from utils.data import load_dataset, train_batches
+    from utils.data import check_files, load_dataset, train_batches
     from utils.device import machine, resolve_precision, select_device, set_deterministic
     from utils.distributed import join, leave, own_device
     from utils.engine import NonFiniteError, check_moves, check_takes, evaluate_goal
+    from utils.pairing import matched
     from utils.signals import StopRequest
     from utils.training import Training
 
@@ -197,9 +205,12 @@ def main() -> None:
 
     # Everything that can be wrong is looked at before the run folder is made, files before downloads.
     checkpoints.known_arch(args.arch)
-    pretrained = checkpoints.load_checkpoint(args.load_pretrained) if args.load_pretrained and not folder else None
+    start = folder.last_checkpoint if folder else args.load_pretrained
+    source = checkpoints.load_checkpoint(start) if start else {}
+    pretrained = None if folder else source
     with world.main_first():
         dataset = load_dataset(args.dataset, args.data_dir, device, args.workers)
+    dataset = matched(dataset, source, start, transfer=not folder)
     train_split, eval_split, eval_name = dataset.splits(args.val_split)
     num_classes = len(dataset.classes)
     first_epoch = args.resume_epoch = args.resume_epoch or (pretrained or {}).get("epoch", 0) + 1
@@ -228,11 +239,12 @@ def main() -> None:
 
     done, last_good = first_epoch - 1, args.load_pretrained or "none"
     if folder:
-        done = checkpoints.load_run(folder.last_checkpoint, model, optimizer, scheduler)
+        done = checkpoints.load_run(source, folder.last_checkpoint, model, optimizer, scheduler)
         if done >= args.epoch:
             print(f"{folder.path} has all {done} epochs: nothing left to do (a larger --epoch goes on)")
             return leave(world)
         last_good = folder.last_checkpoint
+    check_files(train_split, eval_split, world)
     facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device), "processes": world.size}
     if world.is_main:
         if folder:
@@ -250,6 +262,7 @@ def main() -> None:
     penalty = gradient_penalty(model, args.grad_l1, bool(args.first_last_quant))
     use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
     training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph, stop, bool(args.compile))
+    stop.advice = "no epoch is whole yet: the same command begins anew"
     for epoch in range(done + 1, args.epoch + 1):
         started = time.perf_counter()
         if epoch > first_epoch:
@@ -279,7 +292,7 @@ def main() -> None:
         checkpoint = {
             "epoch": epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(), "arch": args.arch, "num_classes": num_classes,
-            "args": vars(args), "metrics": row,
+            "classes": dataset.classes, "args": vars(args), "metrics": row,
         }  # fmt: skip
         if epoch in args.save_epochs:
             checkpoints.save_checkpoint(folder.path / f"epoch_{epoch}.pth", checkpoint)

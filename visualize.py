@@ -85,15 +85,17 @@ def main() -> None:
     import seaborn
     from matplotlib import pyplot
 
+    from utils.files import output_folder, replacing
+
     seaborn.set_theme(style="ticks", context="notebook")
-    figures = FIGURES[args.figure](args)
-    out = Path(args.out)
-    for number, (name, count, draw) in enumerate(figures, 1):
-        out.mkdir(parents=True, exist_ok=True)
-        figure = draw()
-        figure.savefig(out / f"{name}.png", dpi=130)
-        pyplot.close(figure)
-        print(f"{number}/{count}  {out / name}.png", flush=True)
+    with output_folder("--out", args.out) as out:
+        for number, (name, count, draw) in enumerate(FIGURES[args.figure](args), 1):
+            path = out / f"{name}.png"
+            figure = draw()
+            with replacing(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=130)
+            pyplot.close(figure)
+            print(f"{number}/{count}  {path}", flush=True)
 
 
 def load_networks(args: Namespace) -> dict:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from utils.cli import run
+from models import ResNet32
+from utils.cli import first_line, run
 
 SCRATCH = ["--dataset", "digits", "--load_pretrained", ""]
 BAD = [
@@ -81,6 +82,10 @@ BAD = [
     ("export.py", ["--seed", "-1"], "--seed: -1 must be from 0 to 2147483647"),
     ("export.py", ["--dataset", "imagefolder"], "--dataset: invalid choice: 'imagefolder'"),
     ("export.py", ["--wbit", "4"], "unrecognized arguments: --wbit 4 (did you mean --w_bit?)"),
+    ("eval.py", ["a.pth"], "unrecognized arguments: a.pth (did you mean --model_path a.pth?)"),
+    ("export.py", ["--w_bit", "4", "x/a.pth"], "unrecognized arguments: x/a.pth (did you mean --model_path x/a.pth?)"),
+    ("visualize.py", ["a.pth"], "(did you mean --model_path a.pth?)"),
+    ("train.py", ["a.pth"], "(did you mean --load_pretrained a.pth?)"),
     ("utils.average", [], "the following arguments are required: DIR, --epochs, --out"),
     ("utils.average", ["r", "--epochs", "3-1", "--out", "x"], "--epochs: 3-1 begins after its end"),
     ("utils.average", ["r", "--epochs", "1-2", "--out", "x"], "r/epoch_1.pth is not there"),
@@ -114,3 +119,35 @@ def test_what_torch_finds_out_late(attempt, message, capsys):
         torch.use_deterministic_algorithms(False)
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and line.startswith("error: ") and message in line
+
+
+def silent(kind):
+    """A function that raises an error without text."""
+
+    def attempt():
+        raise kind
+
+    return attempt
+
+
+def test_an_error_without_text_has_the_name_of_its_type(capsys):
+    texts = {"": "ValueError", " \n": "ValueError", "a\nb": "a", "\n  a": "a", "\x1b[1mbold\x1b[0m x": "bold x"}
+    for text, line in texts.items():
+        assert first_line(ValueError(text)) == line
+    assert first_line(MemoryError()) == "MemoryError"
+    for kind, message in ((OSError, "error: OSError\n"), (torch.OutOfMemoryError, "(OutOfMemoryError); try a smaller")):
+        with pytest.raises(SystemExit) as stop:
+            run(silent(kind))
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_warning_of_the_library_is_one_line(cli, few_digits, tmp_path):
+    """A bias that is all zeros is on every grid, and PSG never moves it."""
+    state = ResNet32(10).state_dict()
+    state["fc.bias"].zero_()
+    torch.save({"arch": "ResNet32", "num_classes": 10, "state_dict": state}, tmp_path / "zero.pth")
+    flags = ["--dataset", "cifar10", "--load_pretrained", "zero.pth", "--epoch", 1, "--batch_size", 64]
+    outcome = cli("train.py", *flags)
+    lines = outcome.err.strip().splitlines()
+    assert outcome.code == 0 and len(lines) == 1, outcome
+    assert lines[0].startswith("warning: all zeros, which PSG never moves: fc.bias; give PSGD an eps > 0")

@@ -127,6 +127,17 @@ def test_a_wrong_flag_is_one_line_of_one_process(tmp_path):
     assert code != 0 and err.count("error: unknown architecture 'resnet19'") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_is_one_line_of_one_process(tmp_path, few_digits, number):
+    """torchrun itself writes what it does."""
+    started = torchrun(2, tmp_path, *FLAGS, "--epoch", 500, wait=False)
+    assert any(line.startswith("epoch   1 ") for line in started.stdout)
+    started.send_signal(number)
+    _, err = started.communicate(timeout=100)
+    assert err.count(f"stopped by {number.name}; python train.py --exp_name a --resume goes on") == 1
+    assert 'train.py", line' not in err and "error: " not in err and err.count("Traceback") <= 1
+
+
 def test_a_process_that_dies_ends_the_run_and_leaves_a_good_checkpoint(tmp_path, cli, few_digits):
     started = torchrun(2, tmp_path, *FLAGS, "--epoch", 500, wait=False)
     last = tmp_path / "runs/a/last.pth"

@@ -1,20 +1,29 @@
 """torchvision's networks, and images in folders: trained, resumed, evaluated and exported by the scripts."""
 
 import csv
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from models import architectures, build_model
 from quant import load_packed, quantize_weights, save_packed
+from tests.conftest import ROOT
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.cli import UserError
 from utils.data import DATASETS, calibration_batches, eval_batches, load_dataset, train_batches
 from utils.distributed import World
 from utils.imagefolder import FolderSplit
+from utils.images import TURNS, read_image
 
 CPU = torch.device("cpu")
 
@@ -209,3 +218,149 @@ def test_any_seed_will_do(folder):
     dataset = load_dataset("imagefolder", folder, CPU)
     images, _ = next(iter(train_batches(dataset.train, dataset.spec, 2, seed=2**31 - 1).epoch(300)))
     assert images.shape == (2, 3, 224, 224)
+
+
+GRAY = np.linspace(0, 255, 64).reshape(8, 8).round().astype(np.uint8)
+COLOURS = np.stack([GRAY, GRAY.T, GRAY[::-1]], 2)
+
+
+def saved(path, pixels, mode=None):
+    """An image file of `pixels`, converted to `mode`; returns its path."""
+    image = Image.fromarray(pixels)
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    elif mode:
+        image = image.convert(mode)
+    image.save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind, suffix", [
+    (np.uint16, "png"), (np.uint16, "tif"), (np.uint16, "pgm"), (">u2", "tif"),
+])  # fmt: skip
+def test_images_of_16_bits_are_scaled(tmp_path, kind, suffix):
+    path = saved(tmp_path / f"a.{suffix}", (GRAY.astype(np.int64) * 257 + 100).clip(0, 65535).astype(kind))
+    found = np.asarray(read_image(path))
+    assert found.shape == (8, 8, 3) and np.array_equal(found, np.stack([GRAY] * 3, 2))
+    white = np.full((8, 8), 65535, kind)
+    assert np.asarray(read_image(saved(tmp_path / f"b.{suffix}", white))).min() == 255
+
+
+@pytest.mark.parametrize("mode, suffix, tolerance", [
+    ("L", "png", 0), ("LA", "png", 0), ("RGB", "png", 0), ("RGBA", "png", 0), ("CMYK", "tif", 1), ("YCbCr", "tif", 3),
+    ("LAB", "tif", 25), ("P", "png", 60),
+])  # fmt: skip
+def test_images_of_8_bits_keep_their_colours(tmp_path, mode, suffix, tolerance):
+    pixels = COLOURS if mode not in ("L", "LA") else np.stack([GRAY] * 3, 2)
+    found = np.asarray(read_image(saved(tmp_path / f"a.{suffix}", pixels, mode)))
+    assert found.shape == (8, 8, 3) and abs(found.astype(int) - pixels).max() <= tolerance
+
+
+def test_images_of_one_bit_and_with_transparency(tmp_path):
+    found = np.asarray(read_image(saved(tmp_path / "a.png", GRAY > 127)))
+    assert np.array_equal(found[..., 0], (GRAY > 127) * 255)
+    image = Image.fromarray(COLOURS).quantize(64)
+    image.save(tmp_path / "b.png", transparency=bytes(range(64)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(np.asarray(read_image(tmp_path / "b.png")), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind, message", [
+    (np.int32, "a.tif has mode I, 32-bit integers without a known range"),
+    (np.float32, "a.tif has mode F, floating-point numbers without a known range"),
+])  # fmt: skip
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_pixels_without_a_known_range_are_refused(rejected, tmp_path, folder, kind, message, part):
+    """Before there is a run folder, in either part."""
+    images = copied(folder, tmp_path / "d")
+    saved(images / part / "red/a.tif", np.stack([GRAY] * 8).reshape(32, 16).astype(kind))
+    flags = ["--dataset", "imagefolder", "--arch", "squeezenet1_1", "--data_dir", "d", "--workers", "1"]
+    assert message in rejected("train.py", *flags)
+
+
+def copied(folder, place):
+    """A copy of the images of `folder` that a test may change."""
+    shutil.copytree(folder, place)
+    return place
+
+
+def test_the_orientation_of_a_photograph_is_applied(tmp_path):
+    upright = Image.fromarray(np.kron(COLOURS[:4], np.ones((8, 8, 1), np.uint8)))
+    undone = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # all others undo themselves
+    for number, turn in TURNS.items():
+        for suffix in ("png", "tif", "jpg"):
+            exif = Image.Exif()
+            exif[0x0112] = number
+            upright.transpose(undone.get(number, turn)).save(tmp_path / f"a.{suffix}", exif=exif, quality=100)
+            found = np.asarray(read_image(tmp_path / f"a.{suffix}")).astype(int)
+            assert found.shape == (32, 64, 3) and abs(found - np.asarray(upright)).mean() < 3, (number, suffix)
+    upright.save(tmp_path / "b.jpg", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xffdamaged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "b.jpg").size == (64, 32)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_damaged_images_are_named_before_the_first_epoch(rejected, tmp_path, folder, workers):
+    images = copied(folder, tmp_path / "d")
+    truncate(images / "val/red/1.jpg")
+    flags = ["--dataset", "imagefolder", "--arch", "squeezenet1_1", "--data_dir", "d", "--workers", workers]
+    message = rejected("train.py", *flags)
+    assert "d/val/red/1.jpg cannot be read as an image (" in message and "such" not in message
+    truncate(images / "val/blue/2.jpg")
+    assert "d/val/blue/2.jpg cannot be read as an image (" in (message := rejected("train.py", *flags))
+    assert "(2 such files of 6)" in message
+    for number in (2, 4):
+        (images / f"train/red/{number}.jpg").write_bytes(b"")
+    message = rejected("train.py", *flags)
+    assert re.search(r"d/train/red/[24].jpg cannot be read as an image \(it is no image file\)", message)
+    assert "(2 such files of 12)" in message
+
+
+def test_the_images_that_a_run_holds_out_are_decoded(rejected, tmp_path, folder):
+    images = copied(folder, tmp_path / "d")
+    held_out, _ = load_dataset("imagefolder", images, CPU).splits(1)[1].files[0]
+    truncate(Path(held_out))
+    flags = ["--dataset", "imagefolder", "--arch", "squeezenet1_1", "--data_dir", images, "--workers", "0"]
+    assert f"{held_out} cannot be read as an image" in rejected("train.py", *flags, "--val_split", "1")
+
+
+def test_no_more_workers_than_cores(folder):
+    dataset = load_dataset("imagefolder", folder, CPU, workers=500)
+    assert dataset.train.workers == len(os.sched_getaffinity(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset.test.check(whole=True)
+        assert len([*eval_batches(dataset.test, dataset.spec, 8)]) == 1
+    assert load_dataset("imagefolder", folder, CPU, workers=0).train.workers == 0
+
+
+KILLED = """
+import os, signal, sys, torch, utils.imagefolder
+from utils.cli import run
+from utils.data import eval_batches, load_dataset
+
+def read_image(path):
+    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+
+utils.imagefolder.read_image = read_image  # in the worker, which is forked
+dataset = load_dataset("imagefolder", sys.argv[1], torch.device("cpu"), workers=1)
+run(lambda: [*eval_batches(dataset.test, dataset.spec, 2)])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux")
+def test_a_worker_that_is_killed_is_one_line(folder):
+    """As the kernel does where memory is short."""
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, folder, signal.SIGKILL.name], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "a process that reads images was killed (signal: Killed)" in result.stderr
+    assert "fewer --workers or a smaller --batch_size" in result.stderr

@@ -6,6 +6,7 @@ The long form: KILLS=50 SOAK=200 python -m pytest tests/test_reliability.py -s
 import contextlib
 import csv
 import os
+import pathlib
 import random
 import resource
 import shutil
@@ -16,12 +17,14 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models import ResNet32
 from tests.conftest import ROOT
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.cli import UserError
+from utils.runs import RunFolder
 
 KILLS, SOAK = int(os.environ.get("KILLS", "2")), int(os.environ.get("SOAK", "16"))
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -30,9 +33,10 @@ FLAGS = ["--dataset", "cifar10", "--arch", "squeezenet1_1", "--lr", "0.001", "--
 FLAGS += ["--device", "cpu", "--precision", "fp32", "--deterministic"]
 
 
-def start(folder, *flags):
+def start(folder, *flags, script="train.py", apart=False):
+    """The process of a command; `apart`: in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, flags)], cwd=folder, text=True,
+        [sys.executable, ROOT / script, *map(str, flags)], cwd=folder, text=True, start_new_session=apart,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -109,6 +113,67 @@ def test_signals_end_the_run_in_good_order(tmp_path, cli, number):
     assert outcome.code == 0 and f"epoch {done + 1:3d} " in outcome.out
 
 
+@pytest.fixture(scope="module")
+def many_images(tmp_path_factory):
+    """A folder of two classes, with more training images than a test waits for."""
+    folder = tmp_path_factory.mktemp("images")
+    for part, count in (("train", 300), ("val", 2)):
+        for name in ("a", "b"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (16, 16)).save(folder / part / name / f"{number}.png")
+    return folder
+
+
+def with_children(pid):
+    """`pid` and what it has started, each process after its own."""
+    path = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+    return [*(found for child in path.read_text().split() for found in with_children(int(child))), pid]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number, at_once", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_signal_to_every_process_is_one_line(tmp_path, many_images, number, at_once):
+    """As a terminal, SLURM and systemd send it: to the processes that read images too, and to these first."""
+    flags = ["--dataset", "imagefolder", "--data_dir", many_images, "--workers", "2", "--psg", "0", *FLAGS[2:-1]]
+    process = start(tmp_path, *flags, "--batch_size", "8", "--exp_name", "a", "--epoch", "9", apart=True)
+    assert wait_for(process, "epochs ")
+    while len(processes := with_children(process.pid)) < 3:
+        time.sleep(0.05)
+    time.sleep(0.5)  # so that they are in the midst of their images
+    if at_once:
+        os.killpg(process.pid, number)
+    else:
+        for pid in processes:
+            os.kill(pid, number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, err
+    assert err == f"stopped by {number.name}; no epoch is whole yet: the same command begins anew\n"
+
+
+def test_a_reader_of_images_that_is_killed_is_one_line(tmp_path, many_images):
+    flags = ["--dataset", "imagefolder", "--data_dir", many_images, "--workers", "1", "--psg", "0", *FLAGS[2:-1]]
+    process = start(tmp_path, *flags, "--batch_size", "8", "--exp_name", "a", "--epoch", "9")
+    assert wait_for(process, "epochs ")
+    while len(processes := with_children(process.pid)) < 2:
+        time.sleep(0.05)
+    os.kill(processes[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2 and len(err.splitlines()) == 1, err
+    assert err.startswith("error: a process that reads images has ended (") and "try fewer --workers" in err
+
+
+def test_sigterm_in_an_evaluation(tmp_path, digits_run):
+    """One line, and no folder is left that holds nothing."""
+    flags = ["--model_path", digits_run, "--w_bit", *range(2, 9), "--out", "out"]
+    process = start(tmp_path, *flags, script="eval.py")
+    assert wait_for(process, "device: ")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 143 and err == "stopped by SIGTERM\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_run_at_a_time_in_a_folder(tmp_path, cli):
     process = start(tmp_path, *FLAGS, "--exp_name", "a", "--epoch", 1000)
     assert wait_for(process, "epoch   1 ")
@@ -120,6 +185,81 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, cli):
     process.communicate()
     done = load_checkpoint(tmp_path / "runs/a/last.pth")["epoch"]
     assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", done + 1).code == 0  # a dead holder holds nothing
+
+
+def test_a_folder_without_an_epoch_is_used_again(tmp_path, monkeypatch, rejected):
+    """A run that was killed in its first epoch leaves its settings, logs and half a file, and no trace in the next."""
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder.create("a")
+    folder.write_settings({"args": {}})
+    folder.start_logging(after_epoch=0)
+    (folder.path / ".last.pth.1-0.tmp").write_text("half")
+    left = {path.name for path in folder.path.iterdir()}
+    assert {"args.json", "lock"} < left and len(left) == 4
+    del folder  # and its lock, as if the process had ended
+    message = rejected("train.py", "--exp_name", "a", "--resume")
+    assert "nothing to resume: runs/a/last.pth is not there; start without --resume\n" in message
+    assert RunFolder.create("a").exp_name == "a"
+    assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("name", ["last.pth", "epoch_3.pth", "metrics.csv", "notes.txt", "b/args.json"])
+def test_a_folder_with_anything_else_is_left_alone(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "runs/a" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("x")
+    assert RunFolder.create("a").exp_name == "a-2"
+    assert [path for path in (tmp_path / "runs/a").rglob("*") if path.is_file()] == [file]
+
+
+def test_many_runs_of_one_name_at_once_have_folders_of_their_own(tmp_path):
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from utils.runs import RunFolder\n"
+    code += "folder = RunFolder.create('a'); print(folder.exp_name, flush=True); time.sleep(1000)"
+    (tmp_path / "runs/a").mkdir(parents=True)  # as a run that was killed at once leaves it
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, ROOT], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    names = [process.stdout.readline().strip() for process in processes]
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert sorted(names) == sorted(set(names)) and "a" in names and "" not in names
+
+
+def test_a_bare_resume_names_the_runs_that_there_are(tmp_path, rejected):
+    for number, name in enumerate(["old", "digits/4bits", "b", "new"]):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "last.pth").write_text("")
+        os.utime(tmp_path / "runs" / name / "last.pth", (number, number))
+    message = rejected("train.py", "--resume")
+    assert "nothing to resume: runs/cifar100/4bits/last.pth is not there; start without --resume, or " in message
+    assert "choose --exp_name new, b, digits/4bits and 1 more" in message
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("", "cifar100/4bits"),
+        ("--w_bit 3", "cifar100/3bits"),
+        ("--dataset digits", "digits/4bits"),
+        ("--dataset digits --target zero", "digits/sparse90"),
+        ("--target zero --sparsity 0.975", "cifar100/sparse97.5"),
+        ("--dataset cifar10 --psg 0", "cifar10/vanilla"),
+    ],
+)
+def test_a_run_without_a_name_is_called_by_data_set_and_goal(rejected, flags, name):
+    """And is resumed by the same flags."""
+    assert f"runs/{name}/last.pth is not there" in rejected("train.py", *flags.split(), "--resume")
+
+
+def test_a_run_without_a_name_is_resumed_without_one(tmp_path, cli):
+    flags = ["--dataset", "cifar10", "--w_bit", "3"]
+    assert cli("train.py", *FLAGS, *flags, "--epoch", 1).code == 0
+    outcome = cli("train.py", *flags, "--resume", "--epoch", 2)
+    assert outcome.code == 0, outcome.err
+    assert [row["epoch"] for row in rows(tmp_path / "runs/cifar10/3bits")] == ["1", "2"]
 
 
 def test_full_disk(tmp_path, cli):
@@ -141,7 +281,7 @@ def test_full_disk_at_an_export(tmp_path, cli, digits_run):
         outcome = cli("export.py", "--model_path", digits_run)
     assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1, outcome.err
     assert "deploy/last_w4.safetensors cannot be written" in outcome.err
-    assert not list((tmp_path / "deploy").iterdir())
+    assert not (tmp_path / "deploy").exists()
 
 
 def test_strength_without_measure_is_named(tmp_path, cli):

@@ -149,9 +149,9 @@ def test_psg_starts_from_a_checkpoint(cli, tmp_path, digits_run):
     """Epochs go on from the checkpoint's, and the learning rate decays at its epoch."""
     outcome = cli("train.py", *QUICK, "--load_pretrained", digits_run, "--epoch", "5", "--decay_epoch", "5")
     assert outcome.code == 0
-    rows = metrics(tmp_path / "runs/cifar100/4bits")
+    rows = metrics(tmp_path / "runs/cifar10/4bits")
     assert [(row["epoch"], row["lr"]) for row in rows] == [(4, 0.05), (5, pytest.approx(0.005))]
-    groups = load_checkpoint(tmp_path / "runs/cifar100/4bits/last.pth")["optimizer"]["param_groups"]
+    groups = load_checkpoint(tmp_path / "runs/cifar10/4bits/last.pth")["optimizer"]["param_groups"]
     assert [group.get("bits") for group in groups] == [4, None]
     assert groups[0]["lambda_s"] == 150 and groups[0]["weight_decay"] == 1e-4
 

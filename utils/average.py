@@ -13,7 +13,8 @@ bits up such a file serves as a float network too; of 2 bits, or of many zeros, 
 
 from pathlib import Path
 
-from utils.cli import Parser, UserError, bits_or_float, count, epochs, index, run, seed, sparsity
+from utils import cli
+from utils.cli import Parser, UserError, bits_or_float, count, epochs, first_line, index, run, seed, sparsity
 
 
 def main() -> None:
@@ -25,9 +26,10 @@ def main() -> None:
     p.add_argument("--w_bit", type=bits_or_float, default=32, help="bit-width of the weights under the statistics")
     p.add_argument("--sparsity", type=sparsity, default=0.0, metavar="S",
                    help="share of zero weights, by magnitude over all layers, under the statistics")
-    p.add_argument("--calib_images", type=count, default=4096, metavar="N", help="training images for the statistics")
+    p.add_argument("--calib_images", type=count, default=cli.Default(4096), metavar="N",
+                   help="training images for the statistics; all if there are fewer and N is not given")
     p.add_argument("--seed", type=seed, default=1, help="of the choice of images")
-    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
+    p.add_argument("--data_dir", default=None, help=cli.DATA_DIR_HELP)
     p.add_argument("--cu_num", type=index, default=0, help="GPU number")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
     # fmt: on
@@ -37,9 +39,12 @@ def main() -> None:
 
     from quant import prune_weights, quantize_weights, reestimate_batch_norm
     from utils.checkpoint import RUN_STATE, load_checkpoint, model_from_checkpoint, per_channel, save_checkpoint
-    from utils.data import calibration_batches, check_calib_images, load_dataset
+    from utils.data import calib_images, calibration_batches
     from utils.device import select_device
+    from utils.files import check_output_file
+    from utils.pairing import Datasets
 
+    check_output_file("--out", args.out)
     device, device_line = select_device(args.device, args.cu_num)
     paths = [Path(args.run) / f"epoch_{epoch}.pth" for epoch in args.epochs]
     absent = [path for path in paths if not path.is_file()]
@@ -61,21 +66,22 @@ def main() -> None:
         for name, parameter in mean.named_parameters():
             parameter.copy_(sums[name] / len(paths))
 
-    dataset = load_dataset(settings["dataset"], args.data_dir, device)
+    dataset = Datasets(args.data_dir, device).of(last, paths[-1])
     train, _, _ = dataset.splits(settings["val_split"])
-    check_calib_images(args.calib_images, train)
+    taken = calib_images(args.calib_images, train)
     mean.to(device, memory_format=torch.channels_last)
     first_last = bool(settings["first_last_quant"])
     pruned = prune_weights(mean, args.sparsity, first_last=first_last)
     deployed = quantize_weights(pruned, args.w_bit, first_last, per_channel(last), inplace=True)
-    images = (batch for batch, _ in calibration_batches(train, dataset.spec, args.calib_images, args.seed))
+    images = (batch for batch, _ in calibration_batches(train, dataset.spec, taken, args.seed))
     try:
         state = reestimate_batch_norm(deployed, images).state_dict() | dict(mean.named_parameters())
     except ValueError as error:
-        raise UserError(f"{paths[-1]}: {error}") from None
+        raise UserError(f"{paths[-1]}: {first_line(error)}") from None
     kept = {key: value for key, value in last.items() if key not in (*RUN_STATE, "metrics")}
     kept["state_dict"] = {name: value.detach().cpu() for name, value in state.items()}
     kept["averaged_epochs"] = [args.epochs[0], args.epochs[-1]]
+    kept["deployed"] = {"w_bit": args.w_bit, "sparsity": args.sparsity}  # under the statistics
     save_checkpoint(args.out, kept)
     print(f"{device_line}; the mean of {len(paths)} epochs, {args.epochs[0]} to {args.epochs[-1]}: {args.out}")
 

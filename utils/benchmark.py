@@ -20,7 +20,7 @@ from typing import Any
 
 from utils.cli import Parser, UserError, run
 from utils.cli import count as whole_number
-from utils.files import command_line, git_commit, write_json
+from utils.files import check_output_file, command_line, git_commit, write_json
 
 BATCH_SIZE = 128
 WARM_UP = 2
@@ -37,6 +37,8 @@ def main() -> None:
     p.add_argument("--rounds", type=whole_number, default=30, help="times that every step is measured")
     p.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
     args = p.parse_args()
+    if args.json:
+        check_output_file("--json", args.json)
 
     import torch
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.benchmark import alternate
-from utils.cli import Parser, UserError, bits, count, run
-from utils.files import command_line, git_commit, write_json
+from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, bits, count, first_line, run
+from utils.files import check_output_file, command_line, git_commit, write_json
 
 BATCHES = (1, 256)
 PIECE = 256  # images timed at once
@@ -27,59 +27,71 @@ def main() -> None:
     p = Parser(__doc__)
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
     p.add_argument("--w_bit", type=bits, nargs="+", default=[8, 4], metavar="B", help="weight bit-widths")
-    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
-    p.add_argument("--calib_images", type=count, default=1024, metavar="N", help="training images for activations")
+    p.add_argument("--data_dir", default=None, help=DATA_DIR_HELP)
+    p.add_argument("--calib_images", type=count, default=Default(1024), metavar="N",
+                   help="training images for activations; all if there are fewer and N is not given")  # fmt: skip
     p.add_argument("--rounds", type=count, default=20, help="times that each kind is measured at each batch size")
     p.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
     args = p.parse_args()
+    if args.json:
+        check_output_file("--json", args.json)
 
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(f"{error}: pip install -r requirements-export.txt") from None
+        raise UserError(f"{first_line(error)}: pip install -r requirements-export.txt") from None
     import torch
 
     from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel
-    from utils.data import check_calib_images, load_dataset
+    from utils.data import calib_images
     from utils.deployment import check_activations
     from utils.device import machine, select_device
+    from utils.pairing import Datasets
 
     device, _ = select_device("cpu", 0)
     rows: list[dict[str, Any]] = []
     hardware = machine(device)
     print(f"{hardware}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {args.rounds} rounds")
+    datasets = Datasets(args.data_dir, device)
     for path in args.model_path:
         checkpoint = load_checkpoint(path)
         name = dataset_name(checkpoint)
         if name == "imagefolder":
             raise UserError(f"{path} is for {name}; this benchmark takes networks for images of 32 x 32")
-        dataset = load_dataset(name, args.data_dir, device)
-        check_calib_images(args.calib_images, dataset.train)
+        dataset = datasets.of(checkpoint, path)
+        taken = calib_images(args.calib_images, dataset.train)
         model = model_from_checkpoint(checkpoint, path, None, len(dataset.classes)).eval()
         check_activations(model, path)
         by_channel = per_channel(checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                found = compare(args, model, by_channel, dataset, Path(folder))
-            except ValueError as error:  # an operation without a counterpart in the file
-                raise UserError(f"{path}: {error}") from None
+                found = compare(args, taken, model, by_channel, dataset, Path(folder))
+            except ValueError as error:  # as an operation without a counterpart in the file
+                raise UserError(f"{path}: {first_line(error)}") from None
         rows += [{"model": path, **row} for row in found]
     if args.json:
         facts = {"command": command_line(), "commit": git_commit(), "machine": hardware, "torch": torch.__version__}
         write_json(args.json, {**facts, "onnxruntime": onnxruntime.__version__, "rounds": args.rounds, "rows": rows})
 
 
-def compare(args, model, by_channel: bool, dataset, folder: Path) -> list[dict[str, Any]]:
-    """A row for each kind of `model`: bytes of its file (in torch of its parameters), top-1 and images a second."""
+def compare(args, taken: int, model, by_channel: bool, dataset, folder: Path) -> list[dict[str, Any]]:
+    """A row for each kind of `model`: bytes of its file (in torch of its parameters), top-1 and images a second.
+
+    `taken` training images are for the ranges of activations.
+    """
     import torch
 
     from utils.data import eval_batches, normalize
 
-    kinds = torch_kinds(model) | onnx_kinds(args, model, by_channel, dataset, folder)
+    kinds = torch_kinds(model) | onnx_kinds(args, taken, model, by_channel, dataset, folder)
     top1 = {}
     for name, (_, network) in kinds.items():
-        hits = sum((network(images).argmax(1) == labels).sum().item()
-                   for images, labels in eval_batches(dataset.test, dataset.spec, 256))  # fmt: skip
+        hits = 0
+        for images, labels in eval_batches(dataset.test, dataset.spec, 256):
+            logits = network(images)
+            if not logits.isfinite().all():
+                raise ValueError(f"the outputs of {name} are not finite")
+            hits += (logits.argmax(1) == labels).sum().item()
         top1[name] = 100 * hits / len(dataset.test)
     speed: dict[str, dict[int, float]] = {name: {} for name in kinds}
     for batch in BATCHES:
@@ -125,7 +137,7 @@ def torch_kinds(model) -> dict[str, tuple[int, Callable]]:
     return {"torch, float32": (size, network("fp32")), "torch, bfloat16": (size // 2, network("bf16"))}
 
 
-def onnx_kinds(args, model, by_channel: bool, dataset, folder: Path) -> dict[str, tuple[int, Callable]]:
+def onnx_kinds(args, taken: int, model, by_channel: bool, dataset, folder: Path) -> dict[str, tuple[int, Callable]]:
     """The network in onnxruntime, in float and with integer weights: bytes of its file, and a function."""
     import onnx
     import onnxruntime
@@ -134,7 +146,7 @@ def onnx_kinds(args, model, by_channel: bool, dataset, folder: Path) -> dict[str
     from quant import calibrate, integer_weights, quantize_activations, quantize_sums, quantize_weights, to_onnx
     from utils.data import calibration_batches
 
-    batches = [images for images, _ in calibration_batches(dataset.train, dataset.spec, args.calib_images, seed=1)]
+    batches = [images for images, _ in calibration_batches(dataset.train, dataset.spec, taken, seed=1)]
     ranges = calibrate(model, batches, 8)
     protos = {"onnxruntime, float32": to_onnx(model, {})}
     for width in args.w_bit:

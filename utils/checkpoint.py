@@ -2,13 +2,16 @@
 
     python -m utils.checkpoint runs/vanilla/epoch_82.pth models/ResNet82.pth    # a copy without optimizer state
 
-Keys: epoch, state_dict, optimizer, scheduler, arch, num_classes, args (a plain dict), metrics. The published .pth files
-(epoch, state_dict, ...) and bare state_dicts load too.
+Keys: epoch, state_dict, optimizer, scheduler, arch, num_classes, classes (their names, in the order of the outputs),
+args (a plain dict), metrics; averaged_epochs and deployed by utils.average. The published .pth files (epoch,
+state_dict, ...), bare state_dicts and those of other programs load too.
 """
 
+import contextlib
 import hashlib
 import pickle
 import sys
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,18 @@ import torch
 from torch import nn
 
 from models import build_model, check_arch
-from utils.cli import Parser, UserError, run
+from utils.cli import Parser, UserError, first_line, run
 from utils.files import atomic_write
+from utils.foreign import read_file, unwrapped
 
 # Quantizer constants that the published code kept in its state_dicts; ours are derived from the weights.
 PUBLISHED_EXTRAS = (".scale_value", ".wscale_value", ".bscale_value")
 RUN_STATE = ("optimizer", "scheduler")
-KINDS = {"epoch": int, "arch": str, "args": dict, "averaged_epochs": list}  # of what a file says beside its weights
+# Of what a file says beside its weights.
+KINDS = {"epoch": int, "arch": str, "args": dict, "averaged_epochs": list, "classes": list, "deployed": dict}
 MOST_CLASSES = 10**6  # what a file may claim before a network is built by it
+OPTIONAL = "num_batches_tracked"  # which old files lack, and which has no effect on a network with a momentum
+COUNTER = "n_averaged"  # of torch's AveragedModel, beside the weights
 HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias"}  # their length is the class count
 
 
@@ -36,26 +43,25 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint at `path` on the CPU, at least with the key state_dict.
 
-    Raises UserError for a missing, truncated or foreign file. Nothing in the file is executed. A file that its folder's
-    SHA256SUMS lists, and that is not the listed one, is used with a warning.
+    Files of other programs may keep their weights under another key (utils/foreign.py). Raises UserError for a missing,
+    damaged or foreign file. Nothing in the file is executed. A file that its folder's SHA256SUMS lists, and that is not
+    the listed one, is used with a warning.
     """
     path = Path(path)
+    if path.is_dir():
+        last = path / "last.pth"
+        advice = f"its last checkpoint is {last}" if last.is_file() else "name a file"
+        raise UserError(f"{path} is a folder: {advice}")
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     warn_if_changed(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the bytes of a foreign file can raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a readable checkpoint ({reason[:120]})") from None
-    if isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
-        checkpoint = {"state_dict": checkpoint}
-    state = checkpoint["state_dict"] if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path} holds no state_dict of tensors: it is not a checkpoint of this project")
+    checkpoint = read_file(path)
     for key, kind in KINDS.items():
         if not isinstance(checkpoint.get(key, kind()), kind):
             raise UserError(f"{path} is not a checkpoint of this project: its {key} is {checkpoint[key]!r}"[:300])
+    odd = [name for name in checkpoint.get("classes", []) if not isinstance(name, str)]
+    if odd:
+        raise UserError(f"{path} is not a checkpoint of this project: {odd[0]!r} is the name of a class"[:300])
     return checkpoint
 
 
@@ -74,10 +80,15 @@ def warn_if_changed(path: Path) -> None:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Copies the checkpoint's weights into `model`; UserError lists what is missing, left over or misshapen."""
-    state = {k: v for k, v in checkpoint["state_dict"].items() if not k.endswith(PUBLISHED_EXTRAS)}
+    """Copies the checkpoint's weights into `model`; UserError lists what is missing, left over or misshapen.
+
+    Names with parts that a wrapper has put into them, such as module., count as those of the network.
+    """
     wanted = model.state_dict()
-    problems = [f"missing {key}" for key in wanted if key not in state]
+    state = {k: v for k, v in unwrapped(checkpoint["state_dict"], wanted).items() if not k.endswith(PUBLISHED_EXTRAS)}
+    if COUNTER not in wanted:
+        state.pop(COUNTER, None)
+    problems = [f"missing {key}" for key in wanted if key not in state and not key.endswith(OPTIONAL)]
     problems += [f"unknown {key}" for key in state if key not in wanted]
     problems += [
         f"{key} is {list(state[key].shape)} instead of {list(value.shape)}"
@@ -103,15 +114,23 @@ def known_arch(arch: str) -> str:
 
 
 def new_model(arch: str, num_classes: int, weights: str | None = None) -> nn.Module:
-    """`build_model`, with a UserError for an architecture or weights that there are not."""
+    """`build_model`, with a UserError for an architecture or weights that there are not, or that cannot be had."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
     try:
-        return build_model(arch, num_classes, weights)
+        if not weights:
+            return build_model(arch, num_classes)
+        with contextlib.redirect_stderr(sys.stdout):  # torch tells of the download there
+            return build_model(arch, num_classes, weights)
     except ValueError as error:
         raise UserError(str(error)) from None
+    except (OSError, HTTPException) as error:
+        if not weights:
+            raise
+        told = f"the weights {weights} of {arch} could not be downloaded ({first_line(error)})"
+        raise UserError(f"{told}: try again with a network, or put torchvision's file of them into {cache}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:  # from torch's reader of a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        advice = f"delete its file in {Path(torch.hub.get_dir()) / 'checkpoints'}"
-        raise UserError(f"--weights {weights} of {arch} cannot be read ({reason}): {advice}") from None
+        advice = f"delete its file in {cache}"
+        raise UserError(f"--weights {weights} of {arch} cannot be read ({first_line(error)}): {advice}") from None
 
 
 def model_from_checkpoint(
@@ -132,12 +151,14 @@ def model_from_checkpoint(
         raise UserError(f"{path}: {error}") from None
     classes = checkpoint.get("num_classes", num_classes)
     if saved_arch in HEADS:
-        head = checkpoint["state_dict"].get(HEADS[saved_arch])
+        head = unwrapped(checkpoint["state_dict"]).get(HEADS[saved_arch])
         if head is None or not head.dim() or not len(head):
             raise UserError(f"{path} lacks {HEADS[saved_arch]}, so it is not a {saved_arch}")
         classes = len(head)
     if isinstance(classes, bool) or not isinstance(classes, int) or not 0 < classes < MOST_CLASSES:
         raise UserError(f"{path} does not say how many classes it has (num_classes is {classes!r})")
+    if len(checkpoint.get("classes", range(classes))) != classes:
+        raise UserError(f"{path} names {len(checkpoint['classes'])} classes, its network has {classes}")
     if num_classes not in (None, classes):
         raise UserError(f"{path} has {classes} classes, the data set has {num_classes}")
     model = new_model(saved_arch, classes)
@@ -181,12 +202,12 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
-def load_run(path: str | Path, model: nn.Module, optimizer: Any, scheduler: Any) -> int:
-    """Restores model, optimizer and scheduler of the run that wrote `path`; returns the number of its last epoch.
+def load_run(checkpoint: dict[str, Any], path: str | Path, model: nn.Module, optimizer: Any, scheduler: Any) -> int:
+    """Restores model, optimizer and scheduler of the run whose checkpoint was read from `path`; returns the number of
+    its last epoch.
 
     Raises UserError if the file does not hold a run's state.
     """
-    checkpoint = load_checkpoint(path)
     missing = [key for key in ("epoch", *RUN_STATE) if key not in checkpoint]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: a run cannot be resumed from it, only started from it")
@@ -195,7 +216,7 @@ def load_run(path: str | Path, model: nn.Module, optimizer: Any, scheduler: Any)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the optimizer state in {path} does not fit this run ({error})") from None
+        raise UserError(f"the optimizer state in {path} does not fit this run ({first_line(error)})") from None
     return checkpoint["epoch"]
 
 

@@ -4,21 +4,53 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import NoReturn
 
-from utils.signals import Stopped
+from utils.signals import Stopped, stop_behind, stoppable
 
 RANK = os.environ.get("RANK", "0")  # among the processes of torchrun
 SPEAKER = "" if RANK == "0" else f"process {RANK}: "
 DATASET_NAMES = ["cifar100", "cifar10", "digits", "imagefolder"]
+DATA_DIR_HELP = (
+    "folder of <dataset>.npz, of torchvision's archive, or of train/ and val/ "
+    "(default: the one of the file's training if the data set is there, else data)"
+)
+CHECKPOINT_FLAGS = ("--model_path", "--load_pretrained")
+ESCAPE_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # of terminals, such as bold
 
 
 class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong, the value, what to do."""
+
+
+class Default(int):
+    """The default of a flag that is a whole number: who reads it can tell that nobody asked for it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, without a terminal's escape codes; its type if it says nothing."""
+    lines = ESCAPE_CODES.sub("", str(error)).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def lost_reader(error: BaseException) -> str:
+    """What to say if `error` is torch's for a DataLoader worker that has died, else nothing."""
+    if not first_line(error).startswith(("DataLoader worker", "Pin memory thread")):
+        return ""
+    how = "has ended unexpectedly"
+    cause: BaseException | None = error
+    while cause:  # the signal is often in an earlier one
+        if killed := re.search(r"killed by signal: ([\w ]+)", str(cause)):
+            how = f"was killed (signal: {killed[1].strip()})"
+        cause = cause.__cause__ or cause.__context__
+    advice = "try fewer --workers or a smaller --batch_size"
+    return f"a process that reads images {how}, as happens where memory is short: {advice}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,6 +64,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+            file = next((word for word in unknown if word.endswith((".pth", ".pt"))), None)
+            near += [f"{flag} {file}" for flag in CHECKPOINT_FLAGS if file and flag in known]
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
         return parsed
 
@@ -47,34 +81,56 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main; a UserError or a file trouble becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    """Calls a script's main; a UserError or a file trouble becomes one line on stderr and exit code 2.
+
+    Ctrl-C ends it with exit code 130, SIGTERM with 143, and one line of the first process. A warning is one line too.
+    """
     try:
-        main()
+        with stoppable(), warnings.catch_warnings():
+            warnings.showwarning = _warn
+            try:
+                main()
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                reason = _explained(error)
+                if reason is None:
+                    raise
+                raise UserError(reason) from None
     except (UserError, OSError) as error:
         if RANK != "0":
             time.sleep(3)  # torchrun ends the others when one fails: what is wrong in all is said by the first alone
-        print(f"{SPEAKER}error: {error}", file=sys.stderr)
+        line = " ".join(str(error).splitlines()) or first_line(error)  # a path may have line ends
+        print(f"{SPEAKER}error: {line}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if type(error).__name__.startswith("Dist") or "gloo" in reason:  # what torch.distributed raises
-            advice = "see its message; a run that has saved an epoch goes on with --resume"
-            reason = f"another process of the run has ended ({reason}); {advice}"
-        elif type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
-            reason = f"the memory does not suffice ({reason}); try a smaller batch, network or number of images"
-        elif "does not have a deterministic implementation" in reason:
-            reason = f"{reason.partition(',')[0]}: leave --deterministic out"
-        else:
-            raise
-        print(f"{SPEAKER}error: {reason}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as stop:
         if RANK == "0":
-            print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+            print(stop if isinstance(stop, Stopped) else "interrupted", file=sys.stderr)
+        sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """Shows a warning of a library as scripts show theirs: in one line, without the place in the code."""
+    print(f"{SPEAKER}warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _explained(error: Exception) -> str | None:
+    """What the user can do about an error that torch raises late, in one line; None if it is none of these.
+
+    Raises Stopped for what comes of a SIGINT or SIGTERM that has been noted.
+    """
+    reason = first_line(error)
+    of_reader = lost_reader(error)
+    of_fellow = type(error).__name__.startswith("Dist") or "gloo" in reason  # what torch.distributed raises
+    stop_behind(wait=bool(of_reader) or (of_fellow and RANK != "0"))
+    if of_reader:
+        return of_reader
+    if of_fellow:
+        advice = "see its message; a run that has saved an epoch goes on with --resume"
+        return f"another process of the run has ended ({reason}); {advice}"
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
+        return f"the memory does not suffice ({reason}); try a smaller batch, network or number of images"
+    if "does not have a deterministic implementation" in reason:
+        return f"{reason.partition(',')[0]}: leave --deterministic out"
+    return None
 
 
 def _number(text: str) -> float:

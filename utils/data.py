@@ -1,12 +1,12 @@
 """Data sets that live on the device as uint8, and batches cut, flipped and normalised there.
 
-A set is looked for as `<data_dir>/<name>.npz` (keys x_train, y_train, x_test, y_test, classes; uint8 NHWC images), then
-as torchvision's archive in data_dir, then downloaded by torchvision. `digits` comes with scikit-learn.
-`imagefolder` is read image by image (utils/imagefolder.py) and has the same kinds of batches.
+utils/sources.py finds them. `imagefolder` is read image by image (utils/imagefolder.py) and has the same kinds of
+batches.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.cli import UserError
+from utils.cli import Default, UserError
 from utils.distributed import ALONE, World
+from utils.sources import IMAGE_SIZE, find_arrays
 
 if TYPE_CHECKING:
     from utils.imagefolder import FolderBatches, FolderSplit  # which imports torchvision
 
-IMAGE_SIZE = 32
 CROP_PADDING = 4
-TRAIN_DIGITS = 1437  # four fifths of scikit-learn's 1,797
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,10 @@ class Split:
     def part(self, where: slice) -> "Split":
         return Split(self.images[where], self.labels[where])
 
+    def relabelled(self, numbers: Sequence[int]) -> "Split":
+        """The same images, with numbers[label] for each label."""
+        return Split(self.images, torch.tensor(numbers, device=self.labels.device)[self.labels])
+
 
 @dataclass
 class Dataset:
@@ -87,6 +90,12 @@ class Dataset:
         border = len(self.train) - val_split
         return self.train.part(slice(border)), self.train.part(slice(border, None)), "validation"
 
+    def in_order_of(self, classes: list[str]) -> "Dataset":
+        """The same images, with labels that count in `classes`, which are this set's own in any order."""
+        numbers = [classes.index(name) for name in self.classes]
+        train, test = self.train.relabelled(numbers), self.test.relabelled(numbers)
+        return replace(self, train=train, test=test, classes=list(classes))
+
 
 def load_dataset(name: str, data_dir: str | Path, device: torch.device, workers: int = 0) -> Dataset:
     """The data set `name` (a key of DATASETS), checked, as uint8 on `device`; of imagefolder the file names.
@@ -101,93 +110,13 @@ def load_dataset(name: str, data_dir: str | Path, device: torch.device, workers:
 
         spec = DATASETS[name]
         return Dataset(name, *load_folder(data_dir, spec.mean, spec.std, device, workers))
-    if name == "digits":
-        arrays = _digits()
-        source = "scikit-learn's digits"
-    else:
-        path = Path(data_dir) / f"{name}.npz"
-        arrays = _read_npz(path) if path.exists() else _torchvision(name, Path(data_dir), path)
-        source = str(path)
-    _check(arrays, source)
+    arrays = find_arrays(name, Path(data_dir))
 
     def split(part: str) -> Split:
         images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"].astype(np.int64)
         return Split(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device))
 
     return Dataset(name, split("train"), split("test"), [str(label) for label in arrays["classes"]])
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    keys = ("x_train", "y_train", "x_test", "y_test", "classes")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in keys if key not in archive]
-            if missing:
-                raise UserError(f"{path} lacks {', '.join(missing)}: it needs the keys {', '.join(keys)}")
-            return {key: archive[key] for key in keys}
-    except UserError:
-        raise
-    except Exception as error:  # the bytes of a foreign file can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is not a readable .npz of plain arrays ({reason}): make it again or delete it"
-        ) from None
-
-
-def _torchvision(name: str, data_dir: Path, npz: Path) -> dict[str, np.ndarray]:
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    cls = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-    try:
-        train, test = (cls(data_dir, train=part, download=True) for part in (True, False))
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"no {name} data: {npz} is not there and the download failed ({reason}); "
-            "put the file there, or try --dataset digits, which needs none"
-        ) from None
-    return {
-        "x_train": train.data, "y_train": np.array(train.targets),
-        "x_test": test.data, "y_test": np.array(test.targets),
-        "classes": np.array(train.classes),
-    }  # fmt: skip
-
-
-def _digits() -> dict[str, np.ndarray]:
-    """scikit-learn's 8x8 digits in a fixed shuffle, scaled to 0..255 and resized to 32x32x3."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
-    images = torch.nn.functional.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
-    images = images.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy()
-    order = np.random.default_rng(0).permutation(len(images))
-    train, test = order[:TRAIN_DIGITS], order[TRAIN_DIGITS:]
-    labels = bunch.target
-    return {
-        "x_train": images[train], "y_train": labels[train], "x_test": images[test], "y_test": labels[test],
-        "classes": bunch.target_names,
-    }  # fmt: skip
-
-
-def _check(arrays: dict[str, np.ndarray], source: str) -> None:
-    classes = arrays["classes"]
-    if classes.ndim != 1 or len(classes) < 2:
-        raise UserError(f"{source}: classes must list at least two names, has shape {classes.shape}")
-    for part in ("train", "test"):
-        images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            raise UserError(
-                f"{source}: x_{part} must be uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], "
-                f"is {images.dtype} {list(images.shape)}"
-            )
-        if labels.ndim != 1 or len(labels) != len(images) or not len(labels):
-            raise UserError(f"{source}: y_{part} {list(labels.shape)} does not match {len(images)} images of x_{part}")
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise UserError(f"{source}: y_{part} must hold whole numbers, is {labels.dtype}")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= len(classes):
-            raise UserError(f"{source}: labels of y_{part} run from {low} to {high}, outside 0..{len(classes) - 1}")
 
 
 @lru_cache
@@ -213,10 +142,29 @@ def eval_batches(split: "Split | FolderSplit", spec: DataSpec, batch_size: int) 
         yield normalize(part.images, spec), part.labels
 
 
-def check_calib_images(count: int, split: "Split | FolderSplit", flag: str = "--calib_images") -> None:
-    """Raises UserError if `split` has fewer than `count` images: look before the work that comes before calibration."""
-    if count > len(split):
+def check_files(train: "Split | FolderSplit", test: "Split | FolderSplit", world: World = ALONE) -> None:
+    """Raises UserError, naming the first, if image files are damaged, before an epoch is spent on the others.
+
+    Those to evaluate on are decoded, which costs an evaluation at most: they are first needed when an epoch of training
+    is done. Of those to train on the headers alone are read, which is cheap, as decoding costs an epoch.
+    """
+    if not isinstance(train, Split):
+        train.check(whole=False, world=world)
+        test.check(whole=True, world=world)
+
+
+def calib_images(count: int, split: "Split | FolderSplit", flag: str = "--calib_images") -> int:
+    """How many images of `split` to take, `count`: look before the work that comes before calibration.
+
+    If there are fewer, they are all taken, with a warning, where `count` is a flag's default (cli.Default); where it
+    was asked for, that is a UserError.
+    """
+    if count <= len(split):
+        return count
+    if not isinstance(count, Default):
         raise UserError(f"{flag} {count} is more than the {len(split)} training images")
+    print(f"warning: all {len(split)} training images are taken: {flag} {count} would be more", file=sys.stderr)
+    return len(split)
 
 
 def calibration_batches(

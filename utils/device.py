@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 
 
 def select_device(name: str | None, cu_num: int) -> tuple[torch.device, str]:
@@ -28,7 +28,7 @@ def select_device(name: str | None, cu_num: int) -> tuple[torch.device, str]:
         probe = torch.zeros(1, device=name)
         probe.item()  # there are devices without values, such as meta
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {name!r} cannot be used here: {first_line(error)}") from None
     device = probe.device  # with its number, also for a bare "cuda"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, graphs and libraries follow the current device

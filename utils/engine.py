@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import gc
+import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +18,11 @@ from quant.goals import GridGoal, SparseGoal
 from quant.penalty import Penalty
 from quant.sparsity import prunable_weights
 from quant.tracing import conv_norm_pairs, trace
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.data import DataSpec, Split, eval_batches
 from utils.device import autocast
 from utils.distributed import ALONE, World
+from utils.progress import shown
 
 # Images at a time in evaluation: on a CPU small batches stay in its caches, a GPU wants large ones.
 EVAL_BATCH_SIZE = {"cpu": 100, "cuda": 1000}
@@ -36,7 +39,7 @@ class Result:
 
 class NonFiniteError(ArithmeticError):
     """The loss or a weight became NaN or infinite, or a whole weight tensor zero; the message says which, and at which
-    step (from 1) of an epoch."""
+    step (from 1), or in which part, of an epoch."""
 
 
 def train_step(
@@ -114,14 +117,13 @@ def check_takes(model: nn.Module, name: str, size: int, smallest_step: int) -> N
     try:
         model.eval()(image)
     except Exception as error:  # torch and torchvision raise several kinds
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--arch {name} cannot take {size} x {size} images ({reason})") from None
+        raise UserError(f"--arch {name} cannot take {size} x {size} images ({first_line(error)})") from None
     if smallest_step == 1:  # batch norm over one number has no variance
         try:
             copy.deepcopy(model).train()(image)
         except ValueError as error:
             advice = "choose a --batch_size that leaves more than one image to the last step of an epoch"
-            raise UserError(f"--arch {name} cannot be trained on one image ({error}): {advice}") from None
+            raise UserError(f"--arch {name} cannot be trained on one image ({first_line(error)}): {advice}") from None
 
 
 def check_moves(model: nn.Module, first_last: bool = True) -> None:
@@ -174,7 +176,9 @@ def evaluate(model: nn.Module, split: Split, spec: DataSpec, precision: str = "f
     """Loss and top-1 of `model` in eval mode on every image of `split`, shared out to the processes of `world`."""
     part = split.part(slice(world.rank, None, world.size)) if world.size > 1 else split
     batch_size = EVAL_BATCH_SIZE.get(split.device.type, 500) if isinstance(split, Split) else LARGE_IMAGES
-    return evaluate_batches(model, eval_batches(part, spec, batch_size), precision, world)
+    batches = eval_batches(part, spec, batch_size)
+    steps = -(-len(part) // batch_size)
+    return evaluate_batches(model, shown(batches, "evaluation", steps, not world.is_main), precision, world)
 
 
 @torch.inference_mode()
@@ -205,10 +209,15 @@ def evaluate_goal(
 ) -> dict[str, float]:
     """Loss and top-1 of `model` as it is and as `goal` deploys it, and how far its weights are from that; by column.
 
-    In float32, as eval.py: bfloat16 is off by up to a tenth of a point.
+    In float32, as eval.py: bfloat16 is off by up to a tenth of a point. Raises NonFiniteError if the loss of `model` as
+    it is is no number; as deployed, that is a warning on stderr of the first process.
     """
     full = evaluate(fold_batch_norm(copy.deepcopy(model)), split, spec, world=world)
+    if not math.isfinite(full.loss):
+        raise NonFiniteError(f"the network's outputs were not finite (loss {full.loss}) in the evaluation")
     low = evaluate(fold_batch_norm(goal.deployed(model)), split, spec, world=world)
+    if not math.isfinite(low.loss) and world.is_main:
+        print(f"warning: the network's outputs are not finite (loss {low.loss}) at {goal.name}", file=sys.stderr)
     name = goal.name.lower()
     return {
         "fp_loss": full.loss, "fp_top1": full.top1, f"{name}_loss": low.loss, f"{name}_top1": low.top1,

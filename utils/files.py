@@ -4,16 +4,40 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
+import secrets
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from utils.cli import UserError
+from utils.cli import UserError, first_line
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to, this call's alone, renamed to `path` when the block ends well, else removed.
+
+    Raises UserError if `path` is a folder, or the block or the renaming an OSError; what `path` was before then stays.
+    """
+    path = Path(path)
+    if not path.name or path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = f"could not be written ({error.strerror or first_line(error)})"
+        raise UserError(f"{path} {reason}; what was there before is intact") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -22,27 +46,79 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
     Raises UserError if it cannot be written; what `path` was before then stays.
     """
-    path = Path(path)
-    if not path.name:
-        raise UserError(f"{path} is a folder: name a file")
-    temporary = path.with_name(path.name + ".tmp")
+    with replacing(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except RuntimeError as error:  # as torch.save reports a full disk
+            raise OSError(first_line(error)) from None
+
+
+@contextlib.contextmanager
+def output_folder(flag: str, path: str | Path) -> Iterator[Path]:
+    """The folder `path`, which `flag` names, made if need be, for a block that writes there.
+
+    Raises UserError before the block if nothing can be written there. Of the folders that it made, those that are empty
+    when the block fails are removed.
+    """
+    folder = Path(path)
+    made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} could not be written ({reason}); what was there before is intact") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{flag} {path} cannot be made ({_in_the_way(folder, error)}): name another folder"
+            ) from None
+        check_writable(flag, path, folder)
+        yield folder
+    except BaseException:
+        for place in made:  # the innermost first
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise
+
+
+def check_output_file(flag: str, path: str | Path) -> None:
+    """Raises UserError if no file `path`, which `flag` names, can be written: look before the work."""
+    folder = Path(path).parent
+    if not Path(path).name or os.path.isdir(path):
+        raise UserError(f"{flag} {path} is a folder: name a file")
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag} {path} cannot be written: there is no folder {folder}; make it first")
+    check_writable(flag, path, folder)
+
+
+def check_writable(flag: str, path: str | Path, folder: Path) -> None:
+    """Raises UserError, with `flag` and its value `path`, if no file can be made in `folder`."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"{flag} {path} cannot be written to ({reason}): name another, or change its rights") from None
+
+
+def _in_the_way(folder: Path, error: OSError) -> str:
+    """Why `folder` cannot be made: what is there instead, or what the system says."""
+    taken = [place for place in (folder, *folder.parents) if os.path.lexists(place) and not os.path.isdir(place)]
+    return f"{taken[0]} is no folder" if taken else error.strerror or first_line(error)
 
 
 def write_json(path: str | Path, content: Any) -> None:
+    """`content`, with null for numbers that are not finite, which JSON has not."""
     with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+        file.write((json.dumps(_finite(content), indent=2, allow_nan=False) + "\n").encode())
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_csv(path: str | Path, rows: list[dict[str, Any]]) -> None:

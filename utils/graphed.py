@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from quant.penalty import Penalty
+from utils.cli import first_line
 from utils.data import TrainBatches
 from utils.engine import Result, epoch_result, train_step
+from utils.progress import shown
 from utils.signals import StopRequest
 
 EAGER_STEPS = 3  # of a run, before the first capture: they make the optimizer's state and warm the libraries up
@@ -53,15 +55,15 @@ class GraphedTraining:
         self._replay: Callable[[], None] | None = None
         self._frozen: list[dict] = []
 
-    def epoch(self, number: int) -> Result:
-        """One epoch; raises NonFiniteError at its end if the loss, or a weight, stopped being finite."""
+    def epoch(self, number: int, title: str = "epoch") -> Result:
+        """One epoch, shown under `title`; raises NonFiniteError at its end if the loss, or a weight, is not finite."""
         self.model.train()
         for held, part in zip(self.plan, self.batches.plan(number)):
             held.copy_(part)
         self.position.zero_()
         self.step_index.zero_()
         count, size = len(self.batches.split), len(self.window)
-        steps = range(count // size)
+        steps = shown(range(count // size), title, count // size)
         for _ in self.stop.watch(steps) if self.stop else steps:
             self._full_step()
         if count % size:
@@ -110,6 +112,6 @@ class GraphedTraining:
                 self._step(len(self.window))
         except RuntimeError as error:
             cause = error.__context__ or error  # the end of a broken capture raises an error of its own
-            self.failure = (str(cause) or type(cause).__name__).splitlines()[0]
+            self.failure = first_line(cause)
             return
         self._replay = graph.replay

@@ -11,15 +11,14 @@ for checkpoints with respect to the weights of convolutions and linear layers, t
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from quant import PSGD, GridGoal, grid_share, prunable_weights, quantize_weights
-from utils.cli import Parser, count, index, run, seed
-from utils.data import TrainBatches, calibration_batches, check_calib_images, load_dataset, normalize
+from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, count, index, run, seed
+from utils.data import TrainBatches, calib_images, calibration_batches, load_dataset, normalize
 
 BITS, LAMBDA_S, LR, EPOCHS, DECAY, BATCH_SIZE = 4, 20.0, 0.1, 300, 250, 128  # of the small network
 
@@ -132,17 +131,15 @@ def digits_rows(seed: int) -> tuple[list[dict], list[dict]]:
     return rows, facts
 
 
-def load_network(path: str, args) -> tuple[nn.Module, dict[str, str], Tensor, Tensor]:
+def load_network(path: str, datasets, args) -> tuple[nn.Module, dict[str, str], Tensor, Tensor]:
     """A checkpoint's network in eval mode, how it was trained, and the images and labels that its loss is about."""
-    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, training_facts
-    from utils.device import select_device
+    from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
 
     checkpoint = load_checkpoint(path)
-    device, _ = select_device(args.device, args.cu_num)
-    dataset = load_dataset(dataset_name(checkpoint), args.data_dir, device)
-    check_calib_images(args.images, dataset.train, "--images")
-    model = model_from_checkpoint(checkpoint, path, num_classes=len(dataset.classes)).to(device).eval()
-    ((images, labels),) = calibration_batches(dataset.train, dataset.spec, args.images, args.seed, args.images)
+    dataset = datasets.of(checkpoint, path)
+    taken = calib_images(args.images, dataset.train, "--images")
+    model = model_from_checkpoint(checkpoint, path, num_classes=len(dataset.classes)).to(datasets.device).eval()
+    ((images, labels),) = calibration_batches(dataset.train, dataset.spec, taken, args.seed, taken)
     return model, training_facts(checkpoint), images, labels
 
 
@@ -152,6 +149,8 @@ def spectrum_rows(
     """For a checkpoint: a row for each Ritz value of each random start, and its facts."""
     weights = [*prunable_weights(model).values()]
     loss = cross_entropy(model(images), labels)
+    if not loss.isfinite():
+        raise UserError(f"{path}: the network's outputs are not finite (loss {loss.item()}): it has no curvature")
     product = hessian_product(loss, weights)
     generator = torch.Generator().manual_seed(args.seed)
     rows = []
@@ -168,37 +167,42 @@ def spectrum_rows(
 
 
 def main() -> None:
-    from utils.files import command_line, git_commit, write_csv, write_json
+    from utils.device import select_device
+    from utils.files import command_line, git_commit, output_folder, write_csv, write_json
+    from utils.pairing import Datasets
 
     p = Parser(__doc__)
     # fmt: off
     p.add_argument("--model_path", nargs="*", default=["models/ResNet150.pth", "models/W4_ResNet.pth"], metavar="FILE",
                    help="checkpoints for spectrum.csv")
-    p.add_argument("--images", type=count, default=512, metavar="N",
-                   help="training images that the loss is the mean of")
+    p.add_argument("--images", type=count, default=Default(512), metavar="N",
+                   help="training images that the loss is the mean of; all if there are fewer and N is not given")
     p.add_argument("--steps", type=count, default=60, help="of Lanczos, for each start")
     p.add_argument("--probes", type=count, default=1, help="random starts")
     p.add_argument("--seed", type=seed, default=1, help="of the small network, the images and the starts")
-    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
+    p.add_argument("--data_dir", default=None, help=DATA_DIR_HELP)
     p.add_argument("--cu_num", type=index, default=0, help="GPU number")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
     p.add_argument("--out", default="results/hessian", metavar="DIR", help="folder to write")
     # fmt: on
     args = p.parse_args()
-    networks = [(path, load_network(path, args)) for path in args.model_path]  # first: a wrong path costs nothing
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    rows, facts = digits_rows(args.seed)
-    write_csv(Path(args.out) / "digits.csv", rows)
-    for fact in facts:
-        print(f"digits, {fact['network']}: largest eigenvalue {fact['largest_eigenvalue']:.4g}", flush=True)
-    spectra = [spectrum_rows(path, *network, args) for path, network in networks]
-    if spectra:
-        write_csv(Path(args.out) / "spectrum.csv", [row for rows, _ in spectra for row in rows])
-    else:
-        (Path(args.out) / "spectrum.csv").unlink(missing_ok=True)  # of an earlier call
-    origin = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__}
-    results = {"digits": facts, "checkpoints": [fact for _, fact in spectra]}
-    write_json(Path(args.out) / "results.json", origin | results)
+    device = select_device(args.device, args.cu_num)[0] if args.model_path else torch.device("cpu")
+    datasets = Datasets(args.data_dir, device)
+    with output_folder("--out", args.out) as out:
+        # First: a wrong path costs nothing.
+        networks = [(path, load_network(path, datasets, args)) for path in args.model_path]
+        rows, facts = digits_rows(args.seed)
+        write_csv(out / "digits.csv", rows)
+        for fact in facts:
+            print(f"digits, {fact['network']}: largest eigenvalue {fact['largest_eigenvalue']:.4g}", flush=True)
+        spectra = [spectrum_rows(path, *network, args) for path, network in networks]
+        if spectra:
+            write_csv(out / "spectrum.csv", [row for rows, _ in spectra for row in rows])
+        else:
+            (out / "spectrum.csv").unlink(missing_ok=True)  # of an earlier call
+        origin = {"command": command_line(), "commit": git_commit(), "torch": torch.__version__}
+        results = {"digits": facts, "checkpoints": [fact for _, fact in spectra]}
+        write_json(out / "results.json", origin | results)
 
 
 if __name__ == "__main__":

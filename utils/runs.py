@@ -5,18 +5,26 @@ import fcntl
 import json
 import os
 import socket
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.files import git_commit, write_csv, write_json
 
 ROOT = Path("runs")
+SHOWN = 3  # runs that a message names
 KEPT_BY_RESUMES = ("epoch", "save_epochs", "precision", "compile")  # settings of a resume that later ones go on with
 
 
+def default_exp_name(args: Namespace) -> str:
+    """Data set and goal: cifar100/4bits, digits/sparse90, cifar10/vanilla; of args whose target is resolved."""
+    goal = f"sparse{100 * args.sparsity:g}" if args.target == "zero" else f"{args.w_bit}bits"
+    return f"{args.dataset}/{goal if args.psg else 'vanilla'}"
+
+
 class RunFolder:
-    """One folder under runs/. `create` never reuses a folder, `reopen` goes on in one."""
+    """One folder under runs/. `create` never reuses a folder that has an epoch in it, `reopen` goes on in one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,47 +38,82 @@ class RunFolder:
 
     @classmethod
     def create(cls, exp_name: str) -> "RunFolder":
-        """A new folder runs/<exp_name>, or <exp_name>-2, -3 ... if that exists. UserError if it cannot be made."""
+        """A folder runs/<exp_name>, or <exp_name>-2, -3 ... if that has a run in it or is in use; locked.
+
+        What a run leaves behind that ended in its first epoch is cleared away. UserError if the folder cannot be made.
+        """
         name = str(Path(exp_name))
         if Path(name).is_absolute() or ".." in Path(name).parts or name == ".":
             raise UserError(f"--exp_name {exp_name!r} must name a folder below {ROOT}/")
         path, attempt = ROOT / name, 1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                try:
-                    path.mkdir()
-                    break
-                except FileExistsError:
-                    attempt += 1
-                    path = ROOT / f"{name}-{attempt}"
-            folder = cls(path)
-            folder.lock()
+            while not (folder := cls(path))._claim():
+                attempt += 1
+                path = ROOT / f"{name}-{attempt}"
         except OSError as error:
             reason = f"run folder {path} cannot be made ({error.strerror})"
             raise UserError(f"{reason}: choose another --exp_name") from None
         return folder
 
+    def _claim(self) -> bool:
+        """Makes the folder, or takes the one that is there if it holds no run and is not in use; locked and cleared."""
+        try:
+            self.path.mkdir()
+        except FileExistsError:
+            if not self.path.is_dir() or not self._holds_no_epoch():
+                return False
+        try:
+            self.lock()
+        except UserError:
+            return False
+        if not self._holds_no_epoch():  # another process was quicker, and has ended
+            self._lock.close()
+            return False
+        for leftover in self._files():
+            leftover.unlink()
+        return True
+
+    def _files(self) -> list[Path]:
+        """What is in the folder beside the lock."""
+        return [file for file in self.path.iterdir() if file.name != "lock"]
+
+    def _holds_no_epoch(self) -> bool:
+        """Whether nothing is there but what a run writes before its first epoch has ended."""
+        early = ("args.json", "events.out.tfevents.*", "*.tmp")
+        return all(file.is_file() and any(map(file.match, early)) for file in self._files())
+
     @classmethod
     def reopen(cls, exp_name: str) -> "RunFolder":
-        """The existing folder runs/<exp_name>. Raises UserError if there is no checkpoint in it to resume from."""
+        """The existing folder runs/<exp_name>. Raises UserError, with the newest runs that can be resumed, if it has
+        no checkpoint."""
         folder = cls(ROOT / exp_name)
         if not folder.last_checkpoint.is_file():
-            raise UserError(f"nothing to resume: {folder.last_checkpoint} is not there; start without --resume")
+            found = sorted(ROOT.rglob("last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
+            names = [str(path.parent.relative_to(ROOT)) for path in found]
+            advice = "start without --resume"
+            if names:
+                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                advice += f", or choose --exp_name {', '.join(names[:SHOWN])}{more}"
+            raise UserError(f"nothing to resume: {folder.last_checkpoint} is not there; {advice}")
         return folder
 
     def lock(self) -> None:
-        """Makes this process the only one that writes here until it ends; UserError, naming it, if there is another."""
+        """Makes this process the only one that writes here until it ends, and removes files that another had half
+        written when it was killed; UserError, naming it, if there is another."""
         try:
             self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held until this process ends
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # not flock: worker processes would inherit it and outlive this one
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
+            self._lock.close()
             raise UserError(f"{self.path} is in use by {holder}: wait for it, or choose another --exp_name") from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
+        for half in self.path.glob("*.tmp"):
+            half.unlink(missing_ok=True)
 
     def settings(self) -> dict[str, Any]:
         """What args.json holds: args, command, commit, versions, and where the run was resumed."""
@@ -80,7 +123,7 @@ class RunFolder:
                 raise ValueError("there are no args of train.py in it")
             return settings
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / 'args.json'} cannot be read ({error})") from None
+            raise UserError(f"{self.path / 'args.json'} cannot be read ({first_line(error)})") from None
 
     def latest_args(self) -> dict[str, Any]:
         """The run's args, with those of KEPT_BY_RESUMES as they were at the last resume."""

@@ -1,32 +1,62 @@
-"""Ctrl-C and SIGTERM: the step that runs is ended, then the run."""
+"""Ctrl-C and SIGTERM: the step that runs is ended, then the run.
 
+SLURM, systemd and a terminal signal every process of a program: those that read images leave the answer to the process
+that they work for.
+"""
+
+import contextlib
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+DEFAULTS = (signal.default_int_handler, signal.SIG_DFL)
+LATE = 1.0  # seconds after the end of a fellow process in which a signal that was sent to both may still come
 
 
-class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
-    """SIGINT or SIGTERM came; `exit_code` is 128 + its number, as a shell expects. The message has the advice."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came; `exit_code` is 128 + its number, as a shell expects. The message has the advice.
 
-    def __init__(self, number: int, advice: str) -> None:
+    No Exception: like KeyboardInterrupt it is not meant for code that expects failures.
+    """
+
+    def __init__(self, number: int, advice: str = "") -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}" + (f"; {advice}" if advice else ""))
         self.exit_code = 128 + number
 
 
+def let_go() -> None:
+    """Has the next SIGINT or SIGTERM act at once, as by default.
+
+    Not under torchrun: it passes on what its processes may have been sent themselves, and kills them after half a
+    minute.
+    """
+    defaults = (signal.SIG_IGN,) * 2 if "TORCHELASTIC_RUN_ID" in os.environ else DEFAULTS
+    for number, handler in zip(NUMBERS, defaults):
+        signal.signal(number, handler)
+
+
 class StopRequest:
-    """From its creation on, notes the first SIGINT or SIGTERM; a second one acts at once, as by default."""
+    """From its creation on, notes the first SIGINT or SIGTERM; a second one acts at once (`let_go`).
+
+    `StopRequest.latest` is the one that notes now, or None.
+    """
+
+    latest: "StopRequest | None" = None
 
     def __init__(self) -> None:
         self.number, self.advice = 0, ""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        StopRequest.latest = self
+        for number in NUMBERS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
         self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        let_go()
 
     def check(self) -> None:
         """Raises Stopped if a signal came."""
@@ -39,3 +69,56 @@ class StopRequest:
             self.check()
             yield item
         self.check()
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """A block that SIGTERM ends in Stopped wherever it is, as SIGINT in KeyboardInterrupt: what it holds is tidied up.
+
+    A StopRequest that is made in the block takes over. Afterwards both signals act as they did before.
+    """
+
+    def end(number: int, frame: object) -> None:
+        let_go()
+        raise Stopped(number)
+
+    before = [signal.getsignal(number) for number in NUMBERS]
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        StopRequest.latest = None
+        for number, handler in zip(NUMBERS, before):
+            signal.signal(number, handler)
+
+
+def stop_behind(wait: bool) -> None:
+    """Raises Stopped if a StopRequest has noted a signal: for a failure that may come of the end of another process,
+    which the signal ended too. `wait`: also if it notes one within LATE seconds.
+    """
+    request = StopRequest.latest
+    if request is None:
+        return
+    deadline = time.monotonic() + LATE
+    while wait and not request.number and time.monotonic() < deadline:
+        time.sleep(0.05)
+    request.check()
+
+
+def outlive_signals(worker_id: int) -> None:
+    """`worker_init_fn` of a DataLoader: the worker goes on at a SIGINT, and at a SIGTERM of another than its parent.
+
+    The parent answers the signal, and ends its workers when it ends; a worker whose parent is gone ends by itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process at a SIGTERM of the process `parent`; torch sends one to a worker that does not end."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

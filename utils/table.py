@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from utils.cli import Parser, UserError, run
+from utils.cli import Parser, UserError, first_line, run
 
 NAMED = ("trained", "epoch", "post")
 SAME = (*NAMED, "arch", "dataset", "split", "weight_range", "granularity")  # of one cell's rows
@@ -29,7 +29,7 @@ def read_rows(path: str | Path, columns: Sequence[str], kind: str, numbers: Sequ
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error}); it should be a {kind}") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); it should be a {kind}") from None
     missing = [name for name in columns if not rows or rows[0].get(name) is None]
     if missing:
         raise UserError(f"{path} lacks the column {missing[0]}: it is no {kind}")

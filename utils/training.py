@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from quant.penalty import Penalty
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 from utils.data import TrainBatches
 from utils.distributed import ALONE, World
 from utils.engine import Result, train_epoch
 from utils.graphed import GraphedTraining
+from utils.progress import shown
 from utils.signals import StopRequest
 
 
@@ -57,7 +57,7 @@ class Training:
         return "CUDA graph" if self._graphed else "plain loop"
 
     def epoch(self, number: int, title: str) -> Result:
-        """Loss and accuracy of one epoch; see `train_epoch`. The plain loop has a progress bar called `title`.
+        """Loss and accuracy of one epoch; see `train_epoch`. What shows its progress is called `title`.
 
         Raises UserError where torch.compile has not what it needs, as a C++ compiler.
         """
@@ -65,15 +65,13 @@ class Training:
             return self._epoch(number, title)
         except RuntimeError as error:
             if self.compile and isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"--compile 1 does not work here ({reason}): leave it out") from None
+                raise UserError(f"--compile 1 does not work here ({first_line(error)}): leave it out") from None
             raise
 
     def _epoch(self, number: int, title: str) -> Result:
         if self._graphed and not self._graphed.failure:
-            return self._graphed.epoch(number)
-        silent = None if self.world.is_main else True  # None: silent where there is no terminal
-        progress = tqdm(self.batches.epoch(number), title, len(self.batches), leave=False, disable=silent)
+            return self._graphed.epoch(number, title)
+        progress = shown(self.batches.epoch(number), title, len(self.batches), silent=not self.world.is_main)
         batches = self.stop.watch(progress) if self.stop else progress
         result = train_epoch(
             self._parallel, self.optimizer, batches, self.precision, self.penalty, self.world, self.batches.sizes

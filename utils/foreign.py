@@ -1,0 +1,85 @@
+"""Checkpoint files as any program may have written them: read without running anything, and where the weights lie."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.cli import UserError, first_line
+
+# Keys that programs keep a state_dict under. The first one counts; means over steps only where there is nothing else.
+PLACES = ("state_dict", "model_state_dict", "model_state", "model", "net", "state_dict_ema", "model_ema", "ema")
+DEPTH = 2  # of such keys within each other
+WRAPPERS = {"module", "_orig_mod"}  # parts of names by DataParallel and its kin, and by torch.compile
+MEANS = {"numpy._core.multiarray.scalar": "a numpy scalar", "numpy._core.multiarray._reconstruct": "a numpy array"}
+ADVICE = "save model.state_dict() with plain numbers, strings, lists and dicts"
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """What is in the file at `path`, on the CPU, with its weights, wherever they lie, under the key state_dict.
+
+    Raises UserError for a damaged file, one with more than tensors and plain values, and one without weights.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of an unusual pickle: it is read, or it is refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the bytes of a foreign file can raise anything
+        raise UserError(f"{path} is not a readable checkpoint ({refusal(error)})") from None
+    state, facts = None, {}
+    if isinstance(content, dict):
+        state = find_state(content)
+        facts = {key: value for key, value in content.items() if key not in PLACES}
+        if state is None and has_tensors(content):
+            state, facts = content, {}
+    if state is None:
+        raise UserError(f"{path} holds no state_dict of tensors: {ADVICE}")
+    for name, value in state.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            kind = type(value).__name__
+            raise UserError(f"{path}: {str(name)!r:.99} in its state_dict is no tensor ({kind}): {ADVICE}")
+    return facts | {"state_dict": state}
+
+
+def refusal(error: Exception) -> str:
+    """Why torch.load did not read a file, in one line, without its advice to read it all the same."""
+    text = str(error)
+    if found := re.search(r"GLOBAL ([\w.]*\w)", text):
+        name = found[1].replace("numpy.core.", "numpy._core.")  # as it was called before numpy 2
+        kind = f"{MEANS[name]}, {name}," if name in MEANS else f"{name},"
+        return f"it holds {kind} which is no tensor and no plain value: {ADVICE}"
+    if "TorchScript" in text:
+        return f"it is a TorchScript archive: {ADVICE}"
+    if found := re.search(r"WeightsUnpickler error:\s*(.+)", text):
+        return found[1].strip()[:120]
+    return first_line(error)[:120]
+
+
+def has_tensors(content: dict) -> bool:
+    return any(isinstance(value, Tensor) for value in content.values())
+
+
+def find_state(content: dict, depth: int = DEPTH) -> dict | None:
+    """The dict with tensors under the first of PLACES that has one; None if there is none."""
+    for place in PLACES:
+        inner = content.get(place)
+        if isinstance(inner, dict):
+            state = inner if has_tensors(inner) else find_state(inner, depth - 1) if depth > 1 else None
+            if state is not None:
+                return state
+    return None
+
+
+def unwrapped(state: dict[str, Tensor], wanted: Any = ()) -> dict[str, Tensor]:
+    """`state` under the names of the network itself, without the parts that a wrapper has put into them.
+
+    A name in `wanted`, and one whose plain form is taken, stay as they are.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        found[name if name in wanted or plain in state or plain in found else plain] = value
+    return found

@@ -1,0 +1,75 @@
+"""A trained network and its data set: the folder that it is in, and labels that count as the network's outputs do."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.checkpoint import dataset_name
+from utils.cli import RANK, UserError
+from utils.data import Dataset, load_dataset
+from utils.sources import at_hand
+
+DATA_DIR = "data"
+
+
+def matched(dataset: Dataset, checkpoint: dict[str, Any], path: str | Path, transfer: bool = False) -> Dataset:
+    """`dataset` with its classes in the order of the checkpoint that was read from `path`.
+
+    A file that does not name its classes is taken to have the data set's. Raises UserError, naming the first
+    difference, if the classes are others; with `transfer`, which is for training on, other classes of the same number
+    are a warning, and the data set's order is kept.
+    """
+    classes, own = checkpoint.get("classes"), dataset.classes
+    if classes is None or classes == own:
+        return dataset
+    if sorted(classes) == sorted(own) and len(set(own)) == len(own):
+        return dataset.in_order_of(classes)
+    told = f"{path} is for other classes than the data set: {difference(classes, own)}"
+    if len(classes) != len(own):
+        raise UserError(f"{path} has {len(classes)} classes, the data set has {len(own)}: {difference(classes, own)}")
+    if not transfer:
+        raise UserError(f"{told}; give the classes the names that they had in training")
+    if RANK == "0":
+        print(f"warning: {told}; training goes on with those of the data set", file=sys.stderr)
+    return dataset
+
+
+def difference(classes: list[str], own: list[str]) -> str:
+    """The first difference between the classes of a file and those of a data set, in words."""
+    lost, new = ([name for name in one if name not in other] for one, other in ((classes, own), (own, classes)))
+    found = [f"its {lost[0]!r} is not in the data set"] if lost else []
+    found += [f"{new[0]!r} of the data set is not in the file"] if new else []
+    place = next((n for n, pair in enumerate(zip(classes, own)) if pair[0] != pair[1]), min(len(classes), len(own)))
+    return ", ".join(found) or f"they differ at number {place}"
+
+
+class Datasets:
+    """The data sets of checkpoints, each loaded once.
+
+    They are looked for in `data_dir`; None stands for the folder that a checkpoint was trained with, if the data set is
+    there, else for DATA_DIR.
+    """
+
+    def __init__(self, data_dir: str | None, device: torch.device, workers: int = 0) -> None:
+        self.data_dir, self.device, self.workers = data_dir, device, workers
+        self._loaded: dict[tuple[str, str], Dataset] = {}
+
+    def folder(self, checkpoint: dict[str, Any], name: str) -> str:
+        """Where to look for the data set `name` of a checkpoint."""
+        if self.data_dir is not None:
+            return self.data_dir
+        saved = checkpoint.get("args", {}).get("data_dir")
+        return saved if isinstance(saved, str) and at_hand(name, saved) else DATA_DIR
+
+    def of(self, checkpoint: dict[str, Any], path: str | Path, name: str | None = None) -> Dataset:
+        """The data set `name`, None for the checkpoint's own, with labels as the checkpoint's; see `matched`.
+
+        Raises UserError if it cannot be had, or has other classes.
+        """
+        name = name or dataset_name(checkpoint)
+        key = name, self.folder(checkpoint, name)
+        if key not in self._loaded:
+            self._loaded[key] = load_dataset(*key, self.device, self.workers)
+        return matched(self._loaded[key], checkpoint, path)

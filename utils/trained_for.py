@@ -1,0 +1,53 @@
+"""What a network was trained for and its batch norm taken at, against what it is deployed as."""
+
+from typing import Any
+
+from utils.checkpoint import per_channel
+
+SAFE_BITS = 6  # from which a network that was trained for no grid loses little
+
+
+def mismatches(checkpoint: dict[str, Any], bits: int, first_last: bool, by_channel: bool) -> list[str]:
+    """In words, in what a deployment at `bits` bits, unpruned, differs from what the checkpoint's file says it is for.
+
+    `first_last`: the first and the last layer too; `by_channel`: a grid for each output channel. Empty for a file that
+    says nothing.
+    """
+    args = checkpoint.get("args", {})
+    found = []
+    if args.get("target") == "zero" or not args.get("psg", 1):
+        if bits < SAFE_BITS:
+            found.append(f"it was trained for no grid, and {bits} bits are few for that")
+    elif "psg" in args:
+        found += grid_mismatches(args, bits, first_last, by_channel, per_channel(checkpoint))
+    return found + norm_mismatches(checkpoint, bits, bool(found))
+
+
+def grid_mismatches(args: dict[str, Any], bits: int, first_last: bool, by_channel: bool, trained_so: bool) -> list[str]:
+    """In what the grid differs from the one of training, whose grids were of channels if `trained_so`."""
+    found = []
+    if args.get("w_bit") not in (None, bits):
+        found.append(f"it was trained for {args['w_bit']} bits, not for {bits}")
+    if trained_so != by_channel:
+        found.append(f"it was trained with a grid for each {'channel' if trained_so else 'tensor'}")
+    if "first_last_quant" in args and bool(args["first_last_quant"]) != first_last:
+        found.append(f"it was trained with --first_last_quant {int(not first_last)}")
+    return found
+
+
+def norm_mismatches(checkpoint: dict[str, Any], bits: int, others: bool) -> list[str]:
+    """In what the weights under re-estimated batch-norm statistics differed; `others`: something else differs."""
+    if not checkpoint.get("averaged_epochs"):
+        return []
+    deployed, target = checkpoint.get("deployed"), checkpoint.get("args", {}).get("target")
+    if deployed is None:
+        if others or target == "zero":
+            return ["its batch norm was re-estimated, with weights as the file does not say"]
+        return []
+    width, sparsity = deployed.get("w_bit", 32), deployed.get("sparsity", 0)
+    found = []
+    if width not in (32, bits):
+        found.append(f"its batch norm was re-estimated at {width} bits")
+    if sparsity:
+        found.append(f"its batch norm was re-estimated at sparsity {sparsity}, and nothing is pruned here")
+    return found
