@@ -23,13 +23,11 @@ Go on with a run that was cut off; its settings come from its folder
 Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth and the epochs of --save_epochs.
 """
 
-import time
 from argparse import Namespace
 
 from utils import cli
 from utils.cli import Parser, UserError, run
-from utils.files import command_line, git_commit
-from utils.runs import KEPT_BY_RESUMES, RunFolder, default_exp_name
+from utils.runs import RunFolder, default_exp_name
 
 PRETRAINED = "models/ResNet82.pth"
 DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
@@ -93,7 +91,7 @@ def parser() -> Parser:
                    help="of the forward and backward pass; auto: bf16 where the device is fast at it")
     p.add_argument("--cuda_graph", type=int, choices=[0, 1], default=1, help="1: on a GPU, a step is one CUDA graph")
     p.add_argument("--compile", type=int, choices=[0, 1], default=0, help="1: torch.compile the network for training")
-    p.add_argument("--deterministic", action="store_true", help="deterministic algorithms alone")
+    p.add_argument("--deterministic", action="store_true", help="use deterministic algorithms only")
     # fmt: on
     return p
 
@@ -141,171 +139,12 @@ def resolve_target(args: Namespace) -> None:
         setattr(args, used, DEFAULT_GOALS[used])
 
 
-def build_goal(args: Namespace):
-    """What the weights are trained for."""
-    from quant import GridGoal, SparseGoal
-
-    if args.target == "zero":
-        return SparseGoal(args.sparsity, bool(args.first_last_quant))
-    return GridGoal(args.w_bit, bool(args.first_last_quant), per_channel=args.granularity == "channel")
-
-
-def build_optimizer(args: Namespace, model, goal, device):
-    """SGD with momentum or Adam, inside PSGD with --psg 1."""
-    import torch
-
-    from quant import PSGD, auto_lambda_s, penalise_l1
-
-    groups = goal.param_groups(model) if args.psg else model.parameters()
-    try:
-        lambda_s = auto_lambda_s(groups) if args.lambda_s == "auto" and args.psg else args.lambda_s
-    except ValueError as error:
-        raise UserError(f"--lambda_s auto: {error}") from None
-    lr = args.lr * (0.01 * lambda_s if args.adam and args.psg and args.psg_acts_on == "gradient" else 1)
-    common = {"lr": lr, "weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
-    base = torch.optim.Adam(groups, **common) if args.adam else torch.optim.SGD(groups, momentum=0.9, **common)
-    penalise_l1(base, model, args.l1, bool(args.first_last_quant))
-    return PSGD(base, lambda_s, args.eps, args.psg_acts_on) if args.psg else base
-
-
-def described(args: Namespace, goal, optimizer) -> str:
-    """From where, for what and how: for the log."""
-    start = f"torchvision's weights {args.weights}" if args.weights else args.load_pretrained or "scratch"
-    auto = "auto, now " if args.lambda_s == "auto" else ""
-    method = f"PSG for {goal.name}, lambda_s {auto}{optimizer.param_groups[0]['lambda_s']:g}" if args.psg else "no PSG"
-    method += f" on the {args.psg_acts_on}" if args.psg else ""
-    method += "".join(f", {flag} {getattr(args, flag):g}" for flag in ("l1", "grad_l1") if getattr(args, flag))
-    why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
-    return f"from {start}, {method}, weight decay {args.w_decay:g}{why}"
-
-
 def main() -> None:
     args, folder = parse()
 
-    import torch
+    from utils.training.run import train
 
-    from quant import gradient_penalty, steer_lambda_s
-    from utils import checkpoint as checkpoints
-    from utils.data import check_files, load_dataset, train_batches
-    from utils.device import machine, resolve_precision, select_device, set_deterministic
-    from utils.distributed import join, leave, own_device
-    from utils.engine import NonFiniteError, check_moves, check_takes, evaluate_goal
-    from utils.pairing import matched
-    from utils.signals import StopRequest
-    from utils.training import Training
-
-    device, device_line = select_device(*own_device(args.device, args.cu_num))
-    world = join(device)
-    if folder and world.is_main:
-        folder.lock()
-    args.precision = resolve_precision(args.precision, device)
-    if args.deterministic:
-        set_deterministic()
-    torch.manual_seed(args.seed)
-
-    # Everything that can be wrong is looked at before the run folder is made, files before downloads.
-    checkpoints.known_arch(args.arch)
-    start = folder.last_checkpoint if folder else args.load_pretrained
-    source = checkpoints.load_checkpoint(start) if start else {}
-    pretrained = None if folder else source
-    with world.main_first():
-        dataset = load_dataset(args.dataset, args.data_dir, device, args.workers)
-    dataset = matched(dataset, source, start, transfer=not folder)
-    train_split, eval_split, eval_name = dataset.splits(args.val_split)
-    num_classes = len(dataset.classes)
-    first_epoch = args.resume_epoch = args.resume_epoch or (pretrained or {}).get("epoch", 0) + 1
-    if pretrained:
-        model = checkpoints.model_from_checkpoint(pretrained, args.load_pretrained, args.arch, num_classes)
-    else:
-        with world.main_first():
-            model = checkpoints.new_model(args.arch, num_classes, args.weights if not folder else None)
-    if args.epoch < first_epoch:
-        raise UserError(f"--epoch {args.epoch} is before the first epoch, {first_epoch}: nothing to train")
-    batches = train_batches(train_split, dataset.spec, args.batch_size, args.seed, world)
-    if min(batches.sizes[-1], len(eval_split)) < world.size:
-        raise UserError(f"{world.size} processes: a step or the evaluation has fewer images")
-    if args.grad_l1 and (world.size > 1 or args.compile):
-        raise UserError("--grad_l1 differentiates twice: it needs a single process, and --compile 0")
-    model.to(device, memory_format=torch.channels_last)
-    check_takes(model, args.arch, dataset.spec.size, batches.sizes[-1] // world.size)
-    if args.psg and not args.eps and not folder:
-        check_moves(model, bool(args.first_last_quant))
-    goal = build_goal(args)
-    optimizer = build_optimizer(args, model, goal, device)
-    decays = [epoch for epoch in args.decay_epoch if epoch > first_epoch]
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epoch - first_epoch for epoch in decays], gamma=0.1)
-    begun = folder.settings()["args"] if folder else vars(args)
-    steer_epochs = min([*decays, begun["epoch"] + 1]) - first_epoch  # not by the --epoch of a resume
-
-    done, last_good = first_epoch - 1, args.load_pretrained or "none"
-    if folder:
-        done = checkpoints.load_run(source, folder.last_checkpoint, model, optimizer, scheduler)
-        if done >= args.epoch:
-            print(f"{folder.path} has all {done} epochs: nothing left to do (a larger --epoch goes on)")
-            return leave(world)
-        last_good = folder.last_checkpoint
-    check_files(train_split, eval_split, world)
-    facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device), "processes": world.size}
-    if world.is_main:
-        if folder:
-            folder.note_resume(done, **{key: getattr(args, key) for key in KEPT_BY_RESUMES}, **facts)
-        else:
-            folder = RunFolder.create(args.exp_name)
-            args.exp_name = folder.exp_name
-            folder.write_settings({"args": vars(args), "command": command_line(), "commit": git_commit(), **facts})
-        folder.start_logging(after_epoch=done)
-        shared = f" on {world.size} processes" if world.size > 1 else ""
-        print(f"{device_line}{shared}, precision: {args.precision}, run folder: {folder.path}")
-    print(f"{args.arch} on {args.dataset} {described(args, goal, optimizer)}")
-    print(f"epochs {done + 1} to {args.epoch}; accuracy is on the {len(eval_split)} {eval_name} images", flush=True)
-
-    penalty = gradient_penalty(model, args.grad_l1, bool(args.first_last_quant))
-    use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
-    training = Training(model, optimizer, batches, args.precision, penalty, world, use_graph, stop, bool(args.compile))
-    stop.advice = "no epoch is whole yet: the same command begins anew"
-    for epoch in range(done + 1, args.epoch + 1):
-        started = time.perf_counter()
-        if epoch > first_epoch:
-            stop.advice = f"python train.py --exp_name {args.exp_name} --resume goes on after its last whole epoch"
-        # Dropout of an epoch, like its batches, comes from (seed, epoch) alone, and differs between processes.
-        torch.manual_seed(args.seed * 2**20 + epoch + world.rank * 2**52)
-        lr, loop = optimizer.param_groups[0]["lr"], training.loop
-        try:
-            trained = training.epoch(epoch, f"epoch {epoch}/{args.epoch}")
-            trained_at = time.perf_counter()
-            row = {"epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1}
-            row |= evaluate_goal(model, goal, eval_split, dataset.spec, world)
-        except NonFiniteError as error:
-            raise UserError(
-                f"{error} of epoch {epoch}; last good checkpoint: {last_good}; try a smaller --lr or --lambda_s"
-            ) from None
-        if epoch == done + 1 or training.loop != loop:
-            print(f"step: {training.loop}", flush=True)
-        scheduler.step()
-        if args.lambda_s == "auto" and args.psg:
-            row["lambda_s"] = optimizer.param_groups[0]["lambda_s"]
-            steer_lambda_s(optimizer, row["grid_share"], (epoch - first_epoch + 1) / steer_epochs, row["train_loss"])
-        row |= {"train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at}
-        if not world.is_main:
-            continue
-        folder.log(row)
-        checkpoint = {
-            "epoch": epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(), "arch": args.arch, "num_classes": num_classes,
-            "classes": dataset.classes, "args": vars(args), "metrics": row,
-        }  # fmt: skip
-        if epoch in args.save_epochs:
-            checkpoints.save_checkpoint(folder.path / f"epoch_{epoch}.pth", checkpoint)
-        checkpoints.save_checkpoint(folder.last_checkpoint, checkpoint)
-        last_good = folder.last_checkpoint
-        near = f"on grid {100 * row['grid_share']:.1f} %  " if "grid_share" in row else ""
-        print(
-            f"epoch {epoch:3d}  lr {lr:.4g}  loss {trained.loss:.4f}  train {trained.top1:.2f}  "
-            f"FP {row['fp_top1']:.2f}  {goal.name} {row[f'{goal.name.lower()}_top1']:.2f}  {near}"
-            f"{row['train_seconds']:.1f} + {row['eval_seconds']:.1f} s",
-            flush=True,
-        )
-    leave(world)
+    train(args, folder)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Checkpoints: one dict, read with weights_only=True and written so that a crash never leaves half a file.
 
-    python -m utils.checkpoint runs/vanilla/epoch_82.pth models/ResNet82.pth    # a copy without optimizer state
-
 Keys: epoch, state_dict, optimizer, scheduler, arch, num_classes, classes (their names, in the order of the outputs),
-args (a plain dict), metrics; averaged_epochs and deployed by utils.average. The published .pth files (epoch,
+args (a plain dict), metrics; averaged_epochs and deployed by tools.average. The published .pth files (epoch,
 state_dict, ...), bare state_dicts and those of other programs load too.
 """
 
@@ -19,9 +17,11 @@ import torch
 from torch import nn
 
 from models import build_model, check_arch
-from utils.cli import Parser, UserError, first_line, run
+from quant import Grid
+from utils.cli import UserError, first_line
+from utils.data.specs import DEFAULT
 from utils.files import atomic_write
-from utils.foreign import read_file, unwrapped
+from utils.checkpoint_files import read_file, unwrapped
 
 # Quantizer constants that the published code kept in its state_dicts; ours are derived from the weights.
 PUBLISHED_EXTRAS = (".scale_value", ".wscale_value", ".bscale_value")
@@ -43,7 +43,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint at `path` on the CPU, at least with the key state_dict.
 
-    Files of other programs may keep their weights under another key (utils/foreign.py). Raises UserError for a missing,
+    Files of other programs may keep their weights under another key (utils/checkpoint_files.py). Raises UserError for a missing,
     damaged or foreign file. Nothing in the file is executed. A file that its folder's SHA256SUMS lists, and that is not
     the listed one, is used with a warning.
     """
@@ -67,7 +67,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def dataset_name(checkpoint: dict[str, Any]) -> str:
     """The data set that a network was trained on; published files, which do not say, are of CIFAR-100."""
-    return str(checkpoint.get("args", {}).get("dataset", "cifar100"))
+    return str(checkpoint.get("args", {}).get("dataset", DEFAULT))
 
 
 def warn_if_changed(path: Path) -> None:
@@ -166,11 +166,19 @@ def model_from_checkpoint(
     return model
 
 
-def per_channel(checkpoint: dict[str, Any], granularity: str | None = None) -> bool:
-    """Whether each output channel has a grid of its own: as `granularity`, "tensor" or "channel", says; with None as in
-    training, where a tensor has one if the file does not say.
+def grid_of(
+    checkpoint: dict[str, Any],
+    bits: int,
+    first_last: bool = True,
+    granularity: str | None = None,
+    weight_range: str = "absmax",
+) -> Grid:
+    """The grid of a network at `bits` bits: a step for each "tensor" or each output "channel", as `granularity` says.
+
+    None: as in training; for each tensor if the file does not say.
     """
-    return (granularity or checkpoint.get("args", {}).get("granularity")) == "channel"
+    by_channel = (granularity or checkpoint.get("args", {}).get("granularity")) == "channel"
+    return Grid(bits, first_last, by_channel, weight_range)
 
 
 def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
@@ -178,8 +186,8 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
 
     `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-Adam W4", or "PSGD
     sparse" for target zero; then " update" where PSG acts on that, " channel" for grids of output channels, " L1" and
-    " grad-L1" for penalties. Files of utils.average have " mean" added and the first and the last epoch as `epoch`, or
-    " bn" if they are of one epoch and differ from its file in the batch-norm statistics alone.
+    " grad-L1" for penalties. Files of tools.average have " mean" added and the first and the last epoch as `epoch`, or
+    " bn" if they are of one epoch and differ from its file in the batch-norm statistics only.
     """
     args = checkpoint.get("args", {})
     facts = {"trained": "", "seed": str(args.get("seed", "")), "epoch": str(checkpoint.get("epoch", ""))}
@@ -189,7 +197,7 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
         facts["trained"] = f"{scaled} {goal}" if args["psg"] else plain
         if args["psg"]:
             facts["trained"] += " update" if args.get("psg_acts_on") == "update" else ""
-            facts["trained"] += " channel" if per_channel(checkpoint) else ""
+            facts["trained"] += " channel" if args.get("granularity") == "channel" else ""
         facts["trained"] += " L1" if args.get("l1") else ""
         facts["trained"] += " grad-L1" if args.get("grad_l1") else ""
     averaged = checkpoint.get("averaged_epochs", [])
@@ -218,16 +226,3 @@ def load_run(checkpoint: dict[str, Any], path: str | Path, model: nn.Module, opt
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the optimizer state in {path} does not fit this run ({first_line(error)})") from None
     return checkpoint["epoch"]
-
-
-def main() -> None:
-    p = Parser(__doc__)
-    p.add_argument("source", help="checkpoint of a run")
-    p.add_argument("destination", help="copy of it without optimizer and scheduler state")
-    args = p.parse_args()
-    checkpoint = load_checkpoint(args.source)
-    save_checkpoint(args.destination, {key: value for key, value in checkpoint.items() if key not in RUN_STATE})
-
-
-if __name__ == "__main__":
-    run(main)

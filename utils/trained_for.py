@@ -2,36 +2,36 @@
 
 from typing import Any
 
-from utils.checkpoint import per_channel
+from quant import Grid
+from utils.checkpoint import grid_of
 
-SAFE_BITS = 6  # from which a network that was trained for no grid loses little
+SAFE_BITS = 6  # from which a network that was not trained for a grid loses little
 
 
-def mismatches(checkpoint: dict[str, Any], bits: int, first_last: bool, by_channel: bool) -> list[str]:
-    """In words, in what a deployment at `bits` bits, unpruned, differs from what the checkpoint's file says it is for.
+def mismatches(checkpoint: dict[str, Any], grid: Grid) -> list[str]:
+    """In words, in what a deployment on `grid`, unpruned, differs from what the checkpoint's file says it is for.
 
-    `first_last`: the first and the last layer too; `by_channel`: a grid for each output channel. Empty for a file that
-    says nothing.
+    Empty for a file that says nothing.
     """
     args = checkpoint.get("args", {})
     found = []
     if args.get("target") == "zero" or not args.get("psg", 1):
-        if bits < SAFE_BITS:
-            found.append(f"it was trained for no grid, and {bits} bits are few for that")
+        if grid.bits < SAFE_BITS:
+            found.append(f"it was not trained for a grid, and {grid.bits} bits are few for that")
     elif "psg" in args:
-        found += grid_mismatches(args, bits, first_last, by_channel, per_channel(checkpoint))
-    return found + norm_mismatches(checkpoint, bits, bool(found))
+        found += grid_mismatches(args, grid, grid_of(checkpoint, grid.bits).per_channel)
+    return found + norm_mismatches(checkpoint, grid.bits, bool(found))
 
 
-def grid_mismatches(args: dict[str, Any], bits: int, first_last: bool, by_channel: bool, trained_so: bool) -> list[str]:
-    """In what the grid differs from the one of training, whose grids were of channels if `trained_so`."""
+def grid_mismatches(args: dict[str, Any], grid: Grid, trained_by_channel: bool) -> list[str]:
+    """In what the grid differs from the one of training."""
     found = []
-    if args.get("w_bit") not in (None, bits):
-        found.append(f"it was trained for {args['w_bit']} bits, not for {bits}")
-    if trained_so != by_channel:
-        found.append(f"it was trained with a grid for each {'channel' if trained_so else 'tensor'}")
-    if "first_last_quant" in args and bool(args["first_last_quant"]) != first_last:
-        found.append(f"it was trained with --first_last_quant {int(not first_last)}")
+    if args.get("w_bit") not in (None, grid.bits):
+        found.append(f"it was trained for {args['w_bit']} bits, not for {grid.bits}")
+    if trained_by_channel != grid.per_channel:
+        found.append(f"it was trained with a grid for each {'channel' if trained_by_channel else 'tensor'}")
+    if "first_last_quant" in args and bool(args["first_last_quant"]) != grid.first_last:
+        found.append(f"it was trained with --first_last_quant {int(not grid.first_last)}")
     return found
 
 

@@ -54,3 +54,6 @@ class SparseGoal:
     def distances(self, model: nn.Module) -> dict[str, float]:
         """How far the weights of `model` are from those of the deployed copy, by name of the measure."""
         return {f"{self.name.lower()}_mse": pruning_mse(model, self.sparsity, first_last=self.first_last)}
+
+
+Goal = GridGoal | SparseGoal

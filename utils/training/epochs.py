@@ -5,14 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quant.penalty import Penalty
+from quant.penalties import Penalty
 from utils.cli import UserError, first_line
-from utils.data import TrainBatches
+from utils.data.in_memory import CroppedBatches
+from utils.data.split import TrainBatches
 from utils.distributed import ALONE, World
-from utils.engine import Result, train_epoch
-from utils.graphed import GraphedTraining
 from utils.progress import shown
 from utils.signals import StopRequest
+from utils.training.graph import GraphedTraining
+from utils.training.loop import Result, train_epoch
 
 
 @dataclass
@@ -35,17 +36,19 @@ class Training:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        self._graphed = None
+        self._graphed: GraphedTraining | None = None
         if self.compile:
             self.model.compile(dynamic=False)  # copies of it, as evaluation makes them, are not compiled
         self._parallel = self.world.wrap(self.model)
-        on_device = isinstance(self.batches, TrainBatches) and self.batches.split.device.type == "cuda"
-        if self.use_graph and on_device and self.world.size == 1:
+        batches = self.batches
+        if not (self.use_graph and self.world.size == 1 and isinstance(batches, CroppedBatches)):
+            return
+        if batches.split.device.type == "cuda":
             for group in self.optimizer.param_groups:
                 if "capturable" in group:  # as Adam needs it, also in a run that was begun elsewhere
                     group["capturable"] = True
             self._graphed = GraphedTraining(
-                self.model, self.optimizer, self.batches, self.precision, self.penalty, self.stop
+                self.model, self.optimizer, batches, self.precision, self.penalty, self.stop
             )
 
     @property
@@ -59,7 +62,7 @@ class Training:
     def epoch(self, number: int, title: str) -> Result:
         """Loss and accuracy of one epoch; see `train_epoch`. What shows its progress is called `title`.
 
-        Raises UserError where torch.compile has not what it needs, as a C++ compiler.
+        Raises UserError where torch.compile lacks a dependency such as a C++ compiler.
         """
         try:
             return self._epoch(number, title)

@@ -13,20 +13,10 @@ import numpy as np
 import torch
 
 from utils.cli import UserError, first_line
+from utils.data.specs import at_hand
 
-IMAGE_SIZE = 32
+IMAGE_SIZE = 32  # of every data set here, as its .npz file must hold
 TRAIN_DIGITS = 1437  # four fifths of scikit-learn's 1,797
-ARCHIVES = {  # what torchvision downloads, and the folder that it makes of that
-    "cifar100": ("cifar-100-python.tar.gz", "cifar-100-python"),
-    "cifar10": ("cifar-10-python.tar.gz", "cifar-10-batches-py"),
-}
-
-
-def at_hand(name: str, data_dir: str | Path) -> bool:
-    """Whether the data set `name` is there without a download."""
-    if name not in ARCHIVES:
-        return name == "digits" or all((Path(data_dir) / part).is_dir() for part in ("train", "val"))
-    return any((Path(data_dir) / file).exists() for file in (f"{name}.npz", *ARCHIVES[name]))
 
 
 def find_arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:

@@ -1,14 +1,14 @@
 """Images in folders, a class a folder, with ImageNet's standard augmentation; for sets that do not fit a device.
 
 <data_dir>/train/<class>/*.jpg and <data_dir>/val/<class>/*.jpg. Files are decoded, cropped to 224 x 224 and flipped by
-worker processes; order, crops and flips of an epoch come from (seed, epoch) alone. utils/images.py has what becomes of
+worker processes; order, crops and flips of an epoch come from (seed, epoch) only. utils/data/images.py has what becomes of
 16-bit pixels and of EXIF orientations.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +17,26 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from utils.cli import UserError, first_line
-from utils.data import step_sizes
+from utils.data.images import check_header, read_image
+from utils.data.specs import DataSpec
+from utils.data.split import LabelledBatch, Split, TrainBatches
 from utils.distributed import ALONE, World
-from utils.images import check_header, read_image
 from utils.signals import outlive_signals
 
-SIZE, RESIZED = 224, 256
+RESIZED = 256  # pixels of the shorter side before the crop to spec.size
+EVAL_BATCH_SIZE = 128
 
 
-def _transform(mean: Sequence[float], std: Sequence[float], augment: bool) -> v2.Compose:
-    """PIL image -> normalised float32 [3, SIZE, SIZE]; mean and std in units of 0..255."""
-    crop: list = [v2.Resize(RESIZED), v2.CenterCrop(SIZE)]
+def _transform(spec: DataSpec, augment: bool) -> v2.Compose:
+    """PIL image -> normalized float32 [3, spec.size, spec.size]."""
+    crop: list[Any] = [v2.Resize(RESIZED), v2.CenterCrop(spec.size)]
     if augment:
-        crop = [v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip()]
-    moments = [m / 255 for m in mean], [s / 255 for s in std]
+        crop = [v2.RandomResizedCrop(spec.size), v2.RandomHorizontalFlip()]
+    moments = [m / 255 for m in spec.mean], [s / 255 for s in spec.std]
     return v2.Compose([*crop, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*moments)])
 
 
-class _Files(torch.utils.data.Dataset):
+class _Files(torch.utils.data.Dataset[Any]):
     def __init__(self, files: Sequence[tuple[str, int]], transform: v2.Compose, seed: int) -> None:
         self.files, self.transform, self.seed = files, transform, seed
 
@@ -44,14 +46,14 @@ class _Files(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
         image = read_image(path)
-        # Crop and flip depend on (seed, epoch, image) alone, whichever process or worker draws them.
+        # Crop and flip depend on (seed, epoch, image) only, whichever process or worker draws them.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed((self.seed * 2**26 + index) % 2**63)  # a GPU's stays as it is
             return self.transform(image), label
 
 
-class _Damaged(torch.utils.data.Dataset):
-    """Whether each file cannot be read: whole, or its header alone."""
+class _Damaged(torch.utils.data.Dataset[Any]):
+    """Whether each file cannot be read: whole, or only its header."""
 
     def __init__(self, files: Sequence[tuple[str, int]], whole: bool) -> None:
         self.files, self.look = files, read_image if whole else check_header
@@ -67,31 +69,34 @@ class _Damaged(torch.utils.data.Dataset):
         return False
 
 
-@dataclass
-class FolderSplit:
-    """(path, label) of each image, and how to read them."""
+class FolderSplit(Split):
+    """(path, label) of each image, and how to read them, by `workers` processes or, with 0, by this one."""
 
-    files: Sequence[tuple[str, int]]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    device: torch.device
-    workers: int
+    eval_batch_size = EVAL_BATCH_SIZE
+
+    def __init__(self, files: Sequence[tuple[str, int]], spec: DataSpec, device: torch.device, workers: int) -> None:
+        self.files, self.spec, self.device, self.workers = files, spec, device, workers
 
     def __len__(self) -> int:
         return len(self.files)
 
     def part(self, where: slice) -> "FolderSplit":
-        return FolderSplit(self.files[where], self.mean, self.std, self.device, self.workers)
+        return FolderSplit(self.files[where], self.spec, self.device, self.workers)
 
     def relabelled(self, numbers: Sequence[int]) -> "FolderSplit":
-        """The same images, with numbers[label] for each label."""
         files = [(path, numbers[label]) for path, label in self.files]
-        return FolderSplit(files, self.mean, self.std, self.device, self.workers)
+        return FolderSplit(files, self.spec, self.device, self.workers)
 
-    def batches(self, chosen: list[list[int]], augment: bool, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images float32 [B, 3, 224, 224] and labels int64 [B] on the device, for each list of indices."""
+    def chosen(self, indices: Iterable[Tensor]) -> Iterator[LabelledBatch]:
+        return self.read([part.tolist() for part in indices], augment=False)
+
+    def shuffled(self, batch_size: int, seed: int, world: World = ALONE) -> "FolderBatches":
+        return FolderBatches(self, batch_size, seed, world)
+
+    def read(self, chosen: list[list[int]], augment: bool, seed: int = 0) -> Iterator[LabelledBatch]:
+        """Images float32 [B, 3, S, S] and labels int64 [B] on the device, for each list of indices."""
         loader = DataLoader(
-            _Files(self.files, _transform(self.mean, self.std, augment), seed), batch_sampler=chosen,
+            _Files(self.files, _transform(self.spec, augment), seed), batch_sampler=chosen,
             num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
             worker_init_fn=outlive_signals,
         )  # fmt: skip
@@ -99,12 +104,8 @@ class FolderSplit:
             images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
             yield images, labels.to(self.device, non_blocking=True)
 
-    def check(self, whole: bool, world: World = ALONE) -> None:
-        """Raises UserError, naming the first, if there are files that cannot be read.
-
-        `whole` decodes each, as an evaluation does; else their headers alone are read. The files are shared out to the
-        processes of `world`, and all of them raise.
-        """
+    def check_files(self, whole: bool, world: World = ALONE) -> None:
+        # The files are shared out to the processes of `world`, and all of them raise.
         own = range(world.rank, len(self), world.size)
         loader = DataLoader(
             _Damaged([self.files[index] for index in own], whole), 64, num_workers=self.workers,
@@ -122,7 +123,7 @@ class FolderSplit:
                 raise UserError(f"{error}{more}") from None
 
 
-def _read(loader: DataLoader) -> Iterator:
+def _read(loader: DataLoader[Any]) -> Iterator[Any]:
     """The batches of `loader`, with a UserError in one line for what went wrong in a worker."""
     try:
         yield from loader
@@ -135,30 +136,22 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class FolderBatches:
-    """Shuffled, augmented batches of a split; the images of a step are shared out to the processes of `world`."""
+class FolderBatches(TrainBatches):
+    """Random crops and mirror images of a split in folders."""
 
     def __init__(self, split: FolderSplit, batch_size: int, seed: int, world: World) -> None:
-        self.split, self.batch_size, self.seed, self.world = split, batch_size, seed, world
+        super().__init__(split, batch_size, seed, world)
+        self.split = split
 
-    def __len__(self) -> int:
-        return -(-len(self.split) // self.batch_size)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Number of images of each step, of all processes."""
-        return step_sizes(len(self.split), self.batch_size)
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of the batches of one epoch."""
-        number = self.seed * 2**20 + epoch
-        order = torch.randperm(len(self.split), generator=torch.Generator().manual_seed(number))
+    def epoch(self, epoch: int) -> Iterator[LabelledBatch]:
+        generator = self.generator(epoch)
+        order = torch.randperm(self.count, generator=generator)
         chosen = [self.world.share(step).tolist() for step in order.split(self.batch_size)]
-        yield from self.split.batches(chosen, augment=True, seed=number)
+        return self.split.read(chosen, augment=True, seed=generator.initial_seed())
 
 
 def load_folder(
-    data_dir: str | Path, mean: Sequence[float], std: Sequence[float], device: torch.device, workers: int
+    data_dir: str | Path, spec: DataSpec, device: torch.device, workers: int
 ) -> tuple[FolderSplit, FolderSplit, list[str]]:
     """The training and the validation images in `data_dir`, and the class names.
 
@@ -183,5 +176,5 @@ def load_folder(
         raise UserError(f"--data_dir {data_dir}: train/ and val/ have different classes: {', '.join(odd[:5])}")
     if len(train.classes) < 2:
         raise UserError(f"--data_dir {data_dir}: train/ has one class, {train.classes[0]}: two are needed at least")
-    splits = (FolderSplit(part.samples, tuple(mean), tuple(std), device, workers) for part in parts)
-    return *splits, train.classes
+    training, validation = (FolderSplit(part.samples, spec, device, workers) for part in parts)
+    return training, validation, train.classes

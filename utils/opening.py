@@ -1,20 +1,22 @@
-"""A trained network and its data set: the folder that it is in, and labels that count as the network's outputs do."""
+"""Opening a trained network with its data set, whose labels then count as the network's outputs do."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from utils.checkpoint import dataset_name
+from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint
 from utils.cli import RANK, UserError
-from utils.data import Dataset, load_dataset
-from utils.sources import at_hand
+from utils.data.load import Dataset, load_dataset
+from utils.data.specs import DATASETS, DataSpec, at_hand
 
 DATA_DIR = "data"
 
 
-def matched(dataset: Dataset, checkpoint: dict[str, Any], path: str | Path, transfer: bool = False) -> Dataset:
+def matched(dataset: Dataset, checkpoint: dict[str, Any], path: str | Path | None, transfer: bool = False) -> Dataset:
     """`dataset` with its classes in the order of the checkpoint that was read from `path`.
 
     A file that does not name its classes is taken to have the data set's. Raises UserError, naming the first
@@ -73,3 +75,57 @@ class Datasets:
         if key not in self._loaded:
             self._loaded[key] = load_dataset(*key, self.device, self.workers)
         return matched(self._loaded[key], checkpoint, path)
+
+
+@dataclass
+class OpenedNetwork:
+    """The network of the file `path`, in eval mode on its device, with its data set; None if that is not at hand."""
+
+    path: str
+    checkpoint: dict[str, Any]
+    model: nn.Module
+    dataset_name: str
+    dataset: Dataset | None
+
+    @property
+    def spec(self) -> DataSpec:
+        return DATASETS[self.dataset_name]
+
+    @property
+    def arch(self) -> str:
+        return self.checkpoint.get("arch") or type(self.model).__name__
+
+    @property
+    def data(self) -> Dataset:
+        """The data set. Raises UserError if there is none."""
+        if self.dataset is None:
+            raise UserError(f"{self.path} needs images, and there is no {self.dataset_name} data set here")
+        return self.dataset
+
+
+def open_network(
+    path: str | Path,
+    datasets: Datasets,
+    dataset: str | None = None,
+    arch: str | None = None,
+    download: bool = True,
+    sizes: tuple[int, ...] = (),
+) -> OpenedNetwork:
+    """The network of the checkpoint `path` with its data set, or the one called `dataset`.
+
+    `arch`: the architecture that it must be of. With download=False a data set that is not at hand is left out. `sizes`:
+    the sizes of images that will do, all if empty. Raises UserError for what `load_checkpoint`,
+    `model_from_checkpoint` and `Datasets.of` refuse, and for a data set of images of another size.
+    """
+    checkpoint = load_checkpoint(path)
+    name = dataset or dataset_name(checkpoint)
+    spec = DATASETS.get(name)
+    if sizes and (spec is None or spec.size not in sizes):
+        told = " or ".join(f"{size} x {size}" for size in sizes)
+        raise UserError(f"{path} is for {name}; this command takes networks for images of {told}")
+    there = download or at_hand(name, datasets.folder(checkpoint, name))
+    data = datasets.of(checkpoint, path, name) if there else None
+    classes = len(data.classes) if data else spec.classes if spec else None
+    model = model_from_checkpoint(checkpoint, path, arch, classes)
+    model.to(datasets.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    return OpenedNetwork(str(path), checkpoint, model.eval(), name, data)

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from quant.penalty import Penalty
+from quant.penalties import Penalty
 from utils.cli import first_line
-from utils.data import TrainBatches
-from utils.engine import Result, epoch_result, train_step
+from utils.data.in_memory import CroppedBatches
 from utils.progress import shown
 from utils.signals import StopRequest
+from utils.training.loop import Result, epoch_result, train_step
 
 EAGER_STEPS = 3  # of a run, before the first capture: they make the optimizer's state and warm the libraries up
 
@@ -35,7 +35,7 @@ class GraphedTraining:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        batches: TrainBatches,
+        batches: CroppedBatches,
         precision: str,
         penalty: Penalty | None = None,
         stop: StopRequest | None = None,

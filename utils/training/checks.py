@@ -1,0 +1,35 @@
+"""What is looked at before an epoch is spent: whether a network takes the images, and whether PSG moves its weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+from quant.pruning import prunable_weights
+from utils.cli import UserError, first_line
+
+
+@torch.no_grad()
+def check_takes(model: nn.Module, name: str, size: int, smallest_step: int) -> None:
+    """Raises UserError if `model`, called `name`, cannot take images of size x size, or be trained on `smallest_step`
+    of them."""
+    image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+    try:
+        model.eval()(image)
+    except Exception as error:  # torch and torchvision raise several kinds
+        raise UserError(f"--arch {name} cannot take {size} x {size} images ({first_line(error)})") from None
+    if smallest_step == 1:  # batch norm over one number has no variance
+        try:
+            copy.deepcopy(model).train()(image)
+        except ValueError as error:
+            advice = "choose a --batch_size that leaves more than one image to the last step of an epoch"
+            raise UserError(f"--arch {name} cannot be trained on one image ({first_line(error)}): {advice}") from None
+
+
+def check_moves(model: nn.Module, first_last: bool = True) -> None:
+    """Raises UserError if a whole weight of `model` is zero: it is on its target, and PSG with eps 0 never moves it."""
+    for name, weight in prunable_weights(model, first_last).items():
+        if not weight.any():
+            raise UserError(
+                f"{name} is all zeros, which PSG never moves: use --eps 0.01, or start from trained weights"
+            )

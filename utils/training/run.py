@@ -1,0 +1,238 @@
+"""A training run from its settings: first everything that can be wrong, then the run folder, then the epochs."""
+
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
+
+from quant import steer_lambda_s
+from quant.penalties import gradient_penalty
+from utils.checkpoint import (
+    known_arch,
+    load_checkpoint,
+    load_run,
+    model_from_checkpoint,
+    new_model,
+    save_checkpoint,
+)
+from utils.cli import UserError
+from utils.data.load import Dataset, load_dataset
+from utils.data.split import Split, TrainBatches
+from utils.device import machine, resolve_precision, select_device, set_deterministic
+from utils.distributed import World, join, leave, own_device
+from utils.files import command_line, git_commit
+from utils.opening import matched
+from utils.runs import KEPT_BY_RESUMES, RunFolder
+from utils.signals import StopRequest
+from utils.training.checks import check_moves, check_takes
+from utils.training.epochs import Training
+from utils.training.evaluation import evaluate_goal
+from utils.training.goals import Goal
+from utils.training.loop import NonFiniteError
+from utils.training.setup import build_goal, build_optimizer, described
+
+
+@dataclass
+class Run:
+    """What a run's epochs need. `done` epochs are trained; `last_good` is the file that holds the last of them."""
+
+    args: Namespace
+    world: World
+    device: torch.device
+    model: nn.Module
+    classes: list[str]
+    batches: TrainBatches
+    held: Split  # to evaluate on
+    held_name: str
+    goal: Goal
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    first_epoch: int
+    done: int
+    last_good: str | Path
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Where the run runs, for the record."""
+        return {
+            "torch": torch.__version__, "device": str(self.device), "machine": machine(self.device),
+            "processes": self.world.size,
+        }  # fmt: skip
+
+
+def train(args: Namespace, resumed: RunFolder | None) -> None:
+    """Trains as train.py's `args` say, in a new folder or in the one that is `resumed`."""
+    device, device_line = select_device(*own_device(args.device, args.cu_num))
+    world = join(device)
+    if resumed and world.is_main:
+        resumed.lock()
+    args.precision = resolve_precision(args.precision, device)
+    if args.deterministic:
+        set_deterministic()
+    torch.manual_seed(args.seed)
+    begun = resumed.settings()["args"] if resumed else vars(args)
+    run = prepare(args, resumed, device, world)
+    if resumed and run.done >= args.epoch:
+        print(f"{resumed.path} has all {run.done} epochs: nothing left to do (a larger --epoch goes on)")
+        return leave(world)
+    folder = open_folder(run, resumed, device_line) if world.is_main else None
+    print(f"{args.arch} on {args.dataset} {described(args, run.goal, run.optimizer)}")
+    images = f"{len(run.held)} {run.held_name} images"
+    print(f"epochs {run.done + 1} to {args.epoch}; accuracy is on the {images}", flush=True)
+    train_epochs(run, folder, begun["epoch"])
+    leave(world)
+
+
+def prepare(args: Namespace, resumed: RunFolder | None, device: torch.device, world: World) -> Run:
+    """Network, data and optimizer. Raises UserError for all that can be wrong: files are looked at before downloads."""
+    known_arch(args.arch)
+    start = resumed.last_checkpoint if resumed else args.load_pretrained
+    source = load_checkpoint(start) if start else {}
+    with world.main_first():
+        dataset = load_dataset(args.dataset, args.data_dir, device, args.workers)
+    dataset = matched(dataset, source, start, transfer=not resumed)
+    train_split, held, held_name = dataset.splits(args.val_split)
+    first_epoch = args.resume_epoch or (0 if resumed else source.get("epoch", 0)) + 1
+    args.resume_epoch = first_epoch
+    if args.epoch < first_epoch:
+        raise UserError(f"--epoch {args.epoch} is before the first epoch, {first_epoch}: nothing to train")
+    model = build_network(args, dataset, source, resumed is not None, world)
+    batches = train_split.shuffled(args.batch_size, args.seed, world)
+    check_processes(args, batches, len(held), world)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    check_takes(model, args.arch, dataset.spec.size, batches.sizes[-1] // world.size)
+    if args.psg and not args.eps and not resumed:
+        check_moves(model, bool(args.first_last_quant))
+    goal = build_goal(args)
+    optimizer = build_optimizer(args, model, goal, device)
+    scheduler = MultiStepLR(optimizer, [epoch - first_epoch for epoch in decays(args)], gamma=0.1)
+    done = load_run(source, start, model, optimizer, scheduler) if resumed else first_epoch - 1
+    if done < args.epoch:
+        # Damaged files, before an epoch is spent on the others. Decoding the images to evaluate on costs an evaluation
+        # at most; of those to train on it would cost an epoch, so only their headers are read.
+        train_split.check_files(whole=False, world=world)
+        held.check_files(whole=True, world=world)
+    return Run(
+        args, world, device, model, dataset.classes, batches, held, held_name, goal, optimizer, scheduler,
+        first_epoch, done, start or "none",
+    )  # fmt: skip
+
+
+def build_network(
+    args: Namespace, dataset: Dataset, source: dict[str, Any], is_resumed: bool, world: World
+) -> nn.Module:
+    """The network to start from: that of a checkpoint, torchvision's, or a fresh one, which a resume then fills."""
+    if source and not is_resumed:
+        return model_from_checkpoint(source, args.load_pretrained, args.arch, len(dataset.classes))
+    with world.main_first():
+        return new_model(args.arch, len(dataset.classes), None if is_resumed else args.weights)
+
+
+def check_processes(args: Namespace, batches: TrainBatches, held: int, world: World) -> None:
+    """Raises UserError if several processes, or --compile, do not suit the images or the penalty."""
+    if min(batches.sizes[-1], held) < world.size:
+        raise UserError(f"{world.size} processes: a step or the evaluation has fewer images")
+    if args.grad_l1 and (world.size > 1 or args.compile):
+        raise UserError("--grad_l1 differentiates twice: it needs a single process, and --compile 0")
+
+
+def decays(args: Namespace) -> list[int]:
+    """The epochs after the first of the run at which the learning rate falls."""
+    return [epoch for epoch in args.decay_epoch if epoch > args.resume_epoch]
+
+
+def open_folder(run: Run, resumed: RunFolder | None, device_line: str) -> RunFolder:
+    """The run folder, new or resumed, with its settings noted and its logs open."""
+    args = run.args
+    if resumed:
+        folder = resumed
+        folder.note_resume(run.done, **{key: getattr(args, key) for key in KEPT_BY_RESUMES}, **run.facts)
+    else:
+        folder = RunFolder.create(args.exp_name)
+        args.exp_name = folder.exp_name
+        folder.write_settings({"args": vars(args), "command": command_line(), "commit": git_commit(), **run.facts})
+    folder.start_logging(after_epoch=run.done)
+    shared = f" on {run.world.size} processes" if run.world.size > 1 else ""
+    print(f"{device_line}{shared}, precision: {args.precision}, run folder: {folder.path}")
+    return folder
+
+
+def train_epochs(run: Run, folder: RunFolder | None, planned_epoch: int) -> None:
+    """The epochs that are left, each logged and saved in `folder` by the first process.
+
+    `planned_epoch` is the last epoch that the run had when it was begun: --lambda_s auto plans for it.
+    """
+    args = run.args
+    penalty = gradient_penalty(run.model, args.grad_l1, bool(args.first_last_quant))
+    use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
+    training = Training(
+        run.model, run.optimizer, run.batches, args.precision, penalty, run.world, use_graph, stop, bool(args.compile)
+    )
+    steer_epochs = min([*decays(args), planned_epoch + 1]) - run.first_epoch
+    stop.advice = "no epoch is whole yet: the same command begins anew"
+    first, loop = run.done + 1, ""
+    for epoch in range(first, args.epoch + 1):
+        if epoch > run.first_epoch:
+            stop.advice = f"python train.py --exp_name {args.exp_name} --resume goes on after its last whole epoch"
+        row = train_epoch_and_evaluate(run, training, epoch)
+        if training.loop != loop:
+            loop = training.loop
+            print(f"step: {loop}", flush=True)
+        run.scheduler.step()
+        if "lambda_s" in row:
+            progress = (epoch - run.first_epoch + 1) / steer_epochs
+            steer_lambda_s(run.optimizer, row["grid_share"], progress, row["train_loss"])
+        if folder:
+            folder.log(row)
+            save(run, folder, row)
+            print(summary(run.goal, row), flush=True)
+
+
+def train_epoch_and_evaluate(run: Run, training: Training, epoch: int) -> dict[str, float]:
+    """The row of an epoch for the log. Raises UserError if loss, weights or outputs are no longer finite."""
+    args = run.args
+    # Dropout of an epoch, like its batches, comes from (seed, epoch) only, and differs between processes.
+    torch.manual_seed(args.seed * 2**20 + epoch + run.world.rank * 2**52)
+    lr, started = run.optimizer.param_groups[0]["lr"], time.perf_counter()
+    try:
+        trained = training.epoch(epoch, f"epoch {epoch}/{args.epoch}")
+        trained_at = time.perf_counter()
+        figures = evaluate_goal(run.model, run.goal, run.held, run.world)
+    except NonFiniteError as error:
+        raise UserError(
+            f"{error} of epoch {epoch}; last good checkpoint: {run.last_good}; try a smaller --lr or --lambda_s"
+        ) from None
+    steered = {"lambda_s": run.optimizer.param_groups[0]["lambda_s"]} if args.lambda_s == "auto" and args.psg else {}
+    return {
+        "epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1, **figures, **steered,
+        "train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at,
+    }  # fmt: skip
+
+
+def save(run: Run, folder: RunFolder, row: dict[str, float]) -> None:
+    """Writes last.pth, and the epoch's own file if --save_epochs has it."""
+    checkpoint = {
+        "epoch": row["epoch"], "state_dict": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(), "arch": run.args.arch, "num_classes": len(run.classes),
+        "classes": run.classes, "args": vars(run.args), "metrics": row,
+    }  # fmt: skip
+    if row["epoch"] in run.args.save_epochs:
+        save_checkpoint(folder.path / f"epoch_{row['epoch']}.pth", checkpoint)
+    save_checkpoint(folder.last_checkpoint, checkpoint)
+    run.last_good = folder.last_checkpoint
+
+
+def summary(goal: Goal, row: dict[str, float]) -> str:
+    """An epoch in one line."""
+    near = f"on grid {100 * row['grid_share']:.1f} %  " if "grid_share" in row else ""
+    return (
+        f"epoch {row['epoch']:3d}  lr {row['lr']:.4g}  loss {row['train_loss']:.4f}  train {row['train_top1']:.2f}  "
+        f"FP {row['fp_top1']:.2f}  {goal.name} {row[f'{goal.name.lower()}_top1']:.2f}  {near}"
+        f"{row['train_seconds']:.1f} + {row['eval_seconds']:.1f} s"
+    )

@@ -1,0 +1,48 @@
+"""What train.py's settings ask for: the goal, the optimizer and the words for the log."""
+
+from argparse import Namespace
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from quant import PSGD, Grid, auto_lambda_s, penalize_l1
+from utils.cli import UserError, first_line
+from utils.training.goals import Goal, GridGoal, SparseGoal
+
+
+def build_goal(args: Namespace) -> Goal:
+    """What the weights are trained for."""
+    first_last = bool(args.first_last_quant)
+    if args.target == "zero":
+        return SparseGoal(args.sparsity, first_last)
+    return GridGoal(Grid(args.w_bit, first_last, per_channel=args.granularity == "channel"))
+
+
+def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch.device) -> Optimizer:
+    """SGD with momentum or Adam, inside PSGD with --psg 1. Raises UserError where --lambda_s auto finds none."""
+    groups = goal.param_groups(model) if args.psg else [{"params": [*model.parameters()]}]
+    try:
+        lambda_s = auto_lambda_s(groups) if args.lambda_s == "auto" and args.psg else args.lambda_s
+    except ValueError as error:
+        raise UserError(f"--lambda_s auto: {first_line(error)}") from None
+    lr = args.lr * (0.01 * lambda_s if args.adam and args.psg and args.psg_acts_on == "gradient" else 1)
+    fused = device.type in ("cpu", "cuda")
+    base: Optimizer = (
+        torch.optim.Adam(groups, lr=lr, weight_decay=args.w_decay, fused=fused)
+        if args.adam
+        else torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=args.w_decay, fused=fused)
+    )
+    penalize_l1(base, model, args.l1, bool(args.first_last_quant))
+    return PSGD(base, lambda_s, args.eps, args.psg_acts_on) if args.psg else base
+
+
+def described(args: Namespace, goal: Goal, optimizer: Optimizer) -> str:
+    """From where, for what and how: for the log."""
+    start = f"torchvision's weights {args.weights}" if args.weights else args.load_pretrained or "scratch"
+    auto = "auto, now " if args.lambda_s == "auto" else ""
+    method = f"PSG for {goal.name}, lambda_s {auto}{optimizer.param_groups[0]['lambda_s']:g}" if args.psg else "no PSG"
+    method += f" on the {args.psg_acts_on}" if args.psg else ""
+    method += "".join(f", {flag} {getattr(args, flag):g}" for flag in ("l1", "grad_l1") if getattr(args, flag))
+    why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
+    return f"from {start}, {method}, weight decay {args.w_decay:g}{why}"
