@@ -25,38 +25,15 @@ Ranges, scales, bit-widths and roundings are never fitted to test images. A bit-
 which is the first row of every model.
 """
 
-import math
-import sys
 from argparse import Namespace
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from itertools import product
-from pathlib import Path
-from typing import Any
 
 from utils import cli
-from utils.cli import Parser, UserError, first_line, run
+from utils.cli import Parser, UserError, run
+from utils.data.specs import DATASETS
 
-COLUMNS = {  # name: (least width on screen, format); without a width only in the files
-    "model": (5, "s"), "arch": (0, "s"), "dataset": (0, "s"), "split": (0, "s"), "trained": (12, "s"),
-    "seed": (5, "s"), "epoch": (7, "s"), "sparsity": (8, "g"), "prune": (6, "s"), "nonzero": (8, "d"),
-    "w_bit": (6, "d"), "weight_range": (0, "s"), "granularity": (0, "s"), "a_bit": (6, "d"), "act_range": (13, "s"),
-    "clipping_range": (0, "s"), "post": (14, "s"), "top1": (7, ".2f"), "loss": (8, ".4f"), "weight_mse": (11, ".3e"),
-    "bytes": (9, "d"),
-}  # fmt: skip
 POST = ["none", "bn_reestimate", "bias_correct", "adaround"]
 ACT_RANGES = ["bn", "bn_published", "minmax", "percentile", "mse"]
 SEARCHED = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0]  # values of --clipping_range search
-
-
-@dataclass
-class Network:
-    """A trained network and what it is evaluated on."""
-
-    facts: dict[str, str]
-    deployment: Any
-    test: Any
-    spec: Any
 
 
 def parse() -> Namespace:
@@ -65,7 +42,7 @@ def parse() -> Namespace:
     p.add_argument("--arch", default=None,
                    help="network (default: the one the file names, ResNet32 if it names none)")
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
-    p.add_argument("--dataset", default=None, choices=cli.DATASET_NAMES,
+    p.add_argument("--dataset", default=None, choices=list(DATASETS),
                    help="data set (default: the one the file was trained on, cifar100 if it names none)")
     p.add_argument("--data_dir", default=None, help=cli.DATA_DIR_HELP)
     p.add_argument("--workers", type=cli.index, default=4,
@@ -130,190 +107,12 @@ def parse() -> Namespace:
     return args
 
 
-def settings(args: Namespace) -> list:
-    """Every row of a model: full precision first, then the sweep, each once."""
-    from utils.deployment import Setting
-
-    rows = [Setting(), *(Setting(post=post) for post in args.post)]
-    rows += [Setting(*row) for row in product(args.w_bit, args.a_bit, args.sparsity, args.post)]
-    # Roundings need quantized weights, and mean outputs something that shifts them.
-    return [
-        row
-        for row in dict.fromkeys(rows)
-        if not (row.post == "adaround" and row.w_bit == 32) and row != Setting(post="bias_correct")
-    ]
-
-
 def main() -> None:
     args = parse()
 
-    from utils.device import resolve_precision, select_device
-    from utils.files import output_folder
+    from utils.sweep import evaluate_all
 
-    with output_folder("--out", args.out) if args.out else nullcontext():
-        device, device_line = select_device(args.device, args.cu_num)
-        args.precision = resolve_precision(args.precision, device)
-        networks = load_networks(args, device)
-        print(f"{device_line}, precision: {args.precision}")
-        sweep(args, networks, device)
-
-
-def sweep(args: Namespace, networks: list[Network], device) -> None:
-    """Evaluates and prints every row of every model; with --out, writes what there is after each model."""
-    import torch
-
-    from utils.device import machine
-    from utils.files import write_csv, write_results
-
-    columns = {name: shape for name, shape in COLUMNS.items() if shape[0]}
-    columns["model"] = (max(map(len, ["model", *args.model_path])), "s")
-    print("  ".join(f"{name:>{width}}" for name, (width, _) in columns.items()), flush=True)
-    facts = {"torch": torch.__version__, "device": str(device), "machine": machine(device)}
-    rows: list[dict[str, Any]] = []
-    layers: list[dict[str, Any]] = []
-    for net in networks:
-        chosen: dict[Any, float] = {}
-        for setting in settings(args):
-            plain = replace(setting, post="none")
-            if plain not in chosen:
-                chosen[plain] = clipping_range(args, net.deployment, plain)
-            row = evaluated(args, net, setting, chosen[plain])
-            rows.append(row)
-            print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
-        if args.out:  # after each model, so that a sweep that is cut off leaves what it has
-            write_results(args.out, rows, **facts, settings=vars(args))
-        if args.report:
-            layers += layer_report(args, net)
-            write_csv(Path(args.out) / "layers.csv", layers)
-    if args.out:
-        print(f"written: {args.out}/results.csv and results.json" + (" and layers.csv" if layers else ""))
-
-
-def evaluated(args: Namespace, net: Network, setting, n: float) -> dict[str, Any]:
-    """The row of a network as `setting` deploys it, with `n` for the bn ranges."""
-    from quant import nonzero_weights, packed_bytes, weight_mse
-    from utils.deployment import Setting
-    from utils.engine import evaluate, fold_batch_norm
-
-    deployment = net.deployment
-    try:
-        network = deployment.network(setting, n)
-    except ValueError as error:  # a network that has no batch norm, ReLU, ... for what is asked
-        raise UserError(f"{net.facts['model']}: {first_line(error)}") from None
-    nonzero = nonzero_weights(network, deployment.first_last)
-    result = evaluate(fold_batch_norm(network), net.test, net.spec, args.precision)
-    del network  # two models at a time
-    pruned = f", sparsity {setting.sparsity:g}" if setting.sparsity else ""
-    deployed = f"at W{setting.w_bit}A{setting.a_bit}{pruned}, post {setting.post}" if setting != Setting() else ""
-    check_outputs(result.loss, net.facts["model"], deployed)
-    grid = deployment.weight_grid(setting.w_bit)
-    return net.facts | {
-        "sparsity": setting.sparsity, "prune": args.prune if setting.sparsity else "none", "nonzero": nonzero,
-        "w_bit": setting.w_bit, "weight_range": args.weight_range,
-        "granularity": "channel" if deployment.per_channel else "tensor",
-        "a_bit": setting.a_bit, "act_range": "none" if setting.a_bit == 32 else args.act_range,
-        "clipping_range": f"{n:g}" if n else "", "post": setting.post, "top1": round(result.top1, 4),
-        "loss": round(result.loss, 6), "weight_mse": weight_mse(deployment.pruned(setting.sparsity), **grid),
-        "bytes": packed_bytes(deployment.model, setting.w_bit, grid["first_last"], grid["per_channel"]),
-    }  # fmt: skip
-
-
-def check_outputs(loss: float, model: str, deployed: str = "") -> None:
-    """For a `loss` that is no number: UserError if it is the trained network's, a warning if it is of one `deployed`
-    as these words say."""
-    if math.isfinite(loss):
-        return
-    what = f"{model}: the network's outputs are not finite (loss {loss})"
-    if not deployed:
-        raise UserError(f"{what}: take the file of an earlier epoch, or train with a smaller --lr")
-    print(f"warning: {what} {deployed}: its top-1 means nothing", file=sys.stderr)
-
-
-def load_networks(args: Namespace, device) -> list[Network]:
-    """Every model with its data; all that can be wrong is looked at before the first evaluation."""
-    import torch
-
-    from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel, training_facts
-    from utils.data import calib_images, calibration_batches
-    from utils.deployment import BN_RANGES, Deployment, check_activations
-    from utils.pairing import Datasets
-
-    datasets, networks = Datasets(args.data_dir, device, args.workers), []
-    counts: dict[int, int] = {}  # of images for calibration, by those there are
-    quantizes = any(a_bit != 32 for a_bit in args.a_bit)
-    by_batch_norm = args.act_range in BN_RANGES
-    searches = by_batch_norm and len(args.clipping_range) > 1
-    needs_images = args.report or set(args.post) != {"none"} or (quantizes and (searches or not by_batch_norm))
-    for path in args.model_path:
-        checkpoint = load_checkpoint(path)
-        name = args.dataset or dataset_name(checkpoint)
-        dataset = datasets.of(checkpoint, path, name)
-        model = model_from_checkpoint(checkpoint, path, args.arch, len(dataset.classes))
-        model.to(device, memory_format=torch.channels_last).eval()
-        train, test, split_name = dataset.splits(args.val_split)
-        if needs_images and len(train) not in counts:
-            counts[len(train)] = calib_images(args.calib_images, train)
-        taken = counts.get(len(train), 0)
-
-        def images(train=train, spec=dataset.spec, taken=taken):
-            return calibration_batches(train, spec, taken, args.seed)
-
-        facts = {
-            "model": path,
-            "arch": checkpoint.get("arch") or type(model).__name__,
-            "dataset": name,
-            "split": split_name,
-        }
-        deployment = Deployment(
-            model, images, first_last=bool(args.first_last_quant), prune=args.prune, weight_range=args.weight_range,
-            per_channel=per_channel(checkpoint, args.granularity), act_range=args.act_range,
-            percentile=args.percentile, iterations=args.iterations, seed=args.seed,
-        )  # fmt: skip
-        try:
-            if quantizes:
-                check_activations(model, path)
-                deployment.activation_ranges(8, args.clipping_range[0])
-        except ValueError as error:
-            advice = "; use --act_range minmax, percentile or mse" if by_batch_norm else ""
-            raise UserError(f"{path}: {first_line(error)}{advice}") from None
-        networks.append(Network(facts | training_facts(checkpoint), deployment, test, dataset.spec))
-    args.calib_images = max(counts.values(), default=args.calib_images)  # for the record
-    return networks
-
-
-def clipping_range(args: Namespace, deployment, setting) -> float:
-    """n of the bn ranges: of several the one of least loss on the calibration images; 0 if no bn range is used."""
-    from utils.deployment import BN_RANGES
-
-    if setting.a_bit == 32 or args.act_range not in BN_RANGES:
-        return 0.0
-    if len(args.clipping_range) == 1:
-        return args.clipping_range[0]
-    losses = deployment.clipping_losses(setting, args.clipping_range, args.precision)
-    curve = ", ".join(f"{n:g}: {loss:.4f}" for n, loss in losses.items())
-    best = min(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n]))  # nan is smaller and larger than none
-    pruned = f", sparsity {setting.sparsity:g}" if setting.sparsity else ""
-    print(
-        f"W{setting.w_bit}A{setting.a_bit}{pruned}: training loss by clipping range {curve}; taken: {best:g}",
-        flush=True,
-    )
-    return best
-
-
-def layer_report(args: Namespace, net: Network) -> list[dict[str, Any]]:
-    """A row for each layer: error of its weights, share near the grid, and top-1 lost if it alone is quantized."""
-    from quant import layer_rows
-    from utils.engine import evaluate
-
-    deployment = net.deployment
-    full = evaluate(deployment.model, net.test, net.spec, args.precision).top1
-    rows = []
-    images = (batch for batch, _ in deployment.images())
-    for row, network in layer_rows(deployment.model, images, **deployment.weight_grid(args.w_bit[0])):
-        result = evaluate(network, net.test, net.spec, args.precision)
-        check_outputs(result.loss, net.facts["model"], f"with {row['layer']} alone at W{row['bits']}")
-        rows.append({"model": net.facts["model"], **row, "top1_lost": round(full - result.top1, 4)})
-    return rows
+    evaluate_all(args)
 
 
 if __name__ == "__main__":

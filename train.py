@@ -27,6 +27,7 @@ from argparse import Namespace
 
 from utils import cli
 from utils.cli import Parser, UserError, run
+from utils.data.specs import DATASETS
 from utils.runs import RunFolder, default_exp_name
 
 PRETRAINED = "models/ResNet82.pth"
@@ -42,7 +43,7 @@ def parser() -> Parser:
     # fmt: off
     p.add_argument("--arch", default="ResNet32", help="ResNet32, vgg16_bn, or a classification network of torchvision")
     p.add_argument("--weights", default="", metavar="NAME", help="torchvision's weights to start from, as DEFAULT")
-    p.add_argument("--dataset", default="cifar100", choices=cli.DATASET_NAMES, help="data set")
+    p.add_argument("--dataset", default="cifar100", choices=list(DATASETS), help="data set")
     p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz, of its archive, or of train/ and val/")
     p.add_argument("--workers", type=cli.index, default=4,
                    help="processes that read images of an imagefolder, one a core at most")

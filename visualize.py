@@ -50,7 +50,7 @@ def parse() -> Namespace:
                    help="layers: state_dict names (default: all weights)")
     p.add_argument("--results", nargs="+", default=None, metavar="FILE",
                    help="1a, grid: results.csv of eval.py (of 1a one or several); report: layers.csv of eval.py "
-                   "--report; 4: folder of utils.hessian")
+                   "--report; 4: folder of tools.hessian")
     p.add_argument("--sparsity", type=sparsity, default=0.9, metavar="S", help="3: share of weights to mark")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
                    help="curves: run folders, or any folders with a metrics.csv")
@@ -111,12 +111,15 @@ def load_networks(args: Namespace) -> dict:
 
 def layer_figures(args: Namespace) -> list:
     """(name, number of pictures, drawing function) for each layer."""
-    from quant import layer_bits
-    from utils.figures import layer_histograms
+    from quant import Grid, layer_grids
+    from utils.drawing.result_figures import layer_histograms
 
     networks = load_networks(args)
     by_channel = {label for label, (_, channels) in networks.items() if channels}
-    widths = [layer_bits(network, args.w_bit, bool(args.first_last_quant)) for network, _ in networks.values()]
+    widths = [
+        layer_grids(network, Grid(args.w_bit, first_last=bool(args.first_last_quant)))
+        for network, _ in networks.values()
+    ]
     shared = [name for name in widths[0] if name.endswith("weight") and all(name in names for names in widths)]
     if not shared:
         raise UserError(f"{', '.join(args.model_path)} have no quantized layer in common: draw them one by one")
@@ -142,7 +145,7 @@ def one(results: list[str]) -> str:
 
 def dense_rows(paths: list[str], *numbers: str) -> list[dict[str, str]]:
     """The rows of results.csv files, with `numbers`, of networks neither pruned nor changed after training."""
-    from utils.table import read_results
+    from utils.results import read_results
 
     return [
         row for row in read_results(paths, numbers) if row["post"] == "none" and not float(row.get("sparsity") or 0)
@@ -150,8 +153,8 @@ def dense_rows(paths: list[str], *numbers: str) -> list[dict[str, str]]:
 
 
 def bits_figures(args: Namespace) -> list:
-    from utils.figures import errors_over_bits
-    from utils.table import distinct, network_of
+    from utils.drawing.result_figures import errors_over_bits
+    from utils.results import distinct, network_of
 
     rows = distinct(row for row in dense_rows(args.results, "weight_mse") if row["a_bit"] == "32")
     last = max((int(row["epoch"]) for row in rows if row["trained"] == "SGD" and row["epoch"].isdigit()), default=None)
@@ -175,8 +178,8 @@ def bits_figures(args: Namespace) -> list:
 
 
 def curve_figures(args: Namespace) -> list:
-    from utils.figures import target_column, training_curves
-    from utils.table import check_numbers, read_rows
+    from utils.drawing.result_figures import target_column, training_curves
+    from utils.results import check_numbers, read_rows
 
     runs = {}
     for label, folder in zip(args.labels, args.runs, strict=True):
@@ -191,7 +194,7 @@ def curve_figures(args: Namespace) -> list:
 
 
 def grid_figures(args: Namespace) -> list:
-    from utils.figures import accuracy_grids
+    from utils.drawing.result_figures import accuracy_grids
 
     groups: dict[str, dict[tuple[int, int], float]] = {}
     for row in dense_rows([one(args.results)]):
@@ -204,8 +207,8 @@ def grid_figures(args: Namespace) -> list:
 
 
 def report_figures(args: Namespace) -> list:
-    from utils.figures import layer_bars
-    from utils.table import read_rows
+    from utils.drawing.result_figures import layer_bars
+    from utils.results import read_rows
 
     numbers = ("sqnr", "top1_lost")
     rows = read_rows(one(args.results), ("model", "layer", "bits", *numbers), "layers.csv of eval.py --report", numbers)
@@ -218,7 +221,7 @@ def report_figures(args: Namespace) -> list:
 
 
 def warp_figures(args: Namespace) -> list:
-    from utils.paper_figures import warped_space
+    from utils.drawing.paper_figures import warped_space
 
     return [("figure2", 1, warped_space)]
 
@@ -226,8 +229,8 @@ def warp_figures(args: Namespace) -> list:
 def sparse_figures(args: Namespace) -> list:
     import torch
 
-    from quant import prunable_weights
-    from utils.paper_figures import sparse_histograms
+    from quant.pruning import prunable_weights
+    from utils.drawing.paper_figures import sparse_histograms
 
     weights = {
         label: torch.cat([weight.detach().flatten() for weight in prunable_weights(network).values()])
@@ -237,14 +240,14 @@ def sparse_figures(args: Namespace) -> list:
 
 
 def curvature_figures(args: Namespace) -> list:
-    from utils.paper_figures import curvature
-    from utils.table import read_rows
+    from utils.drawing.paper_figures import curvature
+    from utils.results import read_rows
 
     folder = Path(one(args.results))
 
     def columns(name: str, by: str, *wanted: str) -> dict[str, list[list[float]]]:
         read: dict[str, list[list[float]]] = {}
-        for row in read_rows(folder / name, (by, *wanted), f"{name} of utils.hessian", wanted):
+        for row in read_rows(folder / name, (by, *wanted), f"{name} of tools.hessian", wanted):
             held = read.setdefault(row[by], [[] for _ in wanted])
             for values, key in zip(held, wanted):
                 values.append(float(row[key]))

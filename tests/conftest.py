@@ -97,7 +97,7 @@ def net():
 @pytest.fixture
 def few_digits(tmp_path):
     """data/cifar10.npz in the test's folder, for runs whose accuracy does not matter: 128 digits, and 32 to test."""
-    from utils.data import load_dataset
+    from utils.data.load import load_dataset
 
     digits = load_dataset("digits", "", torch.device("cpu"))
     (tmp_path / "data").mkdir()

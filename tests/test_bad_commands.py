@@ -86,15 +86,15 @@ BAD = [
     ("export.py", ["--w_bit", "4", "x/a.pth"], "unrecognized arguments: x/a.pth (did you mean --model_path x/a.pth?)"),
     ("visualize.py", ["a.pth"], "(did you mean --model_path a.pth?)"),
     ("train.py", ["a.pth"], "(did you mean --load_pretrained a.pth?)"),
-    ("utils.average", [], "the following arguments are required: DIR, --epochs, --out"),
-    ("utils.average", ["r", "--epochs", "3-1", "--out", "x"], "--epochs: 3-1 begins after its end"),
-    ("utils.average", ["r", "--epochs", "1-2", "--out", "x"], "r/epoch_1.pth is not there"),
+    ("tools.average", [], "the following arguments are required: DIR, --epochs, --out"),
+    ("tools.average", ["r", "--epochs", "3-1", "--out", "x"], "--epochs: 3-1 begins after its end"),
+    ("tools.average", ["r", "--epochs", "1-2", "--out", "x"], "r/epoch_1.pth is not there"),
     ("utils.checkpoint", ["no.pth", "x.pth"], "no checkpoint at no.pth"),
-    ("utils.table", ["no.csv"], "no.csv cannot be read"),
-    ("utils.hessian", ["--steps", "0"], "--steps: 0 must be 1 or greater"),
-    ("utils.hessian", ["--model_path", "no.pth"], "no checkpoint at no.pth"),
-    ("utils.benchmark", ["--rounds", "none"], "'none' is not a whole number"),
-    ("utils.benchmark_deploy", ["--model_path", "no.pth"], "no checkpoint at no.pth"),
+    ("tools.table", ["no.csv"], "no.csv cannot be read"),
+    ("tools.hessian", ["--steps", "0"], "--steps: 0 must be 1 or greater"),
+    ("tools.hessian", ["--model_path", "no.pth"], "no checkpoint at no.pth"),
+    ("tools.benchmark", ["--rounds", "none"], "'none' is not a whole number"),
+    ("tools.benchmark_deploy", ["--model_path", "no.pth"], "no checkpoint at no.pth"),
 ]
 
 

@@ -10,16 +10,9 @@ import torchvision
 
 from tests.conftest import CIFAR100, needs_cifar100
 from utils.cli import UserError
-from utils.data import (
-    DATASETS,
-    DataSpec,
-    Split,
-    TrainBatches,
-    calibration_batches,
-    eval_batches,
-    load_dataset,
-    normalize,
-)
+from utils.data.in_memory import InMemorySplit, normalize
+from utils.data.load import load_dataset
+from utils.data.specs import DATASETS, DataSpec
 
 CPU = torch.device("cpu")
 
@@ -138,12 +131,12 @@ def test_damaged_npz(tmp_path, spoil):
 
 def split(count=50, seed=0):
     content = arrays(train=count, seed=seed)
-    return Split(torch.from_numpy(content["x_train"]), torch.arange(count))
+    return InMemorySplit(torch.from_numpy(content["x_train"]), torch.arange(count), DATASETS["cifar100"])
 
 
 def test_crop_equals_pad_and_slice():
     data = split()
-    batches = TrainBatches(data, DATASETS["cifar100"], 16, seed=1)
+    batches = data.shuffled(16, seed=1)
     chosen = torch.tensor([0, 7, 3, 49, 7])
     shifts = torch.tensor([[0, 8, 4, 3, 7], [1, 2, 4, 8, 0]])
     mirrored = torch.tensor([False, True, False, True, False])
@@ -161,7 +154,7 @@ def test_crop_equals_pad_and_slice():
 def test_epoch_is_a_permutation_with_a_short_last_batch():
     """Each image with its label, normalised: of one colour, which no crop changes."""
     colours = torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(-1, 32, 32, 3).contiguous()
-    batches = TrainBatches(Split(colours, torch.arange(50)), DATASETS["cifar100"], 16, seed=1)
+    batches = InMemorySplit(colours, torch.arange(50), DATASETS["cifar100"]).shuffled(16, seed=1)
     epoch = list(batches.epoch(3))
     assert len(batches) == len(epoch) == 4 and [len(labels) for _, labels in epoch] == [16, 16, 16, 2]
     assert sorted(torch.cat([labels for _, labels in epoch]).tolist()) == list(range(50))
@@ -173,7 +166,7 @@ def test_epoch_is_a_permutation_with_a_short_last_batch():
 
 def test_epochs_depend_on_seed_and_epoch_alone():
     def first(seed, epoch):
-        images, labels = next(TrainBatches(split(), DATASETS["cifar100"], 16, seed).epoch(epoch))
+        images, labels = next(split().shuffled(16, seed).epoch(epoch))
         return images, labels.tolist()
 
     torch.manual_seed(0)
@@ -187,9 +180,9 @@ def test_epochs_depend_on_seed_and_epoch_alone():
 def test_augmentation_statistics():
     """Every shift occurs about equally often, and half of the images are mirrored, where that is valid."""
     ramp = torch.arange(32, dtype=torch.uint8).repeat(5000, 32, 1)[..., None].repeat(1, 1, 1, 3)
-    data = Split(ramp, torch.zeros(5000, dtype=torch.int64))
     for flip in (True, False):
-        batches = TrainBatches(data, DataSpec((0, 0, 0), (1, 1, 1), flip), 5000, seed=1)
+        data = InMemorySplit(ramp, torch.zeros(5000, dtype=torch.int64), DataSpec((0, 0, 0), (1, 1, 1), flip))
+        batches = data.shuffled(5000, seed=1)
         images, _ = next(batches.epoch(1))
         middle = images[:, 0, 16, 12:20]
         mirrored = (middle[:, 0] > middle[:, -1]).float().mean().item()
@@ -210,7 +203,7 @@ def test_normalize():
 
 def test_eval_batches_keep_order():
     data, spec = split(23), DATASETS["cifar100"]
-    images, labels = map(torch.cat, zip(*eval_batches(data, spec, 10)))
+    images, labels = map(torch.cat, zip(*data.batches(10)))
     assert labels.tolist() == list(range(23)) and torch.equal(images, normalize(data.images, spec))
 
 
@@ -218,9 +211,9 @@ def test_calibration_batches_are_seeded():
     data, spec = split(50), DATASETS["cifar100"]
 
     def draw(seed):
-        return torch.cat([images for images, _ in calibration_batches(data, spec, 30, seed, batch_size=16)])
+        return torch.cat([images for images, _ in data.calibration(30, seed, batch_size=16)])
 
-    batches = [*calibration_batches(data, spec, 30, 1, batch_size=16)]
+    batches = [*data.calibration(30, 1, batch_size=16)]
     assert [len(labels) for _, labels in batches] == [15, 15]
     assert len(torch.cat([labels for _, labels in batches]).unique()) == 30
     assert all(torch.equal(images, normalize(data.images[labels], spec)) for images, labels in batches)

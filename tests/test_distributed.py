@@ -16,10 +16,11 @@ from torch import nn
 from quant import PSGD, psg_param_groups
 from tests.conftest import ROOT
 from utils.checkpoint import load_checkpoint
-from utils.data import DATASETS, Split, train_batches
+from utils.data.in_memory import InMemorySplit
+from utils.data.specs import DATASETS
 from utils.distributed import ALONE, World, join, leave, own_device
-from utils.engine import evaluate
-from utils.training import Training
+from utils.training.epochs import Training
+from utils.training.evaluation import evaluate
 
 SPEC = DATASETS["digits"]
 
@@ -33,16 +34,16 @@ def network():
 def images(count):
     generator = torch.Generator().manual_seed(count)
     pixels = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return Split(pixels, torch.randint(0, 10, (count,), generator=generator))
+    return InMemorySplit(pixels, torch.randint(0, 10, (count,), generator=generator), SPEC)
 
 
 def trained(world):
     """Two epochs of steps of 16, 16 and 11 images, which three processes cannot share equally; and their results."""
     model = network()
     optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9), lambda_s=50)
-    training = Training(model, optimizer, train_batches(images(43), SPEC, 16, 1, world), "fp32", world=world)
+    training = Training(model, optimizer, images(43).shuffled(16, 1, world), "fp32", world=world)
     results = [training.epoch(number, "") for number in (1, 2)]
-    return model, [*results, evaluate(model, images(33), SPEC, world=world)]
+    return model, [*results, evaluate(model, images(33), world=world)]
 
 
 def normed(seed):

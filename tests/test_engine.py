@@ -8,8 +8,10 @@ from torch import nn
 from models import ResNet32
 from quant import quantize_activations
 from quant.activations import relu_names
-from utils.data import DATASETS, Split, eval_batches
-from utils.engine import NonFiniteError, evaluate, fold_batch_norm, train_epoch, train_step
+from utils.data.in_memory import InMemorySplit
+from utils.data.specs import DATASETS
+from utils.training.evaluation import evaluate, fold_batch_norm
+from utils.training.loop import NonFiniteError, train_epoch, train_step
 
 SPEC = DATASETS["cifar100"]
 
@@ -17,7 +19,7 @@ SPEC = DATASETS["cifar100"]
 def split(count=130, classes=10):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return Split(images, torch.randint(0, classes, (count,), generator=generator))
+    return InMemorySplit(images, torch.randint(0, classes, (count,), generator=generator), SPEC)
 
 
 def trained_resnet():
@@ -29,16 +31,16 @@ def trained_resnet():
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
     model.train()
-    for images, _ in eval_batches(split(), SPEC, 65):
+    for images, _ in split().batches(65):
         model(images)
     return model.eval()
 
 
 def test_evaluate_equals_one_plain_forward_pass():
     model, data = trained_resnet(), split()
-    result = evaluate(model, data, SPEC)
+    result = evaluate(model, data)
     with torch.no_grad():
-        ((images, labels),) = eval_batches(data, SPEC, len(data))
+        ((images, labels),) = data.batches(len(data))
         logits = model(images)
     assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
     assert result.top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=0.8)

@@ -13,10 +13,10 @@ import torch
 from eval import SEARCHED
 from models import ResNet32, build_model
 from quant import (
+    Grid,
     bn_ranges,
     calibrate,
     fake_quantize_weight,
-    nonzero_weights,
     packed_bytes,
     prune_weights,
     quantize_activations,
@@ -24,10 +24,11 @@ from quant import (
     reestimate_batch_norm,
     weight_mse,
 )
+from quant.pruning import nonzero_weights
 from tests.conftest import CIFAR100, ROOT, copy_with_args, needs_cifar100
 from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint
-from utils.data import DATASETS, calibration_batches, load_dataset
-from utils.engine import evaluate, evaluate_batches, fold_batch_norm
+from utils.data.load import load_dataset
+from utils.training.evaluation import evaluate, evaluate_batches, fold_batch_norm
 
 COLUMNS = [
     "model", "arch", "dataset", "split", "trained", "seed", "epoch", "sparsity", "prune", "nonzero", "w_bit",
@@ -78,7 +79,7 @@ def test_sweep(cli, tmp_path, digits_run, network, few_digits):
     assert [(row["w_bit"], row["a_bit"]) for row in written] == [("32", "32"), ("8", "32"), ("3", "32")] * 2
     for row in written[:3]:
         quantized = quantize_weights(network, int(row["w_bit"]))
-        expected = evaluate(quantized, test, DATASETS["cifar10"])
+        expected = evaluate(quantized, test)
         assert float(row["top1"]) == pytest.approx(expected.top1, abs=1e-3)
         assert float(row["loss"]) == pytest.approx(expected.loss, rel=1e-3)
         assert float(row["weight_mse"]) == pytest.approx(weight_mse(network, int(row["w_bit"])), rel=1e-9)
@@ -102,7 +103,7 @@ def test_published_clipping_flags_equal_bn_published(cli, tmp_path, digits_run, 
     assert old == new and old[1]["act_range"] == "bn_published" and old[1]["a_bit"] == "4"
     ranges = bn_ranges(network, 6, shortcut=False)
     quantized = quantize_activations(quantize_weights(network, 4), 4, ranges)
-    expected = evaluate(fold_batch_norm(quantized), held_out, DATASETS["digits"])
+    expected = evaluate(fold_batch_norm(quantized), held_out)
     assert float(old[1]["loss"]) == pytest.approx(expected.loss, rel=1e-3)
 
 
@@ -114,8 +115,8 @@ def test_post_bn_reestimate(cli, tmp_path, digits_run, network, training, held_o
     assert [(row["w_bit"], row["post"]) for row in written] == [
         ("32", "none"), ("32", "bn_reestimate"), ("3", "none"), ("3", "bn_reestimate"),
     ]  # fmt: skip
-    images = [batch for batch, _ in calibration_batches(training, DATASETS["digits"], 96, seed=1)]
-    expected = evaluate(reestimate_batch_norm(quantize_weights(network, 3), images), held_out, DATASETS["digits"])
+    images = [batch for batch, _ in training.calibration(96, seed=1)]
+    expected = evaluate(reestimate_batch_norm(quantize_weights(network, 3), images), held_out)
     assert float(written[3]["loss"]) == pytest.approx(expected.loss, rel=1e-3)
     assert float(written[3]["loss"]) < float(written[2]["loss"])
 
@@ -125,10 +126,10 @@ def test_calibrated_ranges(cli, tmp_path, digits_run, network, training, held_ou
     flags = [*HELD_OUT, "--w_bit", "8", "--a_bit", "3", "--percentile", "99.5", "--calib_images", "32", "--seed", "2"]
     flags += [] if rule == "minmax" else ["--act_range", rule]  # minmax is the default
     assert cli("eval.py", "--model_path", digits_run, *flags, "--out", "a").code == 0
-    images = [batch for batch, _ in calibration_batches(training, DATASETS["digits"], 32, seed=2)]
+    images = [batch for batch, _ in training.calibration(32, seed=2)]
     ranges = calibrate(network, images, 3, rule, 99.5)
     quantized = quantize_activations(quantize_weights(network, 8), 3, ranges)
-    expected = evaluate(fold_batch_norm(quantized), held_out, DATASETS["digits"])
+    expected = evaluate(fold_batch_norm(quantized), held_out)
     row = rows(tmp_path / "a")[1]
     assert row["act_range"] == rule and float(row["loss"]) == pytest.approx(expected.loss, rel=1e-3)
     assert rows(tmp_path / "a")[0]["act_range"] == "none"
@@ -141,7 +142,7 @@ def test_clipping_range_is_searched_on_training_images(cli, tmp_path, digits_run
     losses = {}
     for n in (1.0, 3.0, 12.0):
         quantized = quantize_activations(quantize_weights(network, 4), 3, bn_ranges(network, n))
-        batches = calibration_batches(training, DATASETS["digits"], 64, seed=1)
+        batches = training.calibration(64, seed=1)
         losses[n] = evaluate_batches(fold_batch_norm(quantized), batches).loss
     best = min(losses, key=losses.get)
     curve = ", ".join(f"{n:g}: {loss:.4f}" for n, loss in losses.items())
@@ -158,18 +159,22 @@ def test_grids_of_the_weights(cli, tmp_path, digits_run, network, held_out):
     assert cli("eval.py", "--model_path", digits_run, *flags).code == 0
     row = rows(tmp_path / "a")[1]
     assert (row["weight_range"], row["granularity"]) == ("mse", "channel")
-    assert float(row["weight_mse"]) == pytest.approx(weight_mse(network, 3, True, True, "mse"), rel=1e-6)
-    assert float(row["weight_mse"]) < weight_mse(network, 3, True, True)
-    expected = evaluate(quantize_weights(network, 3, True, True, "mse"), held_out, DATASETS["digits"])
+    assert float(row["weight_mse"]) == pytest.approx(
+        weight_mse(network, Grid(3, first_last=True, per_channel=True, weight_range="mse")), rel=1e-6
+    )
+    assert float(row["weight_mse"]) < weight_mse(network, Grid(3, first_last=True, per_channel=True))
+    expected = evaluate(
+        quantize_weights(network, Grid(3, first_last=True, per_channel=True, weight_range="mse")), held_out
+    )
     assert float(row["loss"]) == pytest.approx(expected.loss, rel=1e-3)
-    assert int(row["bytes"]) == packed_bytes(network, 3, per_channel=True)
+    assert int(row["bytes"]) == packed_bytes(network, Grid(3, per_channel=True))
 
 
 def test_the_grids_are_those_of_training_unless_told(cli, tmp_path, digits_run, channel_run, network):
     assert cli("eval.py", "--model_path", channel_run, digits_run, "--w_bit", "3", *HELD_OUT, "--out", "a").code == 0
     (_, by_channel, _, by_tensor) = rows(tmp_path / "a")
     assert (by_channel["granularity"], by_tensor["granularity"]) == ("channel", "tensor")
-    assert float(by_channel["weight_mse"]) == pytest.approx(weight_mse(network, 3, per_channel=True), rel=1e-6)
+    assert float(by_channel["weight_mse"]) == pytest.approx(weight_mse(network, Grid(3, per_channel=True)), rel=1e-6)
     assert float(by_tensor["weight_mse"]) == pytest.approx(weight_mse(network, 3), rel=1e-6)
     cli("eval.py", "--model_path", channel_run, "--w_bit", "3", "--granularity", "tensor", *HELD_OUT, "--out", "b")
     assert rows(tmp_path / "b")[1]["weight_mse"] == by_tensor["weight_mse"]
@@ -202,10 +207,10 @@ def test_sparsity_sweep(cli, tmp_path, digits_run, network, held_out):
     ]
     expected = prune_weights(network, 0.9, "layer")
     assert int(a[2]["nonzero"]) == nonzero_weights(expected)
-    assert float(a[2]["loss"]) == pytest.approx(evaluate(expected, held_out, DATASETS["digits"]).loss, rel=1e-3)
-    expected = quantize_weights(prune_weights(network, 0.5, first_last=False), 3, first_last=False)
+    assert float(a[2]["loss"]) == pytest.approx(evaluate(expected, held_out).loss, rel=1e-3)
+    expected = quantize_weights(prune_weights(network, 0.5, first_last=False), Grid(3, first_last=False))
     assert int(b[4]["nonzero"]) == nonzero_weights(expected, first_last=False) < int(b[1]["nonzero"])
-    assert float(b[4]["loss"]) == pytest.approx(evaluate(expected, held_out, DATASETS["digits"]).loss, rel=1e-3)
+    assert float(b[4]["loss"]) == pytest.approx(evaluate(expected, held_out).loss, rel=1e-3)
 
 
 def test_post_training_methods_on_a_pruned_network(cli, tmp_path, digits_run):
@@ -236,7 +241,7 @@ def test_report(cli, tmp_path, digits_run, network, held_out):
     with torch.no_grad():
         weight = alone.get_submodule(row["layer"]).weight
         weight.copy_(fake_quantize_weight(weight, 2))
-    full, lost = (evaluate(net, held_out, DATASETS["digits"]).top1 for net in (network, alone))
+    full, lost = (evaluate(net, held_out).top1 for net in (network, alone))
     assert float(row["top1_lost"]) == pytest.approx(full - lost, abs=1e-3) != 0 and row["bits"] == "2"
 
 
@@ -244,7 +249,7 @@ def test_val_split_is_what_train_holds_out(cli, tmp_path, digits_run, network, d
     assert cli("eval.py", "--model_path", digits_run, "--val_split", "30", "--out", "a").code == 0
     row = rows(tmp_path / "a")[0]
     assert row["split"] == "validation"
-    assert float(row["loss"]) == pytest.approx(evaluate(network, digits.splits(30)[1], DATASETS["digits"]).loss, 1e-3)
+    assert float(row["loss"]) == pytest.approx(evaluate(network, digits.splits(30)[1]).loss, 1e-3)
 
 
 def test_act_quant_0_ignores_a_bit(cli, digits_run):
@@ -332,6 +337,6 @@ def test_shipped_checkpoint_has_its_published_figures(cli, tmp_path):
 def test_channel_grids_have_their_published_figure():
     """At 4 bits on the real test set, by the package's own functions."""
     path = ROOT / "models/W4_channel_ResNet.pth"
-    model = quantize_weights(model_from_checkpoint(load_checkpoint(path), path).eval(), 4, per_channel=True)
+    model = quantize_weights(model_from_checkpoint(load_checkpoint(path), path).eval(), Grid(4, per_channel=True))
     test = load_dataset("cifar100", CIFAR100.parent, torch.device("cpu")).test
-    assert evaluate(model, test, DATASETS["cifar100"]).top1 == as_published(published()[path.name, "4", 0.0])
+    assert evaluate(model, test).top1 == as_published(published()[path.name, "4", 0.0])

@@ -11,25 +11,24 @@ import torchvision
 from torch import nn
 from torch.nn.utils import prune
 
-import utils.benchmark
+import tools.benchmark
 from models import ResNet32, build_model, vgg16_bn
 from quant import (
+    Grid,
     calibrate,
     export,
-    integer_weights,
     load_packed,
-    mse_ranges,
     quantize_activations,
     quantize_sums,
     quantize_weights,
     read_facts,
-    relu_histograms,
-    to_onnx,
 )
+from quant.deploy import integer_weights, to_onnx
+from quant.ranges import mse_ranges, relu_histograms
 from tests.conftest import copy_with_args
 from tests.test_engine import trained_resnet
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
-from utils.data import DATASETS, calibration_batches, load_dataset
+from utils.data.load import load_dataset
 
 
 def run(proto, images):
@@ -46,11 +45,11 @@ def resnet():
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_weights_only_is_exact(resnet, bits, kind, per_channel):
     images = torch.randn(8, 3, 32, 32)
-    proto = to_onnx(resnet, integer_weights(resnet, bits, per_channel=per_channel))
+    proto = to_onnx(resnet, integer_weights(resnet, Grid(bits, per_channel=per_channel)))
     types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
     assert types["layer2.0.conv1.weight.integers"] == getattr(onnx.TensorProto, kind)
     with torch.no_grad():
-        expected = quantize_weights(resnet, bits, per_channel=per_channel)(images)
+        expected = quantize_weights(resnet, Grid(bits, per_channel=per_channel))(images)
     assert (run(proto, images) - expected).abs().max() < 1e-4 * expected.abs().max()
     assert run(proto, images[:3]).shape == (3, 10)  # any batch
 
@@ -262,7 +261,7 @@ def test_export_writes_both_files(cli, tmp_path, digits_run):
     packed = load_packed(tmp_path / "a/b/last_w4.safetensors", ResNet32(10)).state_dict()
     assert all(torch.equal(packed[name], value) for name, value in quantize_weights(model, 4).state_dict().items())
     train = load_dataset("digits", "", torch.device("cpu")).train
-    images = [batch for batch, _ in calibration_batches(train, DATASETS["digits"], 64, seed=1)]
+    images = [batch for batch, _ in train.calibration(64, seed=1)]
     constants = {constant.name: constant for constant in onnx.load(tmp_path / "a/b/last_w4a8.onnx").graph.initializer}
     for name, top in calibrate(model, images, 8).items():
         assert onnx.numpy_helper.to_array(constants[f"{name}.scale"]) == pytest.approx(top / 255), name
@@ -296,16 +295,16 @@ def test_bad_input(rejected, digits_run, tmp_path, monkeypatch):
     assert message in rejected("export.py", "--model_path", "m.pth", "--a_bit", "8", "--calib_images", "8")
     copy_with_args(digits_run, tmp_path / "i.pth", dataset="imagefolder")
     message = "i.pth is for imagefolder; this benchmark takes networks for images of 32 x 32"
-    assert message in rejected("utils.benchmark_deploy", "--model_path", "i.pth")
+    assert message in rejected("tools.benchmark_deploy", "--model_path", "i.pth")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert "pip install -r requirements-export.txt" in rejected("export.py", "--model_path", digits_run)
 
 
 def test_benchmark_of_deployed_networks(cli, tmp_path, digits_run, few_digits, monkeypatch):
-    monkeypatch.setattr(utils.benchmark, "WARM_UP", 0)
+    monkeypatch.setattr(tools.benchmark, "WARM_UP", 0)
     model = copy_with_args(digits_run, tmp_path / "a.pth", dataset="cifar10", granularity="channel")
     flags = ["--model_path", model, "--w_bit", "4", "--rounds", "1", "--calib_images", "64", "--json", "a.json"]
-    outcome = cli("utils.benchmark_deploy", *flags)
+    outcome = cli("tools.benchmark_deploy", *flags)
     assert outcome.code == 0, outcome.err
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["kind"] for row in rows] == [
@@ -314,7 +313,7 @@ def test_benchmark_of_deployed_networks(cli, tmp_path, digits_run, few_digits, m
     ]  # fmt: skip
     assert rows[0]["top1"] == pytest.approx(rows[2]["top1"], abs=0.3)  # the same of 32 images
     network = model_from_checkpoint(load_checkpoint(model), model).eval()
-    written = to_onnx(network, integer_weights(network, 4, per_channel=True)).SerializeToString()
+    written = to_onnx(network, integer_weights(network, Grid(4, per_channel=True))).SerializeToString()
     assert rows[3]["bytes"] == len(written) < 0.2 * rows[2]["bytes"]
     assert all(row["images_per_second_at_256"] > 0 for row in rows)
 

@@ -12,11 +12,11 @@ from utils.files import atomic_write, check_output_file, output_folder, replacin
 
 FOLDERS = [
     ("eval.py", []), ("export.py", []), ("visualize.py", []), ("visualize.py", ["--figure", "2"]),
-    ("utils.hessian", ["--model_path"]),
+    ("tools.hessian", ["--model_path"]),
 ]  # fmt: skip
 FILES = [
-    ("utils.average", ["r", "--epochs", "1", "--out"]), ("utils.benchmark", ["--json"]),
-    ("utils.benchmark_deploy", ["--json"]),
+    ("tools.average", ["r", "--epochs", "1", "--out"]), ("tools.benchmark", ["--json"]),
+    ("tools.benchmark_deploy", ["--json"]),
 ]  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_a_folder_without_rights(rejected):
         check_output_file("--json", "/proc/self/x")
 
 
-@pytest.mark.parametrize("script", ["eval.py", "export.py", "visualize.py", "utils.hessian"])
+@pytest.mark.parametrize("script", ["eval.py", "export.py", "visualize.py", "tools.hessian"])
 def test_an_error_leaves_no_empty_folder(rejected, tmp_path, script):
     assert "no checkpoint at no.pth" in rejected(script, "--model_path", "no.pth", "--out", "a/b")
 

@@ -9,18 +9,18 @@ import torch
 from quant import PSGD, psg_param_groups
 from tests.conftest import SmallNet, needs_cuda
 from utils.cli import UserError
-from utils.data import TrainBatches, load_dataset
+from utils.data.load import load_dataset
 from utils.device import set_deterministic
-from utils.engine import NonFiniteError, train_epoch
-from utils.graphed import GraphedTraining
-from utils.training import Training
+from utils.training.epochs import Training
+from utils.training.graph import GraphedTraining
+from utils.training.loop import NonFiniteError, train_epoch
 
 
 def pair(device, base, batch_size=60, lr=0.05):
     """The same network and optimizer twice, and 150 digits in batches of which the last is short."""
     torch.manual_seed(0)
     digits = load_dataset("digits", "", device)
-    batches = TrainBatches(digits.train.part(slice(150)), digits.spec, batch_size, seed=3)
+    batches = digits.train.part(slice(150)).shuffled(batch_size, seed=3)
     first = SmallNet(10).to(device, memory_format=torch.channels_last)
     models = [first, copy.deepcopy(first)]
     options = {"lr": lr, "fused": True}
@@ -79,7 +79,7 @@ def small_training(device, compiled, classes=10):
     """A training of SmallNet on 60 digits, in batches of 25, 25 and 10."""
     torch.manual_seed(0)
     digits = load_dataset("digits", "", device)
-    batches = TrainBatches(digits.train.part(slice(60)), digits.spec, batch_size=25, seed=3)
+    batches = digits.train.part(slice(60)).shuffled(batch_size=25, seed=3)
     model = SmallNet(classes).to(device, memory_format=torch.channels_last)
     optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9, fused=True))
     return Training(model, optimizer, batches, "fp32", compile=compiled)

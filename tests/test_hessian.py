@@ -1,4 +1,4 @@
-"""utils.hessian against torch's own Hessian and eigenvalues, and its command."""
+"""tools.hessian against torch's own Hessian and eigenvalues, and its command."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from utils.hessian import exact_eigenvalues, hessian_product, lanczos
+from tools.hessian import exact_eigenvalues, hessian_product, lanczos
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_lanczos_stops_where_the_space_is_exhausted():
 def test_command_and_figure(cli, tmp_path, digits_run, monkeypatch):
     """PSGD's solution on the digits is the steeper one and loses nothing at 4 bits; the figure is drawn from it."""
     flags = ["--model_path", digits_run, "--images", "32", "--steps", "4", "--probes", "2", "--out", "h"]
-    outcome = cli("utils.hessian", *flags)
+    outcome = cli("tools.hessian", *flags)
     assert outcome.code == 0, outcome.err
     sgd, psgd = json.loads((tmp_path / "h/results.json").read_text())["digits"]
     assert psgd["largest_eigenvalue"] > sgd["largest_eigenvalue"] and psgd["grid_share"] > 0.6 > sgd["grid_share"]
@@ -83,11 +83,11 @@ def test_command_and_figure(cli, tmp_path, digits_run, monkeypatch):
     assert cli("visualize.py", "--figure", "4", "--results", "h", "--out", "pictures").code == 0
     assert (tmp_path / "pictures/figure4.png").stat().st_size > 20_000
     flags = ["--model_path", digits_run, "--images", "9999"]
-    assert "--images 9999 is more than the 1437 training images" in cli("utils.hessian", *flags).err
+    assert "--images 9999 is more than the 1437 training images" in cli("tools.hessian", *flags).err
     with open(tmp_path / "h/digits.csv", newline="") as file:
         digits = list(csv.DictReader(file))
-    monkeypatch.setattr("utils.hessian.digits_rows", lambda seed: (digits, []))
-    assert cli("utils.hessian", "--model_path", "--out", "h").code == 0  # none: the earlier spectra do not stay
+    monkeypatch.setattr("tools.hessian.digits_rows", lambda seed: (digits, []))
+    assert cli("tools.hessian", "--model_path", "--out", "h").code == 0  # none: the earlier spectra do not stay
     assert not (tmp_path / "h/spectrum.csv").exists()
     assert cli("visualize.py", "--figure", "4", "--results", "h", "--out", "two").code == 0
     assert "digits.csv cannot be read" in cli("visualize.py", "--figure", "4", "--results", "no").err

@@ -16,14 +16,16 @@ import torch
 from PIL import Image, ImageCms
 
 from models import architectures, build_model
-from quant import load_packed, quantize_weights, save_packed
+from quant import load_packed, quantize_weights
+from quant.deploy import save_packed
 from tests.conftest import ROOT
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.cli import UserError
-from utils.data import DATASETS, calibration_batches, eval_batches, load_dataset, train_batches
+from utils.data.folder import FolderSplit
+from utils.data.images import TURNS, read_image
+from utils.data.load import load_dataset
+from utils.data.specs import DATASETS
 from utils.distributed import World
-from utils.imagefolder import FolderSplit
-from utils.images import TURNS, read_image
 
 CPU = torch.device("cpu")
 
@@ -47,11 +49,11 @@ def folder(tmp_path_factory):
 def test_batches(folder):
     dataset = load_dataset("imagefolder", folder, CPU, workers=2)
     assert dataset.classes == ["blue", "red"] and len(dataset.train) == 12 and len(dataset.test) == 6
-    ((images, labels),) = eval_batches(dataset.test, dataset.spec, 8)
+    ((images, labels),) = dataset.test.batches(8)
     assert images.shape == (6, 3, 224, 224) and labels.tolist() == [0, 0, 0, 1, 1, 1]
     # Normalised: a blue image of 180 to 240 lies above zero in the last channel alone.
     assert images[0, 2].mean() > 1 > 0 > images[0, 0].mean()
-    batches = train_batches(dataset.train, dataset.spec, 5, seed=1)
+    batches = dataset.train.shuffled(5, seed=1)
     assert len(batches) == 3 and batches.sizes == [5, 5, 2]
     first, again, other = ([*batches.epoch(number)] for number in (1, 1, 2))
     assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(first, again))
@@ -59,7 +61,7 @@ def test_batches(folder):
     assert sorted(torch.cat([labels for _, labels in first]).tolist()) == [0] * 6 + [1] * 6
     order = [label for _, label in dataset.train.files]
     assert order != sorted(order)  # --val_split takes the last, not a whole class
-    chosen = [*calibration_batches(dataset.train, dataset.spec, 7, seed=3, batch_size=4)]
+    chosen = [*dataset.train.calibration(7, seed=3, batch_size=4)]
     assert [len(labels) for _, labels in chosen] == [4, 3]
 
 
@@ -67,11 +69,11 @@ def test_crops_and_flips(folder):
     """Other ones in each epoch, the same for any number of processes and workers, and none outside of training."""
     dataset, again = (load_dataset("imagefolder", folder, CPU, workers=workers) for workers in (0, 2))
     one = dataset.train.part(slice(1))
-    (first,), (second,) = (train_batches(one, dataset.spec, 1, seed=1).epoch(number) for number in (1, 2))
-    (seen,), (seen_again,) = (eval_batches(one, dataset.spec, 1) for _ in range(2))
+    (first,), (second,) = (one.shuffled(1, seed=1).epoch(number) for number in (1, 2))
+    (seen,), (seen_again,) = (one.batches(1) for _ in range(2))
     assert not torch.equal(first[0], second[0]) and torch.equal(seen[0], seen_again[0])
-    alone = [*train_batches(dataset.train, dataset.spec, 5, seed=1).epoch(1)]
-    parts = [train_batches(again.train, dataset.spec, 5, seed=1, world=World(rank, 2)).epoch(1) for rank in (0, 1)]
+    alone = [*dataset.train.shuffled(5, seed=1).epoch(1)]
+    parts = [again.train.shuffled(5, seed=1, world=World(rank, 2)).epoch(1) for rank in (0, 1)]
     for (images, labels), *shared in zip(alone, *parts, strict=True):
         together, named = map(torch.cat, zip(*shared))
         assert sorted(named.tolist()) == sorted(labels.tolist())
@@ -82,9 +84,9 @@ def test_training_images_alone_are_augmented(folder, monkeypatch):
     dataset, augmented = load_dataset("imagefolder", folder, CPU), []
     monkeypatch.setattr(FolderSplit, "batches", lambda self, chosen, augment, seed=0: augmented.append(augment) or [])
     for batches in (
-        train_batches(dataset.train, dataset.spec, 4, seed=1).epoch(1),
-        eval_batches(dataset.test, dataset.spec, 4),
-        calibration_batches(dataset.train, dataset.spec, 4, seed=1),
+        dataset.train.shuffled(4, seed=1).epoch(1),
+        dataset.test.batches(4),
+        dataset.train.calibration(4, seed=1),
     ):
         list(batches)
     assert augmented == [True, False, False]
@@ -151,7 +153,7 @@ def test_weights_in_torchvisions_old_files(tmp_path, default_weights, arch, aged
     save_checkpoint(tmp_path / "a.pth", {"arch": arch, "num_classes": 10, "state_dict": model.state_dict()})
     again = model_from_checkpoint(load_checkpoint(tmp_path / "a.pth"), "a.pth").state_dict()
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
-    save_packed(tmp_path / "a.safetensors", model, {}, bits=4)
+    save_packed(tmp_path / "a.safetensors", model, 4)
     packed = load_packed(tmp_path / "a.safetensors", build_model(arch, 10)).state_dict()
     assert all(torch.equal(packed[k], value) for k, value in quantize_weights(model, 4).state_dict().items())
 
@@ -216,7 +218,7 @@ def test_imagefolder_statistics_are_imagenets():
 def test_any_seed_will_do(folder):
     """The largest that --seed takes, at a late epoch."""
     dataset = load_dataset("imagefolder", folder, CPU)
-    images, _ = next(iter(train_batches(dataset.train, dataset.spec, 2, seed=2**31 - 1).epoch(300)))
+    images, _ = next(iter(dataset.train.shuffled(2, seed=2**31 - 1).epoch(300)))
     assert images.shape == (2, 3, 224, 224)
 
 
@@ -337,21 +339,21 @@ def test_no_more_workers_than_cores(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dataset.test.check(whole=True)
-        assert len([*eval_batches(dataset.test, dataset.spec, 8)]) == 1
+        assert len([*dataset.test.batches(8)]) == 1
     assert load_dataset("imagefolder", folder, CPU, workers=0).train.workers == 0
 
 
 KILLED = """
-import os, signal, sys, torch, utils.imagefolder
+import os, signal, sys, torch, utils.data.folder
 from utils.cli import run
-from utils.data import eval_batches, load_dataset
+from utils.data.load import load_dataset
 
 def read_image(path):
     os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 
-utils.imagefolder.read_image = read_image  # in the worker, which is forked
+utils.data.folder.read_image = read_image  # in the worker, which is forked
 dataset = load_dataset("imagefolder", sys.argv[1], torch.device("cpu"), workers=1)
-run(lambda: [*eval_batches(dataset.test, dataset.spec, 2)])
+run(lambda: [*dataset.test.batches(2)])
 """
 
 

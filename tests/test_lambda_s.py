@@ -25,7 +25,7 @@ from quant import (
 from quant.lambda_s import AUTO_MULTIPLIER, mean_distance
 from quant.psgd import psg_multipliers
 from utils.checkpoint import load_checkpoint
-from utils.engine import train_epoch
+from utils.training.loop import train_epoch
 
 
 def test_parameters_are_not_groups(net):

@@ -24,7 +24,7 @@ from quant import (
     weight_scale,
 )
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
-from utils.data import calibration_batches, load_dataset
+from utils.data.load import load_dataset
 
 
 def test_statistics_are_those_of_the_images():
@@ -240,7 +240,7 @@ def three_epochs(tmp_path_factory, digits_run):
 @pytest.mark.parametrize("width, zeros", [(32, 0), (4, 0), (32, 0.6)])
 def test_mean_of_a_run(cli, tmp_path, few_digits, three_epochs, width, zeros):
     flags = ["--epochs", "1-3", "--out", "mean.pth", "--w_bit", width, "--sparsity", zeros, "--calib_images", 100]
-    outcome = cli("utils.average", three_epochs, *flags)
+    outcome = cli("tools.average", three_epochs, *flags)
     assert outcome.code == 0 and "the mean of 3 epochs, 1 to 3" in outcome.out, outcome.err
     states = [load_checkpoint(three_epochs / f"epoch_{epoch}.pth")["state_dict"] for epoch in (1, 2, 3)]
     checkpoint = load_checkpoint(tmp_path / "mean.pth")
@@ -249,7 +249,7 @@ def test_mean_of_a_run(cli, tmp_path, few_digits, three_epochs, width, zeros):
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, sum(state[name] for state in states) / 3, atol=1e-6), name
     digits = load_dataset("cifar10", "data", torch.device("cpu"))
-    images = [batch for batch, _ in calibration_batches(digits.train, digits.spec, 100, seed=1)]
+    images = [batch for batch, _ in digits.train.calibration(100, seed=1)]
     deployed = quantize_weights(prune_weights(model, zeros), Grid(width, per_channel=True))
     expected = reestimate_batch_norm(deployed, images).state_dict()
     for name, value in model.named_buffers():
@@ -260,7 +260,7 @@ def test_mean_of_a_run(cli, tmp_path, few_digits, three_epochs, width, zeros):
 
 def test_one_epoch_keeps_its_weights(cli, tmp_path, few_digits, three_epochs):
     flags = ["--epochs", "2", "--out", "bn.pth", "--w_bit", "4", "--calib_images", "128"]
-    assert cli("utils.average", three_epochs, *flags).code == 0
+    assert cli("tools.average", three_epochs, *flags).code == 0
     before, after = (
         load_checkpoint(path)["state_dict"] for path in (three_epochs / "epoch_2.pth", tmp_path / "bn.pth")
     )
@@ -272,11 +272,11 @@ def test_one_epoch_keeps_its_weights(cli, tmp_path, few_digits, three_epochs):
 def test_bad_input_of_average(rejected, few_digits, three_epochs):
     flags = ["--out", "a.pth", "--epochs"]
     assert "epoch_4.pth is not there: train with --save_epochs 2-4" in rejected(
-        "utils.average", three_epochs, *flags, "2-4"
+        "tools.average", three_epochs, *flags, "2-4"
     )
-    assert "runs/no/epoch_1.pth is not there" in rejected("utils.average", "runs/no", *flags, "1")
+    assert "runs/no/epoch_1.pth is not there" in rejected("tools.average", "runs/no", *flags, "1")
     too_many = [*flags, "1-3", "--calib_images", "5000"]
-    assert "--calib_images 5000 is more than the 128" in rejected("utils.average", three_epochs, *too_many)
+    assert "--calib_images 5000 is more than the 128" in rejected("tools.average", three_epochs, *too_many)
 
 
 def test_adaround_leaves_pruned_weights_at_zero(net):
@@ -334,8 +334,8 @@ def test_average_needs_batch_norm(rejected, tmp_path):
     checkpoint = {"epoch": 1, "state_dict": network.state_dict(), "arch": "squeezenet1_1", "num_classes": 10}
     checkpoint["args"] = {"dataset": "digits", "val_split": 0, "first_last_quant": 1}
     save_checkpoint(tmp_path / "epoch_1.pth", checkpoint)
-    message = rejected("utils.average", tmp_path, "--epochs", "1", "--out", "a.pth", "--calib_images", "64")
+    message = rejected("tools.average", tmp_path, "--epochs", "1", "--out", "a.pth", "--calib_images", "64")
     assert "epoch_1.pth: SqueezeNet has no batch-norm statistics" in message
     save_checkpoint(tmp_path / "epoch_1.pth", checkpoint | {"args": {}})
-    message = rejected("utils.average", tmp_path, "--epochs", "1", "--out", "a.pth")
+    message = rejected("tools.average", tmp_path, "--epochs", "1", "--out", "a.pth")
     assert "epoch_1.pth does not say its --dataset: it is no checkpoint of train.py" in message

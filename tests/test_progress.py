@@ -8,11 +8,12 @@ import torch
 from tests.conftest import needs_cuda
 from tests.test_graphed import small_training
 from utils import progress
-from utils.data import DATASETS, Split
+from utils.data.in_memory import InMemorySplit
+from utils.data.specs import DATASETS
 from utils.distributed import World
-from utils.engine import evaluate
-from utils.graphed import GraphedTraining
 from utils.progress import duration, shown
+from utils.training.evaluation import evaluate
+from utils.training.graph import GraphedTraining
 
 
 @pytest.fixture
@@ -74,9 +75,9 @@ def test_training_shows_its_steps_by_either_loop(capsys, at_every_step, name):
 
 def test_an_evaluation_shows_its_steps(capsys, at_every_step):
     pixels = torch.zeros(250, 32, 32, 3, dtype=torch.uint8)
-    split = Split(pixels, torch.zeros(250, dtype=torch.int64))
+    split = InMemorySplit(pixels, torch.zeros(250, dtype=torch.int64), DATASETS["digits"])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
-    evaluate(model, split, DATASETS["digits"])
+    evaluate(model, split)
     lines = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()]
     assert lines == ["evaluation: step 1 of 3", "evaluation: step 2 of 3"]  # of 100 images each
     assert World(1, 2).is_main is False  # and so the other processes are silent

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import quant
-import utils.benchmark
-import utils.hessian
+import tools.benchmark
+import tools.hessian
 from models import ResNet32
 from tests.conftest import ROOT, SmallNet
 from utils.cli import Parser
@@ -89,16 +89,16 @@ def workshop(tmp_path):
 def test_every_python_command_of_the_readme_runs(cli, workshop, monkeypatch):
     """In their order, as they stand, but for the numbers of epochs, of images, of pictures and of benchmark rounds."""
     assert len(PYTHON_COMMANDS) >= 9
-    monkeypatch.setattr(utils.benchmark, "WARM_UP", 0)
-    monkeypatch.setattr(utils.benchmark, "LOOP_STEPS", 1)
-    monkeypatch.setattr(utils.benchmark, "BATCH_SIZE", 16)
-    monkeypatch.setattr(utils.benchmark, "STARTS", 1)
-    monkeypatch.setattr(utils.hessian, "EPOCHS", 1)
+    monkeypatch.setattr(tools.benchmark, "WARM_UP", 0)
+    monkeypatch.setattr(tools.benchmark, "LOOP_STEPS", 1)
+    monkeypatch.setattr(tools.benchmark, "BATCH_SIZE", 16)
+    monkeypatch.setattr(tools.benchmark, "STARTS", 1)
+    monkeypatch.setattr(tools.hessian, "EPOCHS", 1)
     for words in PYTHON_COMMANDS:
         script, flags = words[1], words[2:]
         if script == "-m":
             script, flags = flags[0], flags[1:]
-        if script == "utils.benchmark":
+        if script == "tools.benchmark":
             flags += ["--rounds", "1"]
         if script in ("eval.py", "export.py"):
             flags += ["--calib_images", "16"]
@@ -182,7 +182,7 @@ def test_commands_that_take_too_long_to_run_parse(parses, tmp_path):
         parses(script, *shlex.split(flags, comments=True))
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "utils.benchmark"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "tools.benchmark"])
 def test_help_shows_defaults(cli, script):
     outcome = cli(script, "--help")
     assert outcome.code == 0 and outcome.err == ""

@@ -1,8 +1,9 @@
-"""utils.table: eval.py's results.csv as a table for people."""
+"""tools.table: eval.py's results.csv as a table for people."""
 
 import pytest
 
-from utils.table import markdown, read_results
+from tools.table import markdown
+from utils.results import read_results
 
 HEADER = "model,trained,seed,epoch,w_bit,a_bit,post,top1\n"
 
@@ -26,7 +27,7 @@ def test_seeds_are_one_cell_and_the_order_is_kept(tmp_path):
 
 def test_two_networks_of_one_seed_are_no_seeds(rejected, tmp_path):
     (tmp_path / "x.csv").write_text(HEADER + "a,SGD,1,150,4,32,none,50\nb,SGD,1,150,4,32,none,60\n")
-    assert "two networks are both SGD, seed 1: a and b; take them one by one" in rejected("utils.table", "x.csv")
+    assert "two networks are both SGD, seed 1: a and b; take them one by one" in rejected("tools.table", "x.csv")
 
 
 def test_networks_that_differ_by_their_grids_alone_are_told_apart(tmp_path):
@@ -45,12 +46,12 @@ def test_networks_that_differ_by_their_grids_alone_are_told_apart(tmp_path):
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\x00\x01"])
 def test_foreign_files(rejected, tmp_path, content):
     (tmp_path / "x.csv").write_text(content)
-    assert "lacks the column trained: it is no results.csv" in rejected("utils.table", "x.csv")
+    assert "lacks the column trained: it is no results.csv" in rejected("tools.table", "x.csv")
 
 
 def test_missing_numbers(rejected, tmp_path):
     (tmp_path / "x.csv").write_text(HEADER + "a,SGD,1,150,4,32,none,50\nb,PSGD W4,1,150,4,32,none,\n")
-    assert "x.csv, line 3: top1 is '' instead of a number" in rejected("utils.table", "x.csv")
+    assert "x.csv, line 3: top1 is '' instead of a number" in rejected("tools.table", "x.csv")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_values_that_are_none(rejected, tmp_path, column, value, message):
     row = {"model": "a", "trained": "SGD", "seed": 1, "epoch": 150, "w_bit": 4, "a_bit": 32, "post": "none", "top1": 50}
     row |= {"sparsity": 0, column: value}
     (tmp_path / "x.csv").write_text(f"{','.join(row)}\n{','.join(map(str, row.values()))}\n")
-    assert message in rejected("utils.table", "x.csv")
+    assert message in rejected("tools.table", "x.csv")
 
 
 def test_bit_widths_that_another_program_wrote_as_floats(tmp_path):
@@ -74,7 +75,7 @@ def test_bit_widths_that_another_program_wrote_as_floats(tmp_path):
 
 def test_table_of_a_sweep(cli, digits_run):
     assert cli("eval.py", "--model_path", digits_run, "--w_bit", "8", "3", "--val_split", "16", "--out", "a").code == 0
-    lines = cli("utils.table", "a/results.csv").out.splitlines()
+    lines = cli("tools.table", "a/results.csv").out.splitlines()
     assert lines[0] == "| trained | epoch | after training | FP | W8 | W3 |" and lines[2].startswith(
         "| SGD | 3 | none |"
     )

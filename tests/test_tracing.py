@@ -14,7 +14,7 @@ from quant.deploy import to_onnx
 from quant.quantizers import ActivationQuantizer
 from quant.ranges import minmax_ranges
 from quant.tracing import InPlaceError, trace
-from utils.engine import fold_batch_norm
+from utils.training.evaluation import fold_batch_norm
 
 
 class Block(nn.Module):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from quant import grid_share, quantize_weights
+from quant import Grid, grid_share, quantize_weights
 from utils import checkpoint as checkpoints
-from utils import data
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
-from utils.engine import evaluate
+from utils.data.in_memory import InMemorySplit
+from utils.data.load import load_dataset
+from utils.training.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 QUICK = ["--dataset", "cifar10", "--batch_size", "100", "--lr", "0.05", "--deterministic", "--device", "cpu"]
@@ -201,13 +202,13 @@ def test_penalties_change_the_run_and_are_named(cli, tmp_path, flags, name):
 
 def test_flags_reach_what_they_set(cli, tmp_path, monkeypatch):
     """The images that are trained on and looked at, the seeds, the algorithms, and every setting of PSG."""
-    batches, seed, used, seeds, algorithms = data.train_batches, torch.manual_seed, [], [], []
+    shuffled, seed, used, seeds, algorithms = InMemorySplit.shuffled, torch.manual_seed, [], [], []
 
-    def train_batches(split, spec, batch_size, seed, world):
+    def noted(split, batch_size, seed, world):
         used.append((len(split), batch_size, seed))
-        return batches(split, spec, batch_size, seed, world)
+        return shuffled(split, batch_size, seed, world)
 
-    monkeypatch.setattr(data, "train_batches", train_batches)
+    monkeypatch.setattr(InMemorySplit, "shuffled", noted)
     monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, **_: algorithms.append(on))
     flags = [*QUICK, *SMALL, "--seed", "5", "--val_split", "28", "--epoch", "1", "--exp_name", "a", "--w_bit", "3"]
@@ -223,13 +224,12 @@ def test_flags_reach_what_they_set(cli, tmp_path, monkeypatch):
     assert group["acts_on"] == "update"
     assert "bits" not in others and len(others["params"]) > 2  # the biases, the first layer and the last
     model = model_from_checkpoint(checkpoint, "a")
-    digits = data.load_dataset("cifar10", "data", torch.device("cpu"))
-    held_out = data.Split(digits.train.images[-28:], digits.train.labels[-28:])
-    quantized = quantize_weights(model, 3, first_last=False, per_channel=True)
+    held_out = load_dataset("cifar10", "data", torch.device("cpu")).train.part(slice(-28, None))
+    quantized = quantize_weights(model, Grid(3, first_last=False, per_channel=True))
     (row,) = metrics(tmp_path / "runs/a")
     for name, network in (("fp", model), ("w3", quantized)):
-        assert row[f"{name}_loss"] == pytest.approx(evaluate(network, held_out, digits.spec).loss, rel=1e-4)
-    assert row["grid_share"] == pytest.approx(grid_share(model, 3, False, True))
+        assert row[f"{name}_loss"] == pytest.approx(evaluate(network, held_out).loss, rel=1e-4)
+    assert row["grid_share"] == pytest.approx(grid_share(model, Grid(3, first_last=False, per_channel=True)))
 
 
 @pytest.mark.parametrize("flags, step", [

@@ -10,8 +10,8 @@ import torch
 from models import build_model
 from quant import fake_quantize_weight
 from utils.checkpoint import save_checkpoint
-from utils.figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
-from utils.paper_figures import sparse_histograms, toy_trajectories
+from utils.drawing.paper_figures import sparse_histograms, toy_trajectories
+from utils.drawing.result_figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
 from visualize import bits_figures, layer_figures
 
 

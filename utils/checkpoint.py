@@ -18,10 +18,10 @@ from torch import nn
 
 from models import build_model, check_arch
 from quant import Grid
+from utils.checkpoint_files import read_file, unwrapped
 from utils.cli import UserError, first_line
 from utils.data.specs import DEFAULT
 from utils.files import atomic_write
-from utils.checkpoint_files import read_file, unwrapped
 
 # Quantizer constants that the published code kept in its state_dicts; ours are derived from the weights.
 PUBLISHED_EXTRAS = (".scale_value", ".wscale_value", ".bscale_value")
@@ -43,9 +43,9 @@ def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint at `path` on the CPU, at least with the key state_dict.
 
-    Files of other programs may keep their weights under another key (utils/checkpoint_files.py). Raises UserError for a missing,
-    damaged or foreign file. Nothing in the file is executed. A file that its folder's SHA256SUMS lists, and that is not
-    the listed one, is used with a warning.
+    Files of other programs may keep their weights under another key (utils/checkpoint_files.py). Nothing in a file is
+    executed. A file that its folder's SHA256SUMS lists, and that is not the listed one, is used with a warning. Raises
+    UserError for a missing, damaged or foreign file.
     """
     path = Path(path)
     if path.is_dir():

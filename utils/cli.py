@@ -16,7 +16,6 @@ from utils.signals import Stopped, stop_behind, stoppable
 
 RANK = os.environ.get("RANK", "0")  # among the processes of torchrun
 SPEAKER = "" if RANK == "0" else f"process {RANK}: "
-DATASET_NAMES = ["cifar100", "cifar10", "digits", "imagefolder"]
 DATA_DIR_HELP = (
     "folder of <dataset>.npz, of torchvision's archive, or of train/ and val/ "
     "(default: the one of the file's training if the data set is there, else data)"

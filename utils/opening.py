@@ -113,8 +113,8 @@ def open_network(
 ) -> OpenedNetwork:
     """The network of the checkpoint `path` with its data set, or the one called `dataset`.
 
-    `arch`: the architecture that it must be of. With download=False a data set that is not at hand is left out. `sizes`:
-    the sizes of images that will do, all if empty. Raises UserError for what `load_checkpoint`,
+    `arch`: the architecture that it must be of. `sizes`: the sizes of images that will do, all if empty. With
+    download=False a data set that is not at hand is left out. Raises UserError for what `load_checkpoint`,
     `model_from_checkpoint` and `Datasets.of` refuse, and for a data set of images of another size.
     """
     checkpoint = load_checkpoint(path)
@@ -127,5 +127,4 @@ def open_network(
     data = datasets.of(checkpoint, path, name) if there else None
     classes = len(data.classes) if data else spec.classes if spec else None
     model = model_from_checkpoint(checkpoint, path, arch, classes)
-    model.to(datasets.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    return OpenedNetwork(str(path), checkpoint, model.eval(), name, data)
+    return OpenedNetwork(str(path), checkpoint, model.to(datasets.device).eval(), name, data)

@@ -5,8 +5,8 @@ import torch
 from matplotlib import pyplot
 
 from quant import PSGD
-from quant.warp import unwarp, warp
-from utils.figures import color_of
+from quant.warped_space import unwarp, warp
+from utils.drawing.result_figures import color_of
 
 # Figure 2: a loss of two weights that is zero at three points, of which one lies on the grid (its step is 1).
 MINIMA = ((0.0, 1.0), (0.62, 0.42), (-0.55, -0.6))

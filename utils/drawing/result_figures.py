@@ -9,7 +9,7 @@ import numpy
 import seaborn
 from matplotlib import pyplot
 
-from quant import fake_quantize_weight, weight_scale
+from quant import Grid, fake_quantize_weight, weight_scale
 from quant.grid import weight_quant_max
 
 COLORS = {"SGD": "#3b6fb6", "PSGD": "#c8443c"}  # the paper's blue and red
@@ -28,7 +28,10 @@ def layer_histograms(name: str, weights: dict, width: int, by_channel: Collectio
     Thin lines mark the points of the grid, up to 5 bits. The labels in `by_channel` have a grid for each output
     channel: their axis counts steps, each weight's of its own channel, so that one grid shows them all.
     """
-    quantized = {label: fake_quantize_weight(weight, width, label in by_channel) for label, weight in weights.items()}
+    quantized = {
+        label: fake_quantize_weight(weight, Grid(width, per_channel=label in by_channel))
+        for label, weight in weights.items()
+    }
     largest = weight_quant_max(width)
     limit = max((weight.abs().max().item() for label, weight in weights.items() if label not in by_channel), default=0)
     figure, axes = pyplot.subplots(
@@ -36,7 +39,7 @@ def layer_histograms(name: str, weights: dict, width: int, by_channel: Collectio
         layout="constrained",
     )  # fmt: skip
     for column, (label, weight) in enumerate(weights.items()):
-        color, scale = color_of(label, column), weight_scale(weight, width, label in by_channel)
+        color, scale = color_of(label, column), weight_scale(weight, Grid(width, per_channel=label in by_channel))
         unit, step, end = (scale, 1, largest) if label in by_channel else (1, scale.item(), limit)
         edges = numpy.linspace(-1.04 * end, 1.04 * end, BINS + 1)
         points = step * numpy.arange(-largest, largest + 1) if width <= 5 else []

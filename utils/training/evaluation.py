@@ -92,9 +92,7 @@ def evaluate_batches(
     return Result(torch.stack(losses).cpu().double().sum().item() / count, 100 * right.item() / count)
 
 
-def evaluate_goal(
-    model: nn.Module, goal: Goal, split: Split, world: World = ALONE
-) -> dict[str, float]:
+def evaluate_goal(model: nn.Module, goal: Goal, split: Split, world: World = ALONE) -> dict[str, float]:
     """Loss and top-1 of `model` as it is and as `goal` deploys it, and how far its weights are from that; by column.
 
     In float32, as eval.py: bfloat16 is off by up to a tenth of a point. Raises NonFiniteError if the loss of `model` as
