@@ -28,6 +28,7 @@ quantized on the grid, or the grids of its output channels, that it was trained 
 bits. With grids of channels the axis counts steps, each weight's of its own channel.
 """
 
+import math
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,7 @@ def main() -> None:
     import seaborn
     from matplotlib import pyplot
 
+    from utils.drawing.text import save_png
     from utils.files import output_folder, replacing
 
     seaborn.set_theme(style="ticks", context="notebook")
@@ -93,7 +95,7 @@ def main() -> None:
             path = out / f"{name}.png"
             figure = draw()
             with replacing(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=130)
+                save_png(figure, temporary)
             pyplot.close(figure)
             print(f"{number}/{count}  {path}", flush=True)
 
@@ -169,6 +171,8 @@ def bits_figures(args: Namespace) -> list:
     by_channel = [row for row in rows if row["trained"] == f"PSGD W{row['w_bit']} channel"]
     if by_channel:
         series["PSGD, grids of channels"] = by_channel
+    if all(row["w_bit"] == "32" for found in series.values() for row in found):
+        raise UserError(f"{', '.join(args.results)} has no row with quantized weights: evaluate with --w_bit")
     for label, found in series.items():
         if len({(row["w_bit"], network_of(row)) for row in found}) > len({row["w_bit"] for row in found}):
             raise UserError(
@@ -198,7 +202,8 @@ def grid_figures(args: Namespace) -> list:
 
     groups: dict[str, dict[tuple[int, int], float]] = {}
     for row in dense_rows([one(args.results)]):
-        name, place = f"{row['trained']} {row['epoch']}".strip(), (int(row["w_bit"]), int(row["a_bit"]))
+        name = f"{row['trained']} {row['epoch']}".strip() or row.get("model", "")
+        place = int(row["w_bit"]), int(row["a_bit"])
         cells = groups.setdefault(name, {})
         if place in cells:
             raise UserError(f"{args.results[0]} has two networks that are both {name}: evaluate them one by one")
@@ -251,6 +256,8 @@ def curvature_figures(args: Namespace) -> list:
             held = read.setdefault(row[by], [[] for _ in wanted])
             for values, key in zip(held, wanted):
                 values.append(float(row[key]))
+                if not math.isfinite(values[-1]):
+                    raise UserError(f"{folder / name}: {key} is {row[key]}, which has no place in a figure")
         return read
 
     digits = columns("digits.csv", "network", "weight", "eigenvalue")
@@ -260,7 +267,7 @@ def curvature_figures(args: Namespace) -> list:
         names = {
             row["model"]: row["trained"] for row in read_rows(folder / "spectrum.csv", ("trained",), "spectrum.csv")
         }
-        distinct = len(set(names.values())) == len(names)
+        distinct = all(names.values()) and len(set(names.values())) == len(names)
         spectra = {names[path] if distinct else path: values for path, values in by_file.items()}
     return [("figure4", 1, partial(curvature, digits, spectra))]
 

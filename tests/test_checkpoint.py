@@ -1,11 +1,14 @@
 """Checkpoints: whole or not there, read without running anything, and checked against the network."""
 
+import argparse
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,10 +179,12 @@ def test_other_architecture_or_class_count():
 
 def test_copy_without_optimizer_state(cli, tmp_path):
     save_checkpoint(
-        tmp_path / "a.pth", {"epoch": 2, "state_dict": {"w": torch.ones(1)}, "optimizer": {}, "scheduler": {}}
+        tmp_path / "a.pth",
+        {"epoch": 2, "state_dict": {"w": torch.ones(1)}, "optimizer": {}, "scheduler": {}, "classes": ["a", "b"]},
     )
     assert cli("utils.checkpoint", "a.pth", "b.pth").code == 0
-    assert load_checkpoint(tmp_path / "b.pth").keys() == {"epoch", "state_dict"}
+    copy = load_checkpoint(tmp_path / "b.pth")
+    assert copy.keys() == {"epoch", "state_dict", "classes"} and copy["classes"] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +194,10 @@ def test_copy_without_optimizer_state(cli, tmp_path):
         ({"arch": ["x"]}, "its arch is ['x']"),
         ({"epoch": "last"}, "its epoch is 'last'"),
         ({"averaged_epochs": 3}, "its averaged_epochs is 3"),
+        ({"deployed": 4}, "its deployed is 4"),
+        ({"classes": "abc"}, "its classes is 'abc'"),
+        ({"classes": ["a", 3]}, "3 is the name of a class"),
+        ({"classes": ["a", "b"], "args": {"dataset": "digits"}}, "a.pth has 2 classes, the data set has 10"),
         ({"args": {"dataset": "mnist"}}, "unknown data set 'mnist'"),
     ],
 )
@@ -214,3 +223,97 @@ def test_facts_that_are_missing(tmp_path):
 def test_networks_that_were_trained_in_other_ways_have_other_names(flags, name):
     args = vars(train.parser().parse_args(flags.split()))
     assert training_facts({"args": args, "epoch": 150, "state_dict": {}})["trained"] == name
+
+
+def wrapped(wrap, state):
+    """`state` under the names that it has in a network that is wrapped by `wrap`."""
+    model = ResNet32(10)
+    model.load_state_dict(state)
+    return wrap(model).state_dict()
+
+
+def inside(model):
+    """With one of its parts wrapped twice."""
+    model.layer1[0] = torch.nn.DataParallel(torch.compile(model.layer1[0]))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [
+    torch.nn.DataParallel, torch.compile, lambda net: torch.compile(torch.nn.DataParallel(net)),
+    lambda net: torch.nn.DataParallel(torch.compile(net)), lambda net: inside(torch.nn.DataParallel(net).module),
+    torch.optim.swa_utils.AveragedModel,
+])  # fmt: skip
+def test_names_that_a_wrapper_has_changed(tmp_path, wrap):
+    state = ResNet32(10).state_dict()
+    torch.save(wrapped(wrap, state), tmp_path / "a.pth")
+    model = model_from_checkpoint(load_checkpoint(tmp_path / "a.pth"), "a.pth")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_network_with_a_part_called_module_keeps_its_names():
+    model = torch.nn.Sequential()
+    model.module = torch.nn.Linear(2, 2)
+    again = torch.nn.Sequential()
+    again.module = torch.nn.Linear(2, 2)
+    load_weights(again, {"state_dict": model.state_dict()}, "a.pth")
+    assert torch.equal(again.module.weight, model.module.weight)
+    both = {"fc.bias": torch.zeros(1), "module.fc.bias": torch.ones(1)}
+    with pytest.raises(UserError, match="unknown module.fc.bias"):
+        load_weights(ResNet32(10), {"state_dict": ResNet32(10).state_dict() | both}, "a.pth")
+
+
+@pytest.mark.parametrize(
+    "place", ["model", "model_state_dict", "model_state", "net", "state_dict_ema", "ema", "model_ema"]
+)
+def test_weights_under_the_keys_of_other_programs(tmp_path, place):
+    state, other = ResNet32(10).state_dict(), ResNet32(10).state_dict()
+    later = {"model_ema": other} if place in ("model", "net") else {}
+    torch.save({place: state, **later, "epoch": 7, "optimizer": {}}, tmp_path / "a.pth")
+    checkpoint = load_checkpoint(tmp_path / "a.pth")
+    assert checkpoint.keys() == {"state_dict", "epoch", "optimizer"} and checkpoint["epoch"] == 7
+    assert torch.equal(checkpoint["state_dict"]["fc.weight"], state["fc.weight"])
+    torch.save({place: other, "state_dict": state}, tmp_path / "b.pth")
+    assert torch.equal(load_checkpoint(tmp_path / "b.pth")["state_dict"]["fc.weight"], state["fc.weight"])
+    torch.save({"model": {place: state, "depth": 3}}, tmp_path / "c.pth")
+    assert torch.equal(load_checkpoint(tmp_path / "c.pth")["state_dict"]["fc.weight"], state["fc.weight"])
+
+
+def test_weights_from_before_batches_were_counted(tmp_path):
+    state = {name: value for name, value in ResNet32(10).state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "a.pth")
+    model = model_from_checkpoint(load_checkpoint(tmp_path / "a.pth"), "a.pth")
+    assert torch.equal(model.bn1.running_var, state["bn1.running_var"]) and model.bn1.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"acc": np.float64(0.5)}, "it holds a numpy scalar, numpy._core.multiarray.scalar, which is no tensor"),
+    ({"mean": np.zeros(3)}, "it holds a numpy array, numpy._core.multiarray._reconstruct, which"),
+    ({"args": argparse.Namespace(lr=1)}, "it holds argparse.Namespace, which is no tensor and no plain value"),
+    (ResNet32(10), "it holds models.resnet.ResNet32, which is no tensor and no plain value"),
+    ({"out": pathlib.PurePosixPath("a")}, "it holds pathlib.PurePosixPath, which"),
+])  # fmt: skip
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_what_is_no_plain_value_is_named(tmp_path, content, message, as_zip):
+    content = content if isinstance(content, torch.nn.Module) else {"state_dict": {"w": torch.ones(1)}, **content}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=as_zip)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(tmp_path / "a.pth")
+    said = str(error.value)
+    assert message in said and "save model.state_dict()" in said
+    assert "\x1b" not in said and "\n" not in said and "weights_only" not in said
+
+
+def test_entries_that_are_no_tensors_are_named(tmp_path):
+    for name, value, kind in (("num_updates", 300, "int"), (3, torch.ones(1), "Tensor"), ("ema", {"decay": 1}, "dict")):
+        torch.save({"state_dict": {"w": torch.ones(1), name: value}}, tmp_path / "a.pth")
+        with pytest.raises(UserError, match=rf"a.pth: '{name}' in its state_dict is no tensor \({kind}\)|'3' in"):
+            load_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_folder_names_its_checkpoint(rejected, tmp_path, digits_run):
+    assert f"{digits_run.parent} is a folder: its last checkpoint is {digits_run}" in rejected(
+        "eval.py", "--model_path", digits_run.parent
+    )
+    (tmp_path / "d").mkdir()
+    flags = ["--dataset", "digits", "--load_pretrained", "d"]
+    assert "d is a folder: name a file" in rejected("train.py", *flags)

@@ -1,14 +1,21 @@
 """The three sources of data, bad files, and batches against a plain loop."""
 
+import functools
 import hashlib
+import http.server
 import pickle
+import shutil
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 
+from models import ResNet32
 from tests.conftest import CIFAR100, needs_cifar100
+from utils import cli as commands
 from utils.cli import UserError
 from utils.data.in_memory import InMemorySplit, normalize
 from utils.data.load import load_dataset
@@ -98,6 +105,7 @@ def test_no_data_and_no_network(tmp_path, monkeypatch):
 BAD = {
     "missing key": (lambda a: a.pop("y_test"), "lacks y_test"),
     "float images": (lambda a: a.update(x_train=a["x_train"] / 255.0), "x_train must be uint8"),
+    "16-bit images": (lambda a: a.update(x_test=a["x_test"].astype(np.uint16)), "x_test must be uint8 .* is uint16"),
     "another size": (lambda a: a.update(x_test=a["x_test"][:, :28, :28]), r"x_test must be uint8 .* \[8, 28, 28, 3\]"),
     "channels first": (lambda a: a.update(x_test=a["x_test"].transpose(0, 3, 1, 2)), "x_test must be uint8"),
     "unequal lengths": (lambda a: a.update(y_train=a["y_train"][:-1]), "does not match 20 images"),
@@ -240,3 +248,105 @@ def test_real_cifar100():
     spec = DATASETS["cifar100"]
     mean = dataset.train.images.float().mean((0, 1, 2))
     assert torch.allclose(mean, torch.tensor(spec.mean), atol=0.1)
+
+
+def test_labels_in_another_order_of_the_classes():
+    dataset = load_dataset("digits", "nowhere", CPU)
+    order = [str(number) for number in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
+    again = dataset.in_order_of(order)
+    assert again.classes == order and again.train.images is dataset.train.images
+    for before, after in ((dataset.train, again.train), (dataset.test, again.test)):
+        assert [order[label] for label in after.labels] == [dataset.classes[label] for label in before.labels]
+
+
+def matched_digits(classes, **kind):
+    from utils.opening import matched
+
+    return matched(load_dataset("digits", "nowhere", CPU), {"classes": classes} if classes else {}, "a.pth", **kind)
+
+
+def test_a_file_without_classes_has_those_of_the_data():
+    assert matched_digits(None).classes == [str(number) for number in range(10)]
+
+
+DIGITS = [str(number) for number in range(10)]
+
+
+@pytest.mark.parametrize("classes, message", [
+    ([*DIGITS[:9], "nine"], "its 'nine' is not in the data set, '9' of the data set is not in the file"),
+    ([*DIGITS[:9], "8"], "'9' of the data set is not in the file"),
+    (DIGITS[:9], "a.pth has 9 classes, the data set has 10: '9' of the data set is not in the file"),
+    ([*DIGITS, "ten"], "a.pth has 11 classes, the data set has 10: its 'ten' is not in the data set"),
+])  # fmt: skip
+def test_other_classes_are_named(capsys, classes, message):
+    with pytest.raises(UserError) as error:
+        matched_digits(classes)
+    assert message in str(error.value)
+    if len(classes) == 10:  # on which a network may well go on
+        assert matched_digits(classes, transfer=True).classes == DIGITS
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: a.pth is for other classes") and message in line
+    else:
+        with pytest.raises(UserError, match="a.pth has"):
+            matched_digits(classes, transfer=True)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Downloads are asked for at a port that nobody listens at."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("folder", ["nowhere/deep", "data", "there"])
+def test_no_folder_is_left_by_a_download_that_fails(rejected, tmp_path, no_network, folder):
+    (tmp_path / "there").mkdir()
+    flags = ["--dataset", "cifar10", "--load_pretrained", "", "--data_dir", folder]
+    message = f"no cifar10 data: {folder}/cifar10.npz is not there and the download failed ("
+    assert message in rejected("train.py", *flags)
+    torch.save({"state_dict": ResNet32(10).state_dict(), "args": {"dataset": "cifar10"}}, tmp_path / "a.pth")
+    assert "no cifar10 data: data/cifar10.npz is not there" in rejected("eval.py", "--model_path", "a.pth")
+
+
+def test_a_download_that_succeeds_is_put_in_place(tmp_path, monkeypatch):
+    """Of a small archive of CIFAR-10's format, served on this machine."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    cls, content = torchvision.datasets.CIFAR10, arrays(train=10, test=4, classes=10)
+
+    def write(name, value):
+        (folder / name).write_bytes(pickle.dumps(value))
+        return name, hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for part in ("train", "test"):
+        flat = content[f"x_{part}"].transpose(0, 3, 1, 2).reshape(-1, 3072)
+        listed = [write(f"{part}_batch", {"data": flat, "labels": content[f"y_{part}"].tolist()})]
+        monkeypatch.setattr(cls, f"{part}_list", listed)
+    name, digest = write("batches.meta", {"label_names": [f"class {n}" for n in range(10)]})
+    monkeypatch.setattr(cls, "meta", {"filename": name, "key": "label_names", "md5": digest})
+    archive = shutil.make_archive(str(tmp_path / "served"), "gztar", tmp_path, folder.name)
+    serve = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(cls, "url", f"http://127.0.0.1:{server.server_port}/served.tar.gz")
+    monkeypatch.setattr(cls, "tgz_md5", hashlib.md5(Path(archive).read_bytes()).hexdigest())
+    try:
+        dataset = load_dataset("cifar10", tmp_path / "new/deep", CPU)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert torch.equal(dataset.test.images, torch.from_numpy(content["x_test"]))
+    assert sorted(path.name for path in (tmp_path / "new/deep").iterdir()) == [folder.name, cls.filename]
+    assert not list(tmp_path.rglob(".download*"))
+
+
+def test_fewer_images_than_the_default(capsys):
+    data = split(45)
+    assert data.count_for(commands.Default(1024)) == 45
+    assert "warning: all 45 training images are taken: --calib_images 1024 would be more" in capsys.readouterr().err
+    assert data.count_for(commands.Default(40)) == data.count_for(40) == 40
+    with pytest.raises(UserError, match="--calib_images 1024 is more than the 45 training images"):
+        data.count_for(1024)

@@ -7,6 +7,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -340,3 +341,65 @@ def test_channel_grids_have_their_published_figure():
     model = quantize_weights(model_from_checkpoint(load_checkpoint(path), path).eval(), Grid(4, per_channel=True))
     test = load_dataset("cifar100", CIFAR100.parent, torch.device("cpu")).test
     assert evaluate(model, test).top1 == as_published(published()[path.name, "4", 0.0])
+
+
+def permuted(path, order, names=None):
+    """Writes the data of data/cifar10.npz to `path` with its classes in another order, or under other names."""
+    with np.load("data/cifar10.npz") as archive:
+        content = dict(archive)
+    numbers = np.argsort(order)  # of the classes, in their new order
+    content |= {f"y_{part}": numbers[content[f"y_{part}"]] for part in ("train", "test")}
+    content["classes"] = np.array([(names or content["classes"])[old] for old in order])
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **content)
+
+
+ORDER = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def test_classes_in_another_order_are_the_same_classes(cli, tmp_path, digits_run, few_digits):
+    """By their names, which training has put into the file; and one run may have data sets of both orders."""
+    model = copy_with_args(digits_run, tmp_path / "a.pth", dataset="cifar10")
+    assert load_checkpoint(model)["classes"] == [str(number) for number in range(10)]
+    permuted(tmp_path / "b/cifar10.npz", ORDER)
+    for folder in ("data", "b"):
+        flags = ["--model_path", model, "--data_dir", folder, "--a_bit", "4", "--act_range", "bn"]
+        flags += ["--clipping_range", "3", "9", "--calib_images", "32"]
+        assert cli("eval.py", *flags, "--out", f"out/{folder}").code == 0
+    assert rows(tmp_path / "out/data") == rows(tmp_path / "out/b")
+
+
+def test_other_classes_are_refused_wherever_a_network_meets_data(rejected, tmp_path, digits_run, few_digits):
+    copy_with_args(digits_run, tmp_path / "a.pth", dataset="cifar10", data_dir="b")
+    copy_with_args(digits_run, tmp_path / "epoch_1.pth", dataset="cifar10", data_dir="b")
+    permuted(tmp_path / "b/cifar10.npz", range(10), WORDS)
+    model = ["--model_path", "a.pth"]
+    for script, flags in (
+        ("eval.py", model),
+        ("export.py", model),
+        ("tools.benchmark_deploy", model),
+        ("tools.hessian", model),
+        ("tools.average", [tmp_path, "--epochs", "1", "--out", "c.pth"]),
+    ):
+        message = rejected(script, *flags)
+        assert "is for other classes than the data set: its '0' is not in the data set, 'zero' of the data" in message
+
+
+def test_the_folder_of_the_training_is_the_default(cli, rejected, tmp_path, digits_run, few_digits):
+    """Where it has the data set; the files of the folder data are others."""
+    (tmp_path / "data").rename(tmp_path / "mine")
+    copy_with_args(digits_run, tmp_path / "a.pth", dataset="cifar10", data_dir="mine")
+    assert cli("eval.py", "--model_path", "a.pth", "--out", "out").code == 0
+    assert cli("export.py", "--model_path", "a.pth", "--a_bit", "8").code == 0
+    copy_with_args(digits_run, tmp_path / "b.pth", dataset="imagefolder", data_dir="mine")
+    message = rejected("eval.py", "--model_path", "b.pth")
+    assert "--data_dir data: train/ must hold" in message and "was trained with --data_dir mine" in message
+
+
+def test_fewer_training_images_than_the_default(cli, tmp_path, digits_run, few_digits):
+    copy_with_args(digits_run, tmp_path / "a.pth", dataset="cifar10")
+    outcome = cli("eval.py", "--model_path", "a.pth", "a.pth", "--a_bit", "8", "--out", "out")
+    assert outcome.code == 0
+    assert outcome.err == "warning: all 128 training images are taken: --calib_images 1024 would be more\n"
+    assert json.loads((tmp_path / "out/results.json").read_text())["settings"]["calib_images"] == 128

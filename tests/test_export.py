@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 
 import onnx
 import onnxruntime
@@ -29,6 +30,8 @@ from tests.conftest import copy_with_args
 from tests.test_engine import trained_resnet
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
 from utils.data.load import load_dataset
+from utils.trained_for import mismatches
+from utils.training.evaluation import evaluate
 
 
 def run(proto, images):
@@ -278,7 +281,7 @@ def test_files_that_fail_their_check_are_not_left_behind(cli, tmp_path, digits_r
     monkeypatch.setattr(export, "run_onnx", lambda path, images, as_written: torch.zeros(len(images), 10))
     outcome = cli("export.py", "--model_path", digits_run, "--out", "a")
     assert outcome.code == 2 and "last_w4.onnx differs from the quantized network: largest logit" in outcome.err
-    assert not list((tmp_path / "a").iterdir())
+    assert not (tmp_path / "a").exists()
 
 
 def test_bad_input(rejected, digits_run, tmp_path, monkeypatch):
@@ -333,3 +336,45 @@ def test_computed_weights_and_other_precisions_are_refused_by_name():
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         with pytest.raises(ValueError, match=f"0.weight is {dtype}: ONNX files are of float32 networks"):
             to_onnx(net().to(dtype), {}, 8)
+
+
+def test_what_a_network_was_not_made_for_is_said(cli, tmp_path, digits_run):
+    """Behind the accuracies of the file on test images, by which a bad one is seen."""
+    copy_with_args(digits_run, tmp_path / "a.pth", psg=1, w_bit=2)
+    outcome = cli("export.py", "--model_path", "a.pth", "--w_bit", "2", "--a_bit", "3", "--out", "a")
+    assert outcome.code == 0 and outcome.err == ""
+    assert "it was trained for 2 bits, not for 4" in cli("export.py", "--model_path", "a.pth", "--out", "b").err
+    test = load_dataset("digits", "", torch.device("cpu")).test
+    model = model_from_checkpoint(load_checkpoint(digits_run), digits_run).eval()
+    right = evaluate(model, test).top1
+    found = re.search(r"top-1 on these test images: ([\d.]+) % in float, [\d.]+ % at W2A3\n", outcome.out)
+    assert float(found[1]) == pytest.approx(right, abs=0.6)  # two of 360 images
+    assert read_facts(tmp_path / "a/a_w2.safetensors")["classes"] == [str(number) for number in range(10)]
+
+
+PSGD4 = {"psg": 1, "w_bit": 4, "granularity": "tensor", "first_last_quant": 1}
+
+
+@pytest.mark.parametrize("facts, grid, message", [
+    ({"args": PSGD4}, (4, True, False), None),
+    ({}, (2, True, False), None),
+    ({"args": PSGD4 | {"psg": 0}}, (6, True, False), None),
+    ({"args": PSGD4 | {"psg": 0}}, (4, True, False), "it was not trained for a grid, and 4 bits are few for that"),
+    ({"args": PSGD4 | {"target": "zero", "w_bit": None}}, (3, True, False), "it was not trained for a grid, and 3 bits"),
+    ({"args": PSGD4}, (8, True, False), "it was trained for 4 bits, not for 8"),
+    ({"args": PSGD4}, (4, True, True), "it was trained with a grid for each tensor"),
+    ({"args": PSGD4 | {"granularity": "channel"}}, (4, True, False), "it was trained with a grid for each channel"),
+    ({"args": PSGD4}, (4, False, False), "it was trained with --first_last_quant 1"),
+    ({"args": PSGD4, "averaged_epochs": [3, 3]}, (4, True, False), None),  # published before files said more
+    ({"args": PSGD4, "averaged_epochs": [3, 3]}, (3, True, False), "re-estimated, with weights as the file does not"),
+    ({"args": PSGD4, "averaged_epochs": [1, 3], "deployed": {"w_bit": 4, "sparsity": 0.0}}, (4, True, False), None),
+    ({"args": PSGD4, "averaged_epochs": [1, 3], "deployed": {"w_bit": 32, "sparsity": 0.0}}, (4, True, False), None),
+    ({"args": PSGD4, "averaged_epochs": [1, 3], "deployed": {"w_bit": 2, "sparsity": 0.0}}, (4, True, False),
+     "its batch norm was re-estimated at 2 bits"),
+    ({"args": PSGD4, "averaged_epochs": [1, 3], "deployed": {"w_bit": 32, "sparsity": 0.9}}, (4, True, False),
+     "its batch norm was re-estimated at sparsity 0.9, and nothing is pruned here"),
+])  # fmt: skip
+def test_mismatches(facts, grid, message):
+    bits, first_last, by_channel = grid
+    found = mismatches(facts, Grid(bits, first_last, by_channel))
+    assert (message in "; ".join(found)) if message else not found

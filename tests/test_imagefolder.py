@@ -173,6 +173,16 @@ def test_damaged_weights_of_torchvision(rejected, default_weights):
     assert "--weights DEFAULT of squeezenet1_1 cannot be read" in rejected("train.py", *flags)
 
 
+def test_weights_that_cannot_be_downloaded(rejected, default_weights, monkeypatch):
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.delenv("no_proxy", raising=False)
+    flags = ["--dataset", "digits", "--arch", "squeezenet1_1", "--weights", "DEFAULT"]
+    message = rejected("train.py", *flags)
+    assert "the weights DEFAULT of squeezenet1_1 could not be downloaded (<urlopen error" in message
+    assert f"put torchvision's file of them into {default_weights('squeezenet1_1').parent}" in message
+
+
 def test_architectures():
     names = architectures()
     assert names[:2] == ["ResNet32", "vgg16_bn"] and {"resnet18", "mobilenet_v2", "vit_b_16"} <= set(names)

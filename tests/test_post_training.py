@@ -245,6 +245,7 @@ def test_mean_of_a_run(cli, tmp_path, few_digits, three_epochs, width, zeros):
     states = [load_checkpoint(three_epochs / f"epoch_{epoch}.pth")["state_dict"] for epoch in (1, 2, 3)]
     checkpoint = load_checkpoint(tmp_path / "mean.pth")
     assert "optimizer" not in checkpoint and checkpoint["averaged_epochs"] == [1, 3] and checkpoint["epoch"] == 3
+    assert checkpoint["deployed"] == {"w_bit": width, "sparsity": zeros} and checkpoint["classes"][9] == "9"
     model = model_from_checkpoint(checkpoint, "mean.pth")
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, sum(state[name] for state in states) / 3, atol=1e-6), name

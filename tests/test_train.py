@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from quant import Grid, grid_share, quantize_weights
+from tests.test_eval import ORDER, WORDS, permuted
 from utils import checkpoint as checkpoints
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
 from utils.data.in_memory import InMemorySplit
@@ -308,3 +310,39 @@ def test_resume_from_a_file_without_run_state(cli, tmp_path):
 def test_unwritable_run_folder(rejected, tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
     assert "run folder runs/a cannot be made" in rejected("train.py", *SCRATCH, "--exp_name", "a", "--epoch", "1")
+
+
+def renamed_classes(order, names=None):
+    """data/cifar10.npz anew, with its classes in another order, or under other names."""
+    permuted(Path("data/cifar10.npz"), order, names)
+
+
+def test_a_resume_keeps_the_order_of_the_classes(cli, tmp_path):
+    """The resumed run equals the uninterrupted one, though the data set counts its classes otherwise by then."""
+    flags = [*QUICK, *SMALL, "--psg", "0", "--precision", "fp32", "--lr", "0.01"]
+    assert cli("train.py", *flags, "--epoch", "2", "--exp_name", "whole").code == 0
+    assert cli("train.py", *flags, "--epoch", "1", "--exp_name", "cut").code == 0
+    renamed_classes(ORDER)
+    assert cli("train.py", "--exp_name", "cut", "--resume", "--epoch", "2").code == 0
+    whole, resumed = (load_checkpoint(tmp_path / "runs" / name / "last.pth") for name in ("whole", "cut"))
+    assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
+    assert whole["classes"] == resumed["classes"] == [str(number) for number in range(10)]
+    assert metrics(tmp_path / "runs/whole") == metrics(tmp_path / "runs/cut")
+    renamed_classes(range(10), WORDS)
+    outcome = cli("train.py", "--exp_name", "cut", "--resume", "--epoch", "3")
+    assert outcome.code == 2 and "cut/last.pth is for other classes than the data set: its '0' is not" in outcome.err
+
+
+def test_pretrained_on_classes_of_other_names_or_in_another_order(cli, tmp_path):
+    flags = [*QUICK, *SMALL, "--psg", "0", "--lr", "0.01"]
+    assert cli("train.py", *flags, "--epoch", "1", "--exp_name", "a").code == 0
+    renamed_classes(ORDER)
+    more = [*flags, "--load_pretrained", "runs/a/last.pth", "--epoch", "2", "--exp_name"]
+    outcome = cli("train.py", *more, "b")
+    assert outcome.code == 0 and "warning" not in outcome.err
+    assert load_checkpoint(tmp_path / "runs/b/last.pth")["classes"] == [str(number) for number in range(10)]
+    renamed_classes(range(10), WORDS)
+    outcome = cli("train.py", *more, "c")
+    assert outcome.code == 0
+    assert "warning: runs/a/last.pth is for other classes than the data set: its '0' is not" in outcome.err
+    assert load_checkpoint(tmp_path / "runs/c/last.pth")["classes"] == WORDS

@@ -51,6 +51,8 @@ def refusal(error: Exception) -> str:
         name = found[1].replace("numpy.core.", "numpy._core.")  # as it was called before numpy 2
         kind = f"{MEANS[name]}, {name}," if name in MEANS else f"{name},"
         return f"it holds {kind} which is no tensor and no plain value: {ADVICE}"
+    if "Unsupported operand" in text:
+        return f"it is a pickle of another kind than torch.save's: {ADVICE}"
     if "TorchScript" in text:
         return f"it is a TorchScript archive: {ADVICE}"
     if found := re.search(r"WeightsUnpickler error:\s*(.+)", text):

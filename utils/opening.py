@@ -73,8 +73,17 @@ class Datasets:
         name = name or dataset_name(checkpoint)
         key = name, self.folder(checkpoint, name)
         if key not in self._loaded:
-            self._loaded[key] = load_dataset(*key, self.device, self.workers)
+            self._loaded[key] = self._load(*key, checkpoint, path)
         return matched(self._loaded[key], checkpoint, path)
+
+    def _load(self, name: str, folder: str, checkpoint: dict[str, Any], path: str | Path) -> Dataset:
+        try:
+            return load_dataset(name, folder, self.device, self.workers)
+        except UserError as error:
+            saved = checkpoint.get("args", {}).get("data_dir")
+            if self.data_dir is not None or saved in (None, folder):
+                raise
+            raise UserError(f"{error} ({path} was trained with --data_dir {saved}, where it is no longer)") from None
 
 
 @dataclass

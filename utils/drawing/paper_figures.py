@@ -1,12 +1,15 @@
 """The drawing of the paper's figures 2, 3 and 4; plain values in, matplotlib figures out. See utils/figures.py."""
 
+from itertools import chain
+
 import numpy
 import torch
 from matplotlib import pyplot
 
 from quant import PSGD
 from quant.warped_space import unwarp, warp
-from utils.drawing.result_figures import color_of
+from utils.drawing.result_figures import color_of, log_scale, lone_points
+from utils.drawing.text import add_legend, as_written
 
 # Figure 2: a loss of two weights that is zero at three points, of which one lies on the grid (its step is 1).
 MINIMA = ((0.0, 1.0), (0.62, 0.42), (-0.55, -0.6))
@@ -59,6 +62,7 @@ def _descend_warped() -> numpy.ndarray:
     return torch.stack(points).numpy()
 
 
+@as_written
 def warped_space():
     """Figure 2: the toy loss in the original and in the warped space, and where each method goes."""
     paths = toy_trajectories()
@@ -94,6 +98,7 @@ def _warped(x: numpy.ndarray) -> numpy.ndarray:
     return warp(torch.as_tensor(x, dtype=torch.float64), 1.0, LAMBDA_S, EPS).numpy()
 
 
+@as_written
 def sparse_histograms(weights: dict[str, torch.Tensor], sparsity: float):
     """Figure 3: the prunable weights of each network on a logarithmic count axis, and where pruning cuts.
 
@@ -103,7 +108,9 @@ def sparse_histograms(weights: dict[str, torch.Tensor], sparsity: float):
     def magnitude(values: torch.Tensor, share: float) -> float:
         return values.abs().kthvalue(max(1, round(share * len(values)))).values.item()
 
-    limit = max(magnitude(values, 0.99) for values in weights.values()) * 1.02
+    # Of a network that is nearly all zeros the largest weight, of nothing but zeros any number.
+    ends = [magnitude(values, 0.99) for values in weights.values()]
+    limit = 1.02 * (max(ends) or max(magnitude(values, 1) for values in weights.values()) or 1)
     figure, axes = pyplot.subplots(
         1, len(weights), figsize=(1 + 4.8 * len(weights), 3.8), sharex=True, sharey=True, squeeze=False,
         layout="constrained",
@@ -121,6 +128,7 @@ def sparse_histograms(weights: dict[str, torch.Tensor], sparsity: float):
     return figure
 
 
+@as_written
 def curvature(digits: dict[str, list[list[float]]], spectra: dict[str, list[list[float]]]):
     """Figure 4: weights and Hessian eigenvalues of the small network, and eigenvalue densities of large ones.
 
@@ -129,25 +137,27 @@ def curvature(digits: dict[str, list[list[float]]], spectra: dict[str, list[list
     """
     figure, axes = pyplot.subplots(1, 3 if spectra else 2, figsize=(15 if spectra else 10, 4.4), layout="constrained")
     limit = max(numpy.abs(weights).max() for weights, _ in digits.values())
-    edges = numpy.linspace(-limit, limit, 102)
+    edges = numpy.linspace(-limit or -1, limit or 1, 102)
+    handles: list[list] = [[] for _ in axes]
     for position, (label, (weights, eigenvalues)) in enumerate(digits.items()):
-        style = {"color": color_of(label, position), "label": label}
-        axes[0].hist(weights, bins=edges, alpha=0.6, **style)
+        color = color_of(label, position)
+        handles[0].append(axes[0].hist(weights, bins=edges, alpha=0.6, color=color)[2])
         positive = sorted((value for value in eigenvalues if value > 1e-6), reverse=True)
-        axes[1].plot(range(1, len(positive) + 1), positive, **style)
+        handles[1] += axes[1].plot(range(1, len(positive) + 1), positive, color=color, **lone_points(positive))
     axes[0].set(title="small network on the digits: weights", xlabel="weight", ylabel="weights in a bin")
-    axes[1].set(
-        title="the same: positive eigenvalues of the exact Hessian", xlabel="rank", ylabel="eigenvalue", yscale="log"
-    )
+    axes[1].set(title="the same: positive eigenvalues of the exact Hessian", xlabel="rank", ylabel="eigenvalue")
+    log_scale(axes[1], chain(*(line.get_ydata() for line in axes[1].lines)))
     for position, (label, (values, shares)) in enumerate(spectra.items()):
-        at = numpy.linspace(min(min(v) for v, _ in spectra.values()), max(max(v) for v, _ in spectra.values()), 1200)
-        width = (at[-1] - at[0]) / 150
+        low, high = min(min(v) for v, _ in spectra.values()), max(max(v) for v, _ in spectra.values())
+        width = (high - low) / 150 or abs(low) / 150 or 1.0
+        around = 0 if high > low else 5 * width  # of one eigenvalue alone
+        at = numpy.linspace(low - around, high + around, 1200)
         bumps = numpy.exp(-(((at[:, None] - numpy.array(values)) / width) ** 2) / 2) / (width * (2 * numpy.pi) ** 0.5)
         density = bumps @ numpy.array(shares) / sum(shares)
-        axes[2].plot(at, density, color=color_of(label.split()[0], position), label=label)
+        handles[2] += axes[2].plot(at, density, color=color_of(label.partition(" ")[0], position))
     if spectra:
         axes[2].set(title="ResNet-32: density of the Hessian's eigenvalues", xlabel="eigenvalue", ylabel="density",
                     yscale="log", ylim=(1e-7, 10))  # fmt: skip
-    for axis in axes:
-        axis.legend(fontsize="small")
+    for axis, drawn, labels in zip(axes, handles, (digits, digits, spectra)):
+        add_legend(axis, drawn, [*labels], fontsize="small")
     return figure

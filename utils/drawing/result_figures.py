@@ -3,7 +3,8 @@
 Call matplotlib.use("Agg") before where there is no display.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
 
 import numpy
 import seaborn
@@ -11,6 +12,7 @@ from matplotlib import pyplot
 
 from quant import Grid, fake_quantize_weight, weight_scale
 from quant.grid import weight_quant_max
+from utils.drawing.text import add_legend, as_written
 
 COLORS = {"SGD": "#3b6fb6", "PSGD": "#c8443c"}  # the paper's blue and red
 OTHER_COLORS = ["#4c9a5b", "#8a63a8", "#c98a2b", "#2a9d9d", "#7a7a7a", "#d36ba6"]
@@ -22,6 +24,7 @@ def color_of(label: str, position: int) -> str:
     return COLORS.get(label, OTHER_COLORS[position % len(OTHER_COLORS)])
 
 
+@as_written
 def layer_histograms(name: str, weights: dict, width: int, by_channel: Collection[str] = ()):
     """Figure of one layer: a column for each network of `weights` (label -> tensor), float above quantized.
 
@@ -57,6 +60,7 @@ def layer_histograms(name: str, weights: dict, width: int, by_channel: Collectio
     return figure
 
 
+@as_written
 def errors_over_bits(series: dict[str, list[dict[str, str]]]):
     """Figure 1a: for each method a line of weight error (log axis) and bars of test error over bit-widths.
 
@@ -68,25 +72,79 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]):
     lines = bars.twinx()
     lines.set_zorder(bars.get_zorder() + 1)  # lines over bars
     share = 0.8 / len(series)
+    handles, labels, heights = [], [], []
     for position, (label, rows) in enumerate(series.items()):
         color = color_of(label, position)
         own = [[row for row in rows if int(row["w_bit"]) == width] for width in widths]
         places = [place for place, found in enumerate(own) if found]
+        if not places:
+            continue
         errors = [numpy.mean([100 - float(row["top1"]) for row in own[place]]) for place in places]
         mses = [numpy.mean([float(row["weight_mse"]) for row in found]) if found else numpy.nan for found in own]
         shift = (position - (len(series) - 1) / 2) * share
-        drawn = bars.bar(numpy.add(places, shift), errors, share, color=color, alpha=0.45, label=f"{label}, test error")
-        bars.bar_label(drawn, fmt="%.1f", fontsize="x-small", label_type="center")  # clear of the lines
-        lines.plot(range(len(widths)), mses, "o-", color=color, label=f"{label}, weight error")
+        drawn = draw_bars(bars, numpy.add(places, shift), errors, share, 105, color=color, alpha=0.45)
+        told = [f"{error:.1f}" if numpy.isfinite(error) else "" for error in errors]
+        bars.bar_label(drawn, told, fontsize="x-small", label_type="center")  # clear of the lines
+        on_axis = [mse if 0 < mse < numpy.inf else numpy.nan for mse in mses]
+        (line,) = lines.plot(range(len(widths)), on_axis, "o-", color=color)
+        handles += [whole_bar(drawn), line]
+        labels += [f"{label}, test error", f"{label}, weight error"]
+        heights += on_axis
+        for place in places:
+            mark_off_axis(lines, place, mses[place], color)
     bars.set_xticks(range(len(widths)), [f"W{width}" for width in widths])
     bars.set_xlabel("bit-width of the weights (PSGD: trained for that bit-width)")
     bars.set_ylabel("top-1 test error in percent (bars)")
     bars.set_ylim(0, 105)
-    lines.set_yscale("log")
+    log_scale(lines, heights)
     lines.set_ylabel("mean-squared error of the weights (lines)")
-    handles = [pair for axis in (bars, lines) for pair in zip(*axis.get_legend_handles_labels())]
-    figure.legend(*zip(*handles), loc="outside upper center", fontsize="small", ncols=2)
+    order = [*range(0, len(labels), 2), *range(1, len(labels), 2)]  # bars, then lines
+    options = {"loc": "outside upper center", "fontsize": "small", "ncols": 2}
+    add_legend(figure, [handles[n] for n in order], [labels[n] for n in order], **options)
     return figure
+
+
+def log_scale(axis, heights: Iterable[float]) -> None:
+    """Makes the upright axis of `axis`, on which `heights` are drawn, logarithmic, also where none is above 0."""
+    axis.set_yscale("log")
+    if not any(height > 0 for height in heights):
+        axis.set_ylim(1e-6, 1)
+
+
+def mark_off_axis(axis, place: float, value: float, color: str) -> None:
+    """Names a `value` at `place` that a logarithmic axis has no height for at its lower end, or at its upper one."""
+    if 0 < value < numpy.inf:
+        return
+    name, height, marker = ("∞", 0.97, "^") if value == numpy.inf else (f"{value:g}", 0.03, "v")
+    across = axis.get_xaxis_transform()  # x in data, y as a share of the axis
+    axis.plot(place, height, marker, color=color, transform=across)
+    axis.annotate(name, (place, height), (6, 0), xycoords=across, textcoords="offset points", va="center", color=color)
+
+
+def draw_bars(axis, places, heights: Sequence[float], width: float, end: float, **style):
+    """Bars of `heights` at `places`. One without end is hatched and ends at `end`, with ∞ there; where a height is no
+    number, "nan" stands."""
+    drawn = axis.bar(places, numpy.nan_to_num(heights, nan=0.0, posinf=end, neginf=-end), width, **style)
+    for bar, height in zip(drawn, heights):
+        if not numpy.isfinite(height):
+            at = (bar.get_x() + bar.get_width() / 2, bar.get_height())
+            name = "nan"
+            if numpy.isinf(height):
+                name = "∞" if height > 0 else "-∞"
+                bar.set(hatch="///", edgecolor="white")
+            axis.annotate(name, at, ha="center", va="top" if height < 0 else "bottom", fontsize="small")
+            axis.margins(y=0.12)  # room for the text
+    return drawn
+
+
+def whole_bar(drawn):
+    """The one of the bars `drawn` that a legend shows: the first that is not hatched, if there is one."""
+    return next((bar for bar in drawn if not bar.get_hatch()), drawn[0])
+
+
+def beyond(heights: Iterable[float]) -> float:
+    """Where a bar without end ends: a little above the largest of the others."""
+    return 1.15 * max((abs(height) for height in heights if numpy.isfinite(height)), default=0) or 1.0
 
 
 def target_column(columns: Iterable[str]) -> str | None:
@@ -94,21 +152,31 @@ def target_column(columns: Iterable[str]) -> str | None:
     return next((key for key in columns if key[0] in "ws" and key.endswith("_top1")), None)
 
 
+def lone_points(values: Sequence[float]) -> dict:
+    """Style of a line that marks those of `values` to which no line leads, as in a run of one epoch."""
+    finite = [False, *numpy.isfinite(values), False]
+    lone = [n for n in range(len(values)) if finite[n + 1] and not (finite[n] or finite[n + 2])]
+    return {"marker": "o", "markersize": 4, "markevery": lone} if lone else {}
+
+
+@as_written
 def training_curves(runs: dict[str, dict[str, list[float]]]):
     """Top-1 (solid: float, dashed: at the run's bit-width or sparsity) and share of weights near the grid, over epochs.
 
     `runs` holds the columns of each run's metrics.csv by label.
     """
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9.5, 6), sharex=True, layout="constrained")
+    labels = []
     for position, (label, columns) in enumerate(runs.items()):
         color = color_of(label, position)
         low = target_column(columns)
-        top.plot(columns["epoch"], columns["fp_top1"], color=color, label=f"{label}, float")
+        top.plot(columns["epoch"], columns["fp_top1"], color=color, **lone_points(columns["fp_top1"]))
         number = low[1:].removesuffix("_top1")
-        low_label = f"{label}, {number} bits" if low[0] == "w" else f"{label}, {number} % zeros"
-        top.plot(columns["epoch"], columns[low], "--", color=color, linewidth=1.2, label=low_label)
+        top.plot(columns["epoch"], columns[low], "--", color=color, linewidth=1.2, **lone_points(columns[low]))
+        labels += [f"{label}, float", f"{label}, {number} bits" if low[0] == "w" else f"{label}, {number} % zeros"]
         if "grid_share" in columns:
-            bottom.plot(columns["epoch"], [100 * share for share in columns["grid_share"]], color=color)
+            shares = [100 * share for share in columns["grid_share"]]
+            bottom.plot(columns["epoch"], shares, color=color, **lone_points(shares))
     top.set_ylabel("top-1 accuracy in percent")
     bottom.set_ylabel("weights within a tenth of\na step of the grid, percent")
     bottom.set_ylim(0, 100)
@@ -116,10 +184,11 @@ def training_curves(runs: dict[str, dict[str, list[float]]]):
     bottom.set_visible(bool(bottom.lines))  # sparse runs alone have no grid
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
-    figure.legend(*top.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    add_legend(figure, top.lines, labels, loc="outside right upper", fontsize="small")
     return figure
 
 
+@as_written
 def accuracy_grids(groups: dict[str, dict[tuple[int, int], float]]):
     """A heat map of top-1 for each network: weight bit-widths down, activation bit-widths across; 32 is float.
 
@@ -133,11 +202,17 @@ def accuracy_grids(groups: dict[str, dict[tuple[int, int], float]]):
     )  # fmt: skip
     for axis, (label, cells) in zip(axes[0], groups.items()):
         values = numpy.array([[cells.get((w, a), numpy.nan) for a in depths] for w in widths])
+        finite = numpy.where(numpy.isfinite(values), values, numpy.nan)
         seaborn.heatmap(
-            values, ax=axis, annot=True, fmt=".1f", cmap="viridis", vmin=0, cbar=False,
+            finite, ax=axis, annot=True, fmt=".1f", cmap="viridis", vmin=0, cbar=False,
+            vmax=None if numpy.isfinite(values).any() else 1,
             xticklabels=["float" if a == 32 else f"A{a}" for a in depths],
             yticklabels=["float" if w == 32 else f"W{w}" for w in widths],
         )  # fmt: skip
+        for w, a in cells:
+            row, column = widths.index(w), depths.index(a)
+            if not numpy.isfinite(values[row, column]):
+                axis.text(column + 0.5, row + 0.5, f"{values[row, column]:g}", ha="center", va="center")
         axis.set_title(f"{label}: top-1 in percent")
         axis.set_xlabel("bit-width of the activations")
         axis.tick_params(axis="y", rotation=0)
@@ -145,23 +220,29 @@ def accuracy_grids(groups: dict[str, dict[tuple[int, int], float]]):
     return figure
 
 
+@as_written
 def layer_bars(models: dict[str, list[dict[str, str]]]):
     """For each layer, bars of the top-1 lost when it alone is quantized and of its signal to quantization noise.
 
-    `models` holds the rows of eval.py --report by model, which need the same layers.
+    `models` holds the rows of eval.py --report by model, which need the same layers. A layer whose weights lie exactly
+    on its grid has no noise: its bar has no end (`draw_bars`).
     """
     names = [row["layer"] for row in next(iter(models.values()))]
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(11, 7), sharex=True, layout="constrained")
     share = 0.8 / len(models)
+    columns = {key: [[float(row[key]) for row in rows] for rows in models.values()] for key in ("top1_lost", "sqnr")}
+    ends = {key: beyond(chain(*values)) for key, values in columns.items()}
+    handles: list = []
     colors = [*COLORS.values()] if len(models) <= len(COLORS) else OTHER_COLORS
-    for position, (label, rows) in enumerate(models.items()):
+    for position in range(len(models)):
         color = colors[position % len(colors)]
-        places = numpy.arange(len(rows)) + (position - (len(models) - 1) / 2) * share
-        top.bar(places, [float(row["top1_lost"]) for row in rows], share, color=color, label=label)
-        bottom.bar(places, [float(row["sqnr"]) for row in rows], share, color=color)
+        places = numpy.arange(len(names)) + (position - (len(models) - 1) / 2) * share
+        for axis, (key, values) in zip((bottom, top), reversed(columns.items())):
+            bars = draw_bars(axis, places, values[position], share, ends[key], color=color)
+        handles.append(whole_bar(bars))
     top.set_ylabel("points of top-1 lost if\nonly this layer is quantized")
     bottom.set_ylabel("signal to quantization\nnoise of the weights, dB")
     bottom.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
-    top.legend(fontsize="small")
+    add_legend(top, handles, [*models], fontsize="small")
     top.axhline(0, color="0.3", linewidth=0.8)
     return figure

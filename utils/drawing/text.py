@@ -1,0 +1,93 @@
+"""Text in figures as it is written: labels, paths and names of layers are the user's, not for matplotlib to read."""
+
+import contextlib
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from matplotlib import font_manager
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
+
+LAST_RESORT = "Last Resort"  # matplotlib's font with a box for every character
+_told: set[str] = set()  # characters that a warning has named
+
+
+def as_written(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorator of a drawing function: no text of its figure is read as mathematics, and characters that its font lacks
+    are taken from other fonts of this machine. Those that none has are named on stderr, once."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs) -> Figure:
+        figure = draw(*args, **kwargs)
+        powers = _power_labels(figure)
+        texts = [text for text in figure.findobj(Text) if text not in powers]
+        for text in texts:
+            text.set_parse_math(False)
+            text.set_text(text.get_text().encode(errors="replace").decode())  # bytes of a path that are no UTF-8
+        _find_fonts(texts)
+        return figure
+
+    return drawn
+
+
+def add_legend(owner: Axes | Figure, handles: Iterable[Artist], labels: Sequence[str], **options) -> Legend:
+    """A legend of all `labels`; matplotlib would leave out those that begin with "_"."""
+    legend = owner.legend([*handles], [str(number) for number in range(len(labels))], **options)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)
+    return legend
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes `figure` as PNG, whatever the suffix of `path`, without matplotlib's warnings of missing characters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(path, format="png", dpi=130)
+
+
+def _power_labels(figure: Figure) -> set[Text]:
+    """The numbers at logarithmic axes, which are matplotlib's own and set as powers."""
+    sides = [side for axis in figure.axes for side in (axis.xaxis, axis.yaxis) if side.get_scale() == "log"]
+    return {text for side in sides for text in side.findobj(Text) if text is not side.label}
+
+
+def _lacks(path: str, characters: Iterable[str]) -> set[str]:
+    """Those of `characters` that the font at `path` has not; all, if it cannot be read."""
+    with contextlib.suppress(OSError, RuntimeError):
+        font = font_manager.get_font(path)
+        return {character for character in characters if not font.get_char_index(ord(character))}
+    return set(characters)
+
+
+def _find_fonts(texts: list[Text]) -> None:
+    for text in texts:
+        rare = {character for character in text.get_text() if not character.isascii() and not character.isspace()}
+        missing = _lacks(font_manager.findfont(text.get_fontproperties()), rare) if rare else rare
+        if not missing:
+            continue
+        names, missing = _other_fonts(frozenset(missing))
+        text.set_fontfamily([*text.get_fontfamily(), *names])
+        if missing - _told:
+            _told.update(missing)
+            shown = "".join(sorted(missing))
+            advice = "boxes are drawn instead; give other names, or install a font"
+            print(f"warning: no font here has {shown} of {text.get_text()!r}: {advice}", file=sys.stderr)
+
+
+@functools.cache
+def _other_fonts(missing: frozenset[str]) -> tuple[list[str], set[str]]:
+    """Families that together have most of the characters `missing`, and those that none has."""
+    names, left = [], set(missing)
+    by_name = {font.name: font.fname for font in font_manager.fontManager.ttflist if LAST_RESORT not in font.name}
+    for name, path in by_name.items():
+        lacking = _lacks(path, left) if left else left
+        if lacking < left:
+            names.append(name)
+            left = lacking
+    return names, left
