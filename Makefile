@@ -4,7 +4,8 @@
 #                   figures. 898 epochs, of 75 to 104 seconds each on 2 cores, of a few on a GPU (README.md, Performance).
 #                   Goes on where it was cut off, and make -j4 runs four at a time.
 #                   SEEDS="1 2 3" and TARGETS="4bits 3bits" choose the runs.
-# make lint         ruff
+# make check        lint, types and the unit tests of quant/, in a minute: for the loop while writing
+# make lint         ruff and mypy
 # make oldest       the tests with the oldest versions that requirements.txt allows, in .venv-oldest
 # Each sets up .venv by itself, from requirements-dev.txt.
 
@@ -18,7 +19,7 @@ READY := $(VENV)/ready
 RUN := runs/quickstart
 DIGITS := --dataset digits --batch_size 32 --epoch 20
 
-.PHONY: quickstart test lint oldest reproduce
+.PHONY: quickstart test check lint oldest reproduce
 .DEFAULT_GOAL := quickstart
 
 $(READY): requirements.txt requirements-dev.txt
@@ -80,14 +81,14 @@ runs/cifar100/$(1)_seed$(2)/epoch_150.pth: | $(VANILLA)
 	$$(call train,$$(@D),150,$(STAGE) --w_bit $(bits) --lambda_s $(lambda_s) --granularity $(granularity) --seed $(2))
 
 runs/cifar100/$(1)_seed$(2)/bn.pth: runs/cifar100/$(1)_seed$(2)/epoch_150.pth
-	$(BIN)/python -m utils.average $$(@D) --epochs 150 --w_bit $(bits) --out $$@
+	$(BIN)/python -m tools.average $$(@D) --epochs 150 --w_bit $(bits) --out $$@
 endef
 $(foreach seed,$(SEEDS),$(foreach target,$(TARGETS),$(eval $(call psgd_run,$(target),$(seed)))))
 
 reproduce: $(PSGD_RUNS:%=%/bn.pth) $(RUNS:%=%/epoch_150.pth)
 	$(BIN)/python eval.py --model_path $(VANILLA) $(RUNS:%=%/epoch_150.pth) $(PSGD_RUNS:%=%/bn.pth) \
 		--w_bit 8 6 5 4 3 2 --post none bn_reestimate --calib_images 4096 --out results/reproduce
-	$(BIN)/python -m utils.table results/reproduce/results.csv
+	$(BIN)/python -m tools.table results/reproduce/results.csv
 	$(BIN)/python visualize.py --figure 1a --results results/reproduce/results.csv --out results/reproduce
 	$(BIN)/python visualize.py --figure curves --runs runs/vanilla $(PSGD_RUNS) \
 		--labels SGD $(PSGD_RUNS:runs/cifar100/%=%) --out results/reproduce
@@ -96,9 +97,16 @@ reproduce: $(PSGD_RUNS:%=%/bn.pth) $(RUNS:%=%/epoch_150.pth)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests
 
+UNIT := $(addprefix tests/test_,activations.py fuzz.py grid.py lambda_s.py packed_file.py post_training.py pruning.py \
+	psgd.py ranges.py rule.py tracing.py walls.py warped_space.py weights.py)
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal -m "not slow" $(UNIT)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 OLDEST := .venv-oldest
 

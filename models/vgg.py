@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 # Output channels of each 3x3 convolution; "M" is a 2x2 max pooling. Five poolings take 32x32 to 1x1.
+CONFIGURATION_D: list[int | str]
 CONFIGURATION_D = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
 
 
@@ -18,7 +19,7 @@ class vgg16_bn(nn.Module):  # noqa: N801 - the published name of the architectur
         layers: list[nn.Module] = []
         channels = 3
         for width in CONFIGURATION_D:
-            if width == "M":
+            if isinstance(width, str):
                 layers.append(nn.MaxPool2d(2))
                 continue
             layers += [

@@ -114,7 +114,7 @@ def psg_param_groups(model: nn.Module, grid: Grid | int) -> list[dict[str, Any]]
 
 
 def split_parameters(model: nn.Module, names: Collection[str]) -> tuple[dict[str, nn.Parameter], list[nn.Parameter]]:
-    """The trained parameters of `model`: those that PSG scales, by their names, which are among `names`, and the others.
+    """The trained parameters of `model`: those that PSG scales, by name, which `names` lists, and the others.
 
     In the order of model.parameters(). Those that are scaled and all zeros are named in a warning.
     """

@@ -66,7 +66,7 @@ def with_gradients(weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor
 
 
 class PSGD(Optimizer):
-    """Scales each gradient by the distance of its weight to the nearest grid point, then runs the base optimizer's step.
+    """Scales each gradient by its weight's distance to the nearest grid point, then lets the base optimizer step.
 
         optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9), lambda_s=150)
 
@@ -174,7 +174,7 @@ class PSGD(Optimizer):
                 torch._foreach_mul_(gradients, psg_multipliers(moving, group))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Makes one scaled step of the base optimizer. Returns what its step returns: the loss if there is a closure."""
+        """Makes one scaled step of the base optimizer. Returns the loss if there is a closure."""
         with torch.no_grad():
             starts = [
                 (weights, [weight.clone() for weight in weights], psg_multipliers(weights, group))

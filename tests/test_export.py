@@ -360,7 +360,7 @@ PSGD4 = {"psg": 1, "w_bit": 4, "granularity": "tensor", "first_last_quant": 1}
     ({}, (2, True, False), None),
     ({"args": PSGD4 | {"psg": 0}}, (6, True, False), None),
     ({"args": PSGD4 | {"psg": 0}}, (4, True, False), "it was not trained for a grid, and 4 bits are few for that"),
-    ({"args": PSGD4 | {"target": "zero", "w_bit": None}}, (3, True, False), "it was not trained for a grid, and 3 bits"),
+    ({"args": PSGD4 | {"target": "zero", "w_bit": None}}, (3, True, False), "it was not trained for a grid, and 3"),
     ({"args": PSGD4}, (8, True, False), "it was trained for 4 bits, not for 8"),
     ({"args": PSGD4}, (4, True, True), "it was trained with a grid for each tensor"),
     ({"args": PSGD4 | {"granularity": "channel"}}, (4, True, False), "it was trained with a grid for each channel"),

@@ -36,13 +36,13 @@ def main() -> None:
     args = p.parse_args()
 
     import torch
+    from utils.pairing import Datasets
 
     from quant import prune_weights, quantize_weights, reestimate_batch_norm
     from utils.checkpoint import RUN_STATE, load_checkpoint, model_from_checkpoint, per_channel, save_checkpoint
     from utils.data import calib_images, calibration_batches
     from utils.device import select_device
     from utils.files import check_output_file
-    from utils.pairing import Datasets
 
     check_output_file("--out", args.out)
     device, device_line = select_device(args.device, args.cu_num)

@@ -78,12 +78,12 @@ def training_pieces(dataset, device, precision: str) -> dict[str, Callable[[], o
     import torch
     from torch.func import functional_call
     from torch.nn.functional import cross_entropy
+    from utils.engine import train_epoch
 
     from models import ResNet32
     from quant import PSGD, fake_quantize_weight, layer_bits, psg_param_groups
     from utils.data import TrainBatches
     from utils.device import autocast
-    from utils.engine import train_epoch
     from utils.training import Training
 
     source = TrainBatches(dataset.train, dataset.spec, BATCH_SIZE, seed=1)
@@ -170,10 +170,10 @@ def training_pieces(dataset, device, precision: str) -> dict[str, Callable[[], o
 def evaluation_pieces(dataset, device) -> dict[str, Callable[[], object]]:
     """Functions that evaluate the whole test set, once or at the eight bit-widths of SWEEP, as eval.py does."""
     import torch
+    from utils.engine import evaluate, fold_batch_norm
 
     from models import ResNet32
     from quant import quantize_weights
-    from utils.engine import evaluate, fold_batch_norm
 
     torch.manual_seed(1)
     model = ResNet32(len(dataset.classes)).to(device, memory_format=torch.channels_last).eval()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.benchmark import alternate
+
 from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, bits, count, first_line, run
 from utils.files import check_output_file, command_line, git_commit, write_json
 
@@ -41,12 +42,12 @@ def main() -> None:
     except ImportError as error:
         raise UserError(f"{first_line(error)}: pip install -r requirements-export.txt") from None
     import torch
+    from utils.pairing import Datasets
 
     from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint, per_channel
     from utils.data import calib_images
     from utils.deployment import check_activations
     from utils.device import machine, select_device
-    from utils.pairing import Datasets
 
     device, _ = select_device("cpu", 0)
     rows: list[dict[str, Any]] = []
@@ -119,9 +120,9 @@ def torch_kinds(model) -> dict[str, tuple[int, Callable]]:
     import copy
 
     import torch
+    from utils.engine import fold_batch_norm
 
     from utils.device import autocast
-    from utils.engine import fold_batch_norm
 
     folded = fold_batch_norm(copy.deepcopy(model)).to(memory_format=torch.channels_last)
     size = 4 * sum(parameter.numel() for parameter in model.parameters())

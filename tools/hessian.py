@@ -167,9 +167,10 @@ def spectrum_rows(
 
 
 def main() -> None:
+    from utils.pairing import Datasets
+
     from utils.device import select_device
     from utils.files import command_line, git_commit, output_folder, write_csv, write_json
-    from utils.pairing import Datasets
 
     p = Parser(__doc__)
     # fmt: off

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from itertools import chain
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from utils.signals import Stopped, stop_behind, stoppable
 
@@ -106,7 +106,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
 
 
-def _warn(message: Warning | str, *_: object) -> None:
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """Shows a warning of a library as scripts show theirs: in one line, without the place in the code."""
     print(f"{SPEAKER}warning: {' '.join(str(message).split())}", file=sys.stderr)
 

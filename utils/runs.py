@@ -30,7 +30,6 @@ class RunFolder:
         self.path = path
         self.metrics_path = path / "metrics.csv"
         self.last_checkpoint = path / "last.pth"
-        self._writer = None
 
     @property
     def exp_name(self) -> str:
@@ -155,7 +154,7 @@ class RunFolder:
                 write_csv(self.metrics_path, kept)
             else:
                 self.metrics_path.unlink()
-        self._writer = SummaryWriter(self.path, purge_step=after_epoch + 1)
+        self._writer: SummaryWriter = SummaryWriter(self.path, purge_step=after_epoch + 1)
 
     def log(self, row: dict[str, float]) -> None:
         """Appends an epoch's row, whose first key is "epoch", to metrics.csv and TensorBoard."""

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -35,7 +35,7 @@ def let_go() -> None:
     Not under torchrun: it passes on what its processes may have been sent themselves, and kills them after half a
     minute.
     """
-    defaults = (signal.SIG_IGN,) * 2 if "TORCHELASTIC_RUN_ID" in os.environ else DEFAULTS
+    defaults: tuple[Any, ...] = (signal.SIG_IGN,) * 2 if "TORCHELASTIC_RUN_ID" in os.environ else DEFAULTS
     for number, handler in zip(NUMBERS, defaults):
         signal.signal(number, handler)
 

@@ -62,7 +62,7 @@ def load_networks(args: Namespace, device: torch.device) -> list[Network]:
     networks = []
     for path in args.model_path:
         opened = open_network(path, datasets, args.dataset, args.arch)
-        opened.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        opened.model.to(memory_format=torch.channels_last)
         train, test, split_name = opened.data.splits(args.val_split)
         if needs_images and len(train) not in counts:
             counts[len(train)] = train.count_for(args.calib_images)

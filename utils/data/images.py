@@ -57,7 +57,7 @@ def trouble(error: Exception) -> str:
     """What is wrong with a file at which `error` was raised."""
     if isinstance(error, UnknownRangeError):
         return str(error)
-    reason = "it is no image file" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
+    reason = "it is not an image file" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
     return f"cannot be read as an image ({reason})"
 
 
@@ -85,6 +85,6 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def turn(image: Image.Image) -> Image.Transpose | None:
     """What sets a loaded image upright by its EXIF orientation; None if it is, or has none that can be read."""
     try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF data can raise anything
         return None

@@ -83,9 +83,9 @@ def _digits() -> dict[str, np.ndarray]:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
-    images = torch.nn.functional.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
-    images = images.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy()
+    pixels = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
+    pixels = torch.nn.functional.interpolate(pixels, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
+    images = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().numpy()
     order = np.random.default_rng(0).permutation(len(images))
     train, test = order[:TRAIN_DIGITS], order[TRAIN_DIGITS:]
     labels = bunch.target

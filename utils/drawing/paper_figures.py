@@ -1,6 +1,8 @@
 """The drawing of the paper's figures 2, 3 and 4; plain values in, matplotlib figures out. See utils/figures.py."""
 
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import numpy
 import torch
@@ -68,7 +70,8 @@ def warped_space():
     paths = toy_trajectories()
     figure, axes = pyplot.subplots(1, 2, figsize=(11.6, 5.6), layout="constrained")
     low, high = numpy.array([-1.25, -1.25]), numpy.array([1.25, 1.45])
-    for axis, title, through in zip(axes, ("original space", "warped space"), (numpy.asarray, _warped)):
+    spaces: list[tuple[str, Callable[..., Any]]] = [("original space", numpy.asarray), ("warped space", _warped)]
+    for axis, (title, through) in zip(axes, spaces):
         x, y = (numpy.linspace(a, b, 301) for a, b in zip(low, high))
         loss = toy_loss(*numpy.meshgrid(x, y))
         axis.contourf(through(x), through(y), numpy.log10(loss + 1e-4), levels=24, cmap="Greys_r", alpha=0.75)

@@ -3,15 +3,19 @@
 Call matplotlib.use("Agg") before where there is no display.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy
 import seaborn
 from matplotlib import pyplot
+from matplotlib.figure import Figure
+from torch import Tensor
 
-from quant import Grid, fake_quantize_weight, weight_scale
-from quant.grid import weight_quant_max
+from quant import Grid
+from quant.grid import snap
 from utils.drawing.text import add_legend, as_written
 
 COLORS = {"SGD": "#3b6fb6", "PSGD": "#c8443c"}  # the paper's blue and red
@@ -25,43 +29,42 @@ def color_of(label: str, position: int) -> str:
 
 
 @as_written
-def layer_histograms(name: str, weights: dict, width: int, by_channel: Collection[str] = ()):
-    """Figure of one layer: a column for each network of `weights` (label -> tensor), float above quantized.
+def layer_histograms(name: str, weights: dict[str, Tensor], grids: dict[str, Grid]) -> Figure:
+    """Figure of one layer: a column for each network of `weights`, by label, float above quantized on its grid.
 
-    Thin lines mark the points of the grid, up to 5 bits. The labels in `by_channel` have a grid for each output
-    channel: their axis counts steps, each weight's of its own channel, so that one grid shows them all.
+    Thin lines mark the points of the grid, up to 5 bits. With a grid for each output channel the axis counts steps,
+    each weight's of its own channel, so that one grid shows them all.
     """
-    quantized = {
-        label: fake_quantize_weight(weight, Grid(width, per_channel=label in by_channel))
-        for label, weight in weights.items()
-    }
-    largest = weight_quant_max(width)
-    limit = max((weight.abs().max().item() for label, weight in weights.items() if label not in by_channel), default=0)
+    snapped = {label: snap(weight, grids[label]) for label, weight in weights.items()}
+    bits = next(iter(grids.values())).bits
+    whole = [weight.abs().max().item() for label, weight in weights.items() if not grids[label].per_channel]
+    limit = max(whole, default=0.0)
     figure, axes = pyplot.subplots(
         2, len(weights), figsize=(1 + 4.6 * len(weights), 5.6), sharex="col", sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for column, (label, weight) in enumerate(weights.items()):
-        color, scale = color_of(label, column), weight_scale(weight, Grid(width, per_channel=label in by_channel))
-        unit, step, end = (scale, 1, largest) if label in by_channel else (1, scale.item(), limit)
+        quantized, scale = snapped[label]
+        largest, by_channel = grids[label].quant_max, grids[label].per_channel
+        unit, step, end = (scale, 1.0, float(largest)) if by_channel else (1.0, scale.item(), limit)
         edges = numpy.linspace(-1.04 * end, 1.04 * end, BINS + 1)
-        points = step * numpy.arange(-largest, largest + 1) if width <= 5 else []
-        rows = ((axes[0][column], weight, "float"), (axes[1][column], quantized[label], f"{width} bits"))
-        for axis, values, kind in rows:
+        points = (step * numpy.arange(-largest, largest + 1)).tolist() if bits <= 5 else []
+        for axis, values, kind in ((axes[0][column], weight, "float"), (axes[1][column], quantized, f"{bits} bits")):
             for point in points:
                 axis.axvline(point, color="0.75", linewidth=0.6, zorder=0)
             counts, _ = numpy.histogram((values / unit).flatten().numpy(), edges)
-            axis.stairs(counts, edges, color=color, fill=True)  # one outline: 201 bars take twice the time to draw
+            # One outline: 201 bars take twice the time to draw.
+            axis.stairs(counts, edges, color=color_of(label, column), fill=True)
             axis.set_title(f"{label}, {kind}")
             axis.set_ylabel("weights in a bin" if column == 0 else "")
-        axes[1][column].set_xlabel("weight, in steps of its channel's grid" if label in by_channel else "weight")
-    mse = ", ".join(f"{k} {(w - quantized[k]).square().mean():.2e}" for k, w in weights.items())
-    figure.suptitle(f"{name}    mean-squared error at {width} bits: {mse}", fontsize="medium")
+        axes[1][column].set_xlabel("weight, in steps of its channel's grid" if by_channel else "weight")
+    mse = ", ".join(f"{label} {(weights[label] - q).square().mean():.2e}" for label, (q, _) in snapped.items())
+    figure.suptitle(f"{name}    mean-squared error at {bits} bits: {mse}", fontsize="medium")
     return figure
 
 
 @as_written
-def errors_over_bits(series: dict[str, list[dict[str, str]]]):
+def errors_over_bits(series: dict[str, list[dict[str, str]]]) -> Figure:
     """Figure 1a: for each method a line of weight error (log axis) and bars of test error over bit-widths.
 
     `series` holds rows of eval.py's results by method; rows of one bit-width (seeds) are averaged. PSGD's network at
@@ -79,13 +82,13 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]):
         places = [place for place, found in enumerate(own) if found]
         if not places:
             continue
-        errors = [numpy.mean([100 - float(row["top1"]) for row in own[place]]) for place in places]
-        mses = [numpy.mean([float(row["weight_mse"]) for row in found]) if found else numpy.nan for found in own]
+        errors = [float(numpy.mean([100 - float(row["top1"]) for row in own[place]])) for place in places]
+        mses = [float(numpy.mean([float(row["weight_mse"]) for row in found])) if found else math.nan for found in own]
         shift = (position - (len(series) - 1) / 2) * share
         drawn = draw_bars(bars, numpy.add(places, shift), errors, share, 105, color=color, alpha=0.45)
         told = [f"{error:.1f}" if numpy.isfinite(error) else "" for error in errors]
         bars.bar_label(drawn, told, fontsize="x-small", label_type="center")  # clear of the lines
-        on_axis = [mse if 0 < mse < numpy.inf else numpy.nan for mse in mses]
+        on_axis = [mse if 0 < mse < math.inf else math.nan for mse in mses]
         (line,) = lines.plot(range(len(widths)), on_axis, "o-", color=color)
         handles += [whole_bar(drawn), line]
         labels += [f"{label}, test error", f"{label}, weight error"]
@@ -147,12 +150,12 @@ def beyond(heights: Iterable[float]) -> float:
     return 1.15 * max((abs(height) for height in heights if numpy.isfinite(height)), default=0) or 1.0
 
 
-def target_column(columns: Iterable[str]) -> str | None:
-    """The column of a metrics.csv with the top-1 at the run's bit-width or sparsity: w4_top1, s90_top1, ..."""
-    return next((key for key in columns if key[0] in "ws" and key.endswith("_top1")), None)
+def target_column(columns: Iterable[str]) -> str:
+    """The column of a metrics.csv with the top-1 at the run's bit-width or sparsity: w4_top1, s90_top1; or empty."""
+    return next((key for key in columns if key[0] in "ws" and key.endswith("_top1")), "")
 
 
-def lone_points(values: Sequence[float]) -> dict:
+def lone_points(values: Sequence[float]) -> dict[str, Any]:
     """Style of a line that marks those of `values` to which no line leads, as in a run of one epoch."""
     finite = [False, *numpy.isfinite(values), False]
     lone = [n for n in range(len(values)) if finite[n + 1] and not (finite[n] or finite[n + 2])]
@@ -160,7 +163,7 @@ def lone_points(values: Sequence[float]) -> dict:
 
 
 @as_written
-def training_curves(runs: dict[str, dict[str, list[float]]]):
+def training_curves(runs: dict[str, dict[str, list[float]]]) -> Figure:
     """Top-1 (solid: float, dashed: at the run's bit-width or sparsity) and share of weights near the grid, over epochs.
 
     `runs` holds the columns of each run's metrics.csv by label.
@@ -189,7 +192,7 @@ def training_curves(runs: dict[str, dict[str, list[float]]]):
 
 
 @as_written
-def accuracy_grids(groups: dict[str, dict[tuple[int, int], float]]):
+def accuracy_grids(groups: dict[str, dict[tuple[int, int], float]]) -> Figure:
     """A heat map of top-1 for each network: weight bit-widths down, activation bit-widths across; 32 is float.
 
     `groups` holds top-1 in percent by (w_bit, a_bit) for each network.
@@ -221,7 +224,7 @@ def accuracy_grids(groups: dict[str, dict[tuple[int, int], float]]):
 
 
 @as_written
-def layer_bars(models: dict[str, list[dict[str, str]]]):
+def layer_bars(models: dict[str, list[dict[str, str]]]) -> Figure:
     """For each layer, bars of the top-1 lost when it alone is quantized and of its signal to quantization noise.
 
     `models` holds the rows of eval.py --report by model, which need the same layers. A layer whose weights lie exactly

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.proxy import TraceError
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from quant.layers import copy_network
 from quant.tracing import conv_norm_pairs, trace
@@ -30,15 +30,14 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     """
     with collected_at_once():
         try:
-            pairs = [(conv.target, norm.target) for conv, norm in conv_norm_pairs(model.eval(), trace(model))]
+            pairs = [(str(conv.target), str(norm.target)) for conv, norm in conv_norm_pairs(model.eval(), trace(model))]
         except TraceError:
             return model
     for before, after in pairs:
         conv, norm = model.get_submodule(before), model.get_submodule(after)
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        model.set_submodule(after, nn.Identity())
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            model.set_submodule(before, fuse_conv_bn_eval(conv, norm))
+            model.set_submodule(after, nn.Identity())
     return model
 
 

@@ -55,7 +55,7 @@ def epoch_result(model: nn.Module, losses: Tensor, hits: Tensor, images_seen: in
     Raises NonFiniteError if a loss, or a weight of `model`, is not finite.
     """
     per_step = world.sum(losses.float()).cpu().double()
-    hits, images_seen = world.sum(torch.stack([hits.sum(), hits.new_tensor(images_seen)])).tolist()
+    right, seen = world.sum(torch.stack([hits.sum(), hits.new_tensor(images_seen)])).tolist()
     bad = (~per_step.isfinite()).nonzero()
     if len(bad):
         step = int(bad[0])
@@ -66,7 +66,7 @@ def epoch_result(model: nn.Module, losses: Tensor, hits: Tensor, images_seen: in
             raise NonFiniteError(f"{name} was no longer finite after step {len(losses)}")
         if parameter.dim() > 1 and not parameter.any():
             raise NonFiniteError(f"{name} was all zeros, which nothing moves, after step {len(losses)}")
-    return Result(per_step.sum().item() / images_seen, 100 * hits / images_seen)
+    return Result(per_step.sum().item() / seen, 100 * right / seen)
 
 
 def train_epoch(
