@@ -14,7 +14,7 @@ Weights and activations, with data-free ranges, and with ranges calibrated on tr
 Post-training methods on training images, each beside the plain network
   python eval.py --w_bit 4 3 --post none bn_reestimate bias_correct adaround
 
-One-shot magnitude pruning, alone and with quantized weights
+One-shot magnitude pruning, by itself and with quantized weights
   python eval.py --model_path models/ResNet150.pth --sparsity 0.5 0.7 0.8 0.9 0.95 0.98 --out results/pruning
   python eval.py --sparsity 0.5 0.7 --w_bit 32 4 --prune layer
 

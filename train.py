@@ -76,7 +76,7 @@ def parser() -> Parser:
                    help="1: Adam; with PSG on its gradients the rate is multiplied by 0.01 * lambda_s, as published")
     p.add_argument("--w_decay", type=cli.non_negative, default=None, help="L2 (default: 1e-4, or 0 with PSG at 2 bits)")
     p.add_argument("--l1", type=cli.non_negative, default=0.0, metavar="W",
-                   help="adds W times the sum of the weights' magnitudes to the loss; scaled with the update alone")
+                   help="adds W times the sum of the weights' magnitudes to the loss; scaled with the update only")
     p.add_argument("--grad_l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="adds W times the sum of the magnitudes of the weights' gradients to the loss")
     p.add_argument("--batch_size", type=cli.count, default=128, help="images a step, of all processes together")

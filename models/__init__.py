@@ -33,10 +33,10 @@ def check_arch(arch: str) -> str:
 
 
 def build_model(arch: str, num_classes: int, weights: str | None = None) -> nn.Module:
-    """A network for float32 images [N, 3, H, W], freshly initialised, or with `weights` of torchvision.
+    """A network for float32 images [N, 3, H, W], freshly initialized, or with `weights` of torchvision.
 
     `weights` is a name that torchvision knows for it, such as DEFAULT or IMAGENET1K_V1, and may be downloaded; where
-    its head has another number of classes, the head stays freshly initialised. Raises ValueError for an unknown `arch`
+    its head has another number of classes, the head stays freshly initialized. Raises ValueError for an unknown `arch`
     or `weights`, and for weights of another image size; OSError if a download fails.
     """
     if check_arch(arch) in ARCHITECTURES:

@@ -5,22 +5,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from torch import nn
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-CIFAR100 = ROOT / "data" / "cifar100.npz"
-needs_cifar100 = pytest.mark.skipif(
-    not CIFAR100.exists(), reason=f"needs the real CIFAR-100 at {CIFAR100.relative_to(ROOT)}"
-)
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+from tests.helpers import ROOT, SmallNet, copy_with_args
 
 
 @dataclass
@@ -69,25 +60,6 @@ def rejected(cli, tmp_path):
     return call
 
 
-class SmallNet(nn.Module):
-    """Three convolutions, batch norm, a residual sum and a linear layer: every kind of parameter, quick to run."""
-
-    def __init__(self, classes: int = 5) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(8)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=True)
-        self.bn2 = nn.BatchNorm2d(8)
-        self.relu2 = nn.ReLU()
-        self.fc = nn.Linear(8, classes)
-
-    def forward(self, x):
-        x = self.relu1(self.bn1(self.conv1(x)))
-        x = self.relu2(self.bn2(self.conv2(x)) + x)
-        return self.fc(x.mean((2, 3)))
-
-
 @pytest.fixture
 def net():
     torch.manual_seed(0)
@@ -123,15 +95,6 @@ def digits_run(tmp_path_factory, worker_id):
         if not checkpoint.exists():
             subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
     return checkpoint
-
-
-def copy_with_args(source, path, **args):
-    """Copies the checkpoint `source` to `path`, with other `args` of its training; returns `path`."""
-    from utils.checkpoint import load_checkpoint, save_checkpoint
-
-    checkpoint = load_checkpoint(source)
-    save_checkpoint(path, checkpoint | {"args": checkpoint["args"] | args})
-    return path
 
 
 @pytest.fixture

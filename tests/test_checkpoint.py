@@ -14,7 +14,7 @@ import torch
 
 import train
 from models import ResNet32
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint, save_checkpoint, training_facts
 from utils.cli import UserError
 
@@ -286,10 +286,10 @@ def test_weights_from_before_batches_were_counted(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ({"acc": np.float64(0.5)}, "it holds a numpy scalar, numpy._core.multiarray.scalar, which is no tensor"),
+    ({"acc": np.float64(0.5)}, "it holds a numpy scalar, numpy._core.multiarray.scalar, which is not a tensor"),
     ({"mean": np.zeros(3)}, "it holds a numpy array, numpy._core.multiarray._reconstruct, which"),
-    ({"args": argparse.Namespace(lr=1)}, "it holds argparse.Namespace, which is no tensor and no plain value"),
-    (ResNet32(10), "it holds models.resnet.ResNet32, which is no tensor and no plain value"),
+    ({"args": argparse.Namespace(lr=1)}, "it holds argparse.Namespace, which is not a tensor and no plain value"),
+    (ResNet32(10), "it holds models.resnet.ResNet32, which is not a tensor and no plain value"),
     ({"out": pathlib.PurePosixPath("a")}, "it holds pathlib.PurePosixPath, which"),
 ])  # fmt: skip
 @pytest.mark.parametrize("as_zip", [True, False])
@@ -306,7 +306,7 @@ def test_what_is_no_plain_value_is_named(tmp_path, content, message, as_zip):
 def test_entries_that_are_no_tensors_are_named(tmp_path):
     for name, value, kind in (("num_updates", 300, "int"), (3, torch.ones(1), "Tensor"), ("ema", {"decay": 1}, "dict")):
         torch.save({"state_dict": {"w": torch.ones(1), name: value}}, tmp_path / "a.pth")
-        with pytest.raises(UserError, match=rf"a.pth: '{name}' in its state_dict is no tensor \({kind}\)|'3' in"):
+        with pytest.raises(UserError, match=rf"a.pth: '{name}' in its state_dict is not a tensor \({kind}\)|'3' in"):
             load_checkpoint(tmp_path / "a.pth")
 
 

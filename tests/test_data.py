@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from models import ResNet32
-from tests.conftest import CIFAR100, needs_cifar100
+from tests.helpers import CIFAR100, needs_cifar100
 from utils import cli as commands
 from utils.cli import UserError
 from utils.data.in_memory import InMemorySplit, normalize

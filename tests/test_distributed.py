@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from quant import PSGD, psg_param_groups
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from utils.checkpoint import load_checkpoint
 from utils.data.in_memory import InMemorySplit
 from utils.data.specs import DATASETS

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 from quant import PSGD, auto_lambda_s, grid_share, layer_grids, psg_param_groups, weight_mse
-from tests.test_psgd import backward, fill_gradients, run, same, sgd, twin_multiplier, weights
+from tests.helpers import backward, fill_gradients, same, sgd, take_steps, twin_multiplier, weights
 
 BASES = {
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True),
@@ -224,8 +224,8 @@ def test_schedulers(net, name, recwarn):
     ours, theirs = SCHEDULERS[name](optimizer), SCHEDULERS[name](plain)
     rates = []
     for step in range(4):
-        run(net, optimizer, 1, step)
-        run(other, plain, 1, step)
+        take_steps(net, optimizer, 1, step)
+        take_steps(other, plain, 1, step)
         ours.step()
         theirs.step()
         assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in plain.param_groups]
@@ -296,7 +296,7 @@ def test_moving_average_of_the_weights(net):
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     optimizer, expected = PSGD(sgd(net)), None
     for step in range(3):
-        run(net, optimizer, 1, step)
+        take_steps(net, optimizer, 1, step)
         average.update_parameters(net)
         now = net.conv2.weight.detach().clone()
         expected = now if expected is None else 0.9 * expected + 0.1 * now
@@ -310,7 +310,7 @@ def test_compiled_step(net):
     for step in range(2):
         fill_gradients(net, step)
         compiled()
-        run(reference, other, 1, step)
+        take_steps(reference, other, 1, step)
     for a, b in zip(net.parameters(), reference.parameters()):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
 

@@ -8,32 +8,9 @@ from torch import nn
 from models import ResNet32
 from quant import quantize_activations
 from quant.activations import relu_names
-from utils.data.in_memory import InMemorySplit
-from utils.data.specs import DATASETS
+from tests.helpers import split, trained_resnet
 from utils.training.evaluation import evaluate, fold_batch_norm
 from utils.training.loop import NonFiniteError, train_epoch, train_step
-
-SPEC = DATASETS["cifar100"]
-
-
-def split(count=130, classes=10):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return InMemorySplit(images, torch.randint(0, classes, (count,), generator=generator), SPEC)
-
-
-def trained_resnet():
-    """ResNet32 with batch-norm statistics that are not those of initialisation."""
-    torch.manual_seed(0)
-    model = ResNet32(10)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    model.train()
-    for images, _ in split().batches(65):
-        model(images)
-    return model.eval()
 
 
 def test_evaluate_equals_one_plain_forward_pass():

@@ -7,7 +7,6 @@ import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,7 +25,7 @@ from quant import (
     weight_mse,
 )
 from quant.pruning import nonzero_weights
-from tests.conftest import CIFAR100, ROOT, copy_with_args, needs_cifar100
+from tests.helpers import CIFAR100, ORDER, ROOT, WORDS, copy_with_args, needs_cifar100, permuted
 from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint
 from utils.data.load import load_dataset
 from utils.training.evaluation import evaluate, evaluate_batches, fold_batch_norm
@@ -341,21 +340,6 @@ def test_channel_grids_have_their_published_figure():
     model = quantize_weights(model_from_checkpoint(load_checkpoint(path), path).eval(), Grid(4, per_channel=True))
     test = load_dataset("cifar100", CIFAR100.parent, torch.device("cpu")).test
     assert evaluate(model, test).top1 == as_published(published()[path.name, "4", 0.0])
-
-
-def permuted(path, order, names=None):
-    """Writes the data of data/cifar10.npz to `path` with its classes in another order, or under other names."""
-    with np.load("data/cifar10.npz") as archive:
-        content = dict(archive)
-    numbers = np.argsort(order)  # of the classes, in their new order
-    content |= {f"y_{part}": numbers[content[f"y_{part}"]] for part in ("train", "test")}
-    content["classes"] = np.array([(names or content["classes"])[old] for old in order])
-    path.parent.mkdir(exist_ok=True)
-    np.savez(path, **content)
-
-
-ORDER = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def test_classes_in_another_order_are_the_same_classes(cli, tmp_path, digits_run, few_digits):

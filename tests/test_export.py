@@ -26,8 +26,7 @@ from quant import (
 )
 from quant.deploy import integer_weights, to_onnx
 from quant.ranges import mse_ranges, relu_histograms
-from tests.conftest import copy_with_args
-from tests.test_engine import trained_resnet
+from tests.helpers import copy_with_args, trained_resnet
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
 from utils.data.load import load_dataset
 from utils.trained_for import mismatches

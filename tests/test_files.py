@@ -30,7 +30,11 @@ def test_an_output_folder_that_cannot_be_is_told_first(rejected, tmp_path, scrip
     """Before the checkpoint, which is not there either, is looked at."""
     (tmp_path / "taken").write_text("")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
-    for out, reason in (("taken", "taken is no folder"), ("taken/x/y", "taken is no folder"), ("gone", "gone is no")):
+    for out, reason in (
+        ("taken", "taken is not a folder"),
+        ("taken/x/y", "taken is not a folder"),
+        ("gone", "gone is no"),
+    ):
         message = rejected(script, *flags, "--out", out)
         assert f"--out {out} cannot be made ({reason}" in message and "name another folder" in message
     assert "(File name too long)" in rejected(script, *flags, "--out", f"{'x' * 300}/y")
@@ -40,7 +44,7 @@ def test_an_output_folder_that_cannot_be_is_told_first(rejected, tmp_path, scrip
 def test_an_output_file_that_cannot_be_is_told_first(rejected, tmp_path, script, flags):
     (tmp_path / "taken").mkdir()
     assert f"{flags[-1]} taken is a folder: name a file" in rejected(script, *flags, "taken")
-    assert f"{flags[-1]} a/b cannot be written: there is no folder a; make it" in rejected(script, *flags, "a/b")
+    assert f"{flags[-1]} a/b cannot be written: there is not a folder a; make it" in rejected(script, *flags, "a/b")
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody may write")

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from quant import PSGD, psg_param_groups
-from tests.conftest import SmallNet, needs_cuda
+from tests.helpers import SmallNet, needs_cuda, small_training
 from utils.cli import UserError
 from utils.data.load import load_dataset
 from utils.device import set_deterministic
-from utils.training.epochs import Training
 from utils.training.graph import GraphedTraining
 from utils.training.loop import NonFiniteError, train_epoch
 
@@ -73,16 +72,6 @@ def test_loss_that_is_not_finite():
         models[1].fc.bias.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="the loss became nan at step 1"):
         GraphedTraining(models[1], optimizers[1], batches, "fp32").epoch(1)
-
-
-def small_training(device, compiled, classes=10):
-    """A training of SmallNet on 60 digits, in batches of 25, 25 and 10."""
-    torch.manual_seed(0)
-    digits = load_dataset("digits", "", device)
-    batches = digits.train.part(slice(60)).shuffled(batch_size=25, seed=3)
-    model = SmallNet(classes).to(device, memory_format=torch.channels_last)
-    optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9, fused=True))
-    return Training(model, optimizer, batches, "fp32", compile=compiled)
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_cuda)])

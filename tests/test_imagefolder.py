@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 from models import architectures, build_model
 from quant import load_packed, quantize_weights
 from quant.deploy import save_packed
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.cli import UserError
 from utils.data.folder import FolderSplit
@@ -331,7 +331,7 @@ def test_damaged_images_are_named_before_the_first_epoch(rejected, tmp_path, fol
     for number in (2, 4):
         (images / f"train/red/{number}.jpg").write_bytes(b"")
     message = rejected("train.py", *flags)
-    assert re.search(r"d/train/red/[24].jpg cannot be read as an image \(it is no image file\)", message)
+    assert re.search(r"d/train/red/[24].jpg cannot be read as an image \(it is not an image file\)", message)
     assert "(2 such files of 12)" in message
 
 

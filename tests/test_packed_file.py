@@ -12,7 +12,7 @@ from models import ResNet32
 from quant import Grid, load_packed, quantize_weights, read_facts
 from quant.deploy import save_packed
 from quant.deploy.packing import pack_bits, unpack_bits
-from tests.conftest import SmallNet
+from tests.helpers import SmallNet
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

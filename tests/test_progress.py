@@ -5,8 +5,7 @@ import io
 import pytest
 import torch
 
-from tests.conftest import needs_cuda
-from tests.test_graphed import small_training
+from tests.helpers import needs_cuda, small_training
 from utils import progress
 from utils.data.in_memory import InMemorySplit
 from utils.data.specs import DATASETS

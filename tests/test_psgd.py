@@ -8,53 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from quant import PSGD, Grid, psg_param_groups
-from tests.conftest import needs_cuda
-
-
-def twin_multiplier(weight, bits, lambda_s, eps=0.0):
-    """The rule as one writes it down, a tensor at a time."""
-    scale = weight.abs().max() / (2 ** (bits - 1) - 1)
-    return lambda_s * (weight - torch.round(weight / scale) * scale).abs() + eps
-
-
-def backward(net, seed=0):
-    net.zero_grad()
-    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-    net(images).square().sum().backward()
-
-
-def fill_gradients(net, seed):
-    """Equal gradients for equal seeds, bit for bit, which two backward passes do not promise."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in net.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-
-
-def sgd(net, bits=4, lr=0.01, per_channel=False, **settings):
-    groups = psg_param_groups(net, Grid(bits, per_channel=per_channel))
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=1e-4, **settings)
-
-
-def weights(net):
-    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def run(net, optimizer, steps=3, first=0):
-    for step in range(first, first + steps):
-        fill_gradients(net, step)
-        optimizer.step()
+from quant import PSGD, psg_param_groups
+from tests.helpers import backward, fill_gradients, needs_cuda, same, sgd, take_steps, weights
 
 
 def test_shares_groups_and_state_with_the_base(net):
     base = sgd(net)
     optimizer = PSGD(base)
     assert isinstance(optimizer, torch.optim.Optimizer)
-    run(net, optimizer)
+    take_steps(net, optimizer)
     assert optimizer.param_groups is base.param_groups and optimizer.state is base.state
     assert optimizer.defaults is base.defaults
     for loading in (optimizer, base):
@@ -73,7 +35,7 @@ def test_base_state_is_untouched_before_the_first_step(net):
 
 def test_state_dict_is_the_bases_and_loads_without_pickle(net):
     optimizer = PSGD(sgd(net), lambda_s=77)
-    run(net, optimizer)
+    take_steps(net, optimizer)
     state = optimizer.state_dict()
     assert state.keys() == optimizer.base.state_dict().keys()
     assert {group.get("bits") for group in state["param_groups"]} == {4, None}
@@ -86,13 +48,13 @@ def test_state_dict_is_the_bases_and_loads_without_pickle(net):
 
 def test_resume_from_state_dict_is_exact(net):
     optimizer = PSGD(sgd(net), lambda_s=77)
-    run(net, optimizer, 3)
+    take_steps(net, optimizer, 3)
     twin = copy.deepcopy(net)
     resumed = PSGD(sgd(twin), lambda_s=5)  # the saved lambda_s wins
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert resumed.param_groups[0]["lambda_s"] == 77
-    run(net, optimizer, 3, first=3)
-    run(twin, resumed, 3, first=3)
+    take_steps(net, optimizer, 3, first=3)
+    take_steps(twin, resumed, 3, first=3)
     assert same(weights(net), weights(twin))
 
 
@@ -110,12 +72,12 @@ def test_loading_a_bare_optimizers_state_keeps_psg(net):
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_deepcopy_and_pickle(net, clone):
     optimizer = PSGD(sgd(net))
-    run(net, optimizer)
+    take_steps(net, optimizer)
     other_net, other = clone((net, optimizer))
     assert other.param_groups is other.base.param_groups and other.state is other.base.state
     assert other.param_groups[0]["params"][0] is not net.conv1.weight
-    run(net, optimizer, first=3)
-    run(other_net, other, first=3)
+    take_steps(net, optimizer, first=3)
+    take_steps(other_net, other, first=3)
     assert same(weights(net), weights(other_net))
 
 
@@ -152,7 +114,7 @@ def test_step_hooks(net):
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     optimizer.base.register_step_pre_hook(lambda *_: calls.append("base"))
-    run(net, optimizer, 1)
+    take_steps(net, optimizer, 1)
     assert calls == ["pre", "base", "post"]
 
 

@@ -15,7 +15,7 @@ import quant
 import tools.benchmark
 import tools.hessian
 from models import ResNet32
-from tests.conftest import ROOT, SmallNet
+from tests.helpers import ROOT, SmallNet
 from utils.cli import Parser
 
 README = (ROOT / "README.md").read_text()

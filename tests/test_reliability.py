@@ -21,7 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models import ResNet32
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.cli import UserError
 from utils.runs import RunFolder

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quant import PSGD, Grid, fake_quantize_weight, layer_grids, psg_param_groups
-from tests.test_psgd import backward, fill_gradients, same, sgd, twin_multiplier, weights
+from tests.helpers import backward, fill_gradients, same, sgd, twin_multiplier, weights
 from utils.device import select_device
 
 # --- the rule -----------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_networks_that_differ_by_their_grids_alone_are_told_apart(tmp_path):
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\x00\x01"])
 def test_foreign_files(rejected, tmp_path, content):
     (tmp_path / "x.csv").write_text(content)
-    assert "lacks the column trained: it is no results.csv" in rejected("tools.table", "x.csv")
+    assert "lacks the column trained: it is not a results.csv" in rejected("tools.table", "x.csv")
 
 
 def test_missing_numbers(rejected, tmp_path):

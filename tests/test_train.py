@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from quant import Grid, grid_share, quantize_weights
-from tests.test_eval import ORDER, WORDS, permuted
+from tests.helpers import ORDER, WORDS, permuted
 from utils import checkpoint as checkpoints
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
 from utils.data.in_memory import InMemorySplit

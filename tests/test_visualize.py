@@ -167,7 +167,7 @@ def test_bars_of_a_report(cli, tmp_path):
 def test_bad_input_of_figures(rejected, tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch\n1\n")
     flags = ["--figure", "curves", "--runs", "."]
-    assert "metrics.csv lacks the column fp_top1: it is no metrics.csv" in rejected("visualize.py", *flags)
+    assert "metrics.csv lacks the column fp_top1: it is not a metrics.csv" in rejected("visualize.py", *flags)
     (tmp_path / "metrics.csv").write_text("epoch,fp_top1\n1,60\n")
     assert "metrics.csv has no top-1 at a bit-width or sparsity" in rejected("visualize.py", *flags)
     (tmp_path / "metrics.csv").write_text("epoch,fp_top1,w4_top1\n1,60,50\n2,sixty,50\n")
@@ -181,7 +181,7 @@ def test_bad_input_of_figures(rejected, tmp_path):
         "visualize.py", "--figure", "1a", "--results", "r.csv"
     )
     flags = ["--figure", "report", "--results", "r.csv"]
-    assert "r.csv lacks the column model: it is no layers.csv" in rejected("visualize.py", *flags)
+    assert "r.csv lacks the column model: it is not a layers.csv" in rejected("visualize.py", *flags)
 
 
 def test_bad_input(rejected, digits_run, tmp_path):

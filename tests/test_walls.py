@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import quant
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tools.imports import circle, folder_of, graph, imported_names, modules
 
 ALLOWED = {  # what the modules of a folder may import from
@@ -58,4 +58,6 @@ def test_no_module_has_the_name_of_a_public_function():
 
 
 def test_nothing_in_utils_runs_by_name():
-    assert not [name for name, path in modules().items() if name.startswith("utils") and "if __name__" in path.read_text()]
+    assert not [
+        name for name, path in modules().items() if name.startswith("utils") and "if __name__" in path.read_text()
+    ]

@@ -1,6 +1,6 @@
 """A copy of a run's checkpoint without the state of optimizer and scheduler.
 
-    python -m tools.strip_checkpoint runs/vanilla/epoch_82.pth models/ResNet82.pth
+python -m tools.strip_checkpoint runs/vanilla/epoch_82.pth models/ResNet82.pth
 """
 
 from utils.cli import Parser, run

@@ -40,7 +40,7 @@ def read_file(path: Path) -> dict[str, Any]:
     for name, value in state.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             kind = type(value).__name__
-            raise UserError(f"{path}: {str(name)!r:.99} in its state_dict is no tensor ({kind}): {ADVICE}")
+            raise UserError(f"{path}: {str(name)!r:.99} in its state_dict is not a tensor ({kind}): {ADVICE}")
     return facts | {"state_dict": state}
 
 
@@ -50,7 +50,7 @@ def refusal(error: Exception) -> str:
     if found := re.search(r"GLOBAL ([\w.]*\w)", text):
         name = found[1].replace("numpy.core.", "numpy._core.")  # as it was called before numpy 2
         kind = f"{MEANS[name]}, {name}," if name in MEANS else f"{name},"
-        return f"it holds {kind} which is no tensor and no plain value: {ADVICE}"
+        return f"it holds {kind} which is neither a tensor nor a plain value: {ADVICE}"
     if "Unsupported operand" in text:
         return f"it is a pickle of another kind than torch.save's: {ADVICE}"
     if "TorchScript" in text:

@@ -33,7 +33,7 @@ class Default(int):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says, without a terminal's escape codes; its type if it says nothing."""
+    """The first line of what `error` says, without a terminal's escape codes; its type if it has no text."""
     lines = ESCAPE_CODES.sub("", str(error)).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        """Adds the default, but for flags whose default is None: their help says what happens then."""
+        """Adds the default, except for flags whose default is None: their help says what happens then."""
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -96,7 +96,7 @@ def run(main: Callable[[], None]) -> None:
                 raise UserError(reason) from None
     except (UserError, OSError) as error:
         if RANK != "0":
-            time.sleep(3)  # torchrun ends the others when one fails: what is wrong in all is said by the first alone
+            time.sleep(3)  # torchrun ends the others when one fails: only the first says what is wrong in all
         line = " ".join(str(error).splitlines()) or first_line(error)  # a path may have line ends
         print(f"{SPEAKER}error: {line}", file=sys.stderr)
         sys.exit(2)
@@ -112,7 +112,7 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _explained(error: Exception) -> str | None:
-    """What the user can do about an error that torch raises late, in one line; None if it is none of these.
+    """What the user can do about an error that torch raises late, in one line; None for any other error.
 
     Raises Stopped for what comes of a SIGINT or SIGTERM that has been noted.
     """
@@ -126,7 +126,7 @@ def _explained(error: Exception) -> str | None:
         advice = "see its message; a run that has saved an epoch goes on with --resume"
         return f"another process of the run has ended ({reason}); {advice}"
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
-        return f"the memory does not suffice ({reason}); try a smaller batch, network or number of images"
+        return f"out of memory ({reason}); try a smaller batch, network or number of images"
     if "does not have a deterministic implementation" in reason:
         return f"{reason.partition(',')[0]}: leave --deterministic out"
     return None

@@ -49,7 +49,7 @@ class Setting:
 
 @dataclass
 class Deployment:
-    """A trained network, in eval mode, and how it is deployed in every row; `images()` gives labelled batches of
+    """A trained network, in eval mode, and how it is deployed in every row; `images()` gives labeled batches of
     training images, unaugmented, to which everything that is fitted is fitted."""
 
     model: nn.Module

@@ -77,7 +77,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def set_deterministic() -> None:
-    """Makes torch use deterministic algorithms alone; ops without one raise RuntimeError."""
+    """Makes torch use deterministic algorithms only; ops without one raise RuntimeError."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -96,5 +96,5 @@ def tune_cpu() -> None:
     trim_threshold, mmap_threshold = -1, -3  # parameter numbers of mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        if libc.mallopt(mmap_threshold, 1 << 30):  # refused by some versions, and the other alone would harm
+        if libc.mallopt(mmap_threshold, 1 << 30):  # refused by some versions, and only the other would do harm
             libc.mallopt(trim_threshold, 2**31 - 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """This process's rank and the number of processes; alone by default."""
+    """This process's rank and the number of processes; by default it is the only one."""
 
     rank: int = 0
     size: int = 1

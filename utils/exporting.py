@@ -90,7 +90,8 @@ def prepare(args: Namespace, size: int) -> Exported:
 def with_activations(args: Namespace, opened: OpenedNetwork, reference: nn.Module) -> nn.Module:
     """`reference` with activation quantizers, their ranges from training images."""
     if opened.dataset is None:
-        raise UserError(f"--a_bit {args.a_bit} needs training images, and there is no {opened.dataset_name} data set")
+        missing = f"there is no {opened.dataset_name} in {opened.folder}"
+        raise UserError(f"--a_bit {args.a_bit} needs training images, and {missing}")
     train = opened.dataset.train
     count = train.count_for(args.calib_images)
     check_activations(opened.model, opened.path)

@@ -21,7 +21,7 @@ from utils.cli import UserError, first_line
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A name beside `path` to write to, this call's alone, renamed to `path` when the block ends well, else removed.
+    """A name beside `path` to write to, of this call only, renamed to `path` when the block ends well, else removed.
 
     Raises UserError if `path` is a folder, or the block or the renaming an OSError; what `path` was before then stays.
     """
@@ -104,7 +104,7 @@ def check_writable(flag: str, path: str | Path, folder: Path) -> None:
 def _in_the_way(folder: Path, error: OSError) -> str:
     """Why `folder` cannot be made: what is there instead, or what the system says."""
     taken = [place for place in (folder, *folder.parents) if os.path.lexists(place) and not os.path.isdir(place)]
-    return f"{taken[0]} is no folder" if taken else error.strerror or first_line(error)
+    return f"{taken[0]} is not a folder" if taken else error.strerror or first_line(error)
 
 
 def write_json(path: str | Path, content: Any) -> None:

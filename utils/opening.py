@@ -83,7 +83,7 @@ class Datasets:
             saved = checkpoint.get("args", {}).get("data_dir")
             if self.data_dir is not None or saved in (None, folder):
                 raise
-            raise UserError(f"{error} ({path} was trained with --data_dir {saved}, where it is no longer)") from None
+            raise UserError(f"{error} ({path} was trained with --data_dir {saved}, which has it no more)") from None
 
 
 @dataclass
@@ -95,6 +95,7 @@ class OpenedNetwork:
     model: nn.Module
     dataset_name: str
     dataset: Dataset | None
+    folder: str  # where the data set was looked for
 
     @property
     def spec(self) -> DataSpec:
@@ -108,7 +109,7 @@ class OpenedNetwork:
     def data(self) -> Dataset:
         """The data set. Raises UserError if there is none."""
         if self.dataset is None:
-            raise UserError(f"{self.path} needs images, and there is no {self.dataset_name} data set here")
+            raise UserError(f"{self.path} needs images, and there is no {self.dataset_name} in {self.folder}")
         return self.dataset
 
 
@@ -132,8 +133,9 @@ def open_network(
     if sizes and (spec is None or spec.size not in sizes):
         told = " or ".join(f"{size} x {size}" for size in sizes)
         raise UserError(f"{path} is for {name}; this command takes networks for images of {told}")
-    there = download or at_hand(name, datasets.folder(checkpoint, name))
+    folder = datasets.folder(checkpoint, name)
+    there = download or at_hand(name, folder)
     data = datasets.of(checkpoint, path, name) if there else None
     classes = len(data.classes) if data else spec.classes if spec else None
     model = model_from_checkpoint(checkpoint, path, arch, classes)
-    return OpenedNetwork(str(path), checkpoint, model.to(datasets.device).eval(), name, data)
+    return OpenedNetwork(str(path), checkpoint, model.to(datasets.device).eval(), name, data, folder)

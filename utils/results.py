@@ -14,7 +14,7 @@ BIT_WIDTHS = ("w_bit", "a_bit")
 
 def read_rows(path: str | Path, columns: Sequence[str], kind: str, numbers: Sequence[str] = ()) -> list[dict[str, str]]:
     """The rows of a CSV file of `kind` that has `columns` and at least one row; else UserError, and also if a value in
-    the columns `numbers`, where the file has them, is no number."""
+    the columns `numbers`, where the file has them, is not a number."""
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
@@ -22,13 +22,13 @@ def read_rows(path: str | Path, columns: Sequence[str], kind: str, numbers: Sequ
         raise UserError(f"{path} cannot be read ({first_line(error)}); it should be a {kind}") from None
     missing = [name for name in columns if not rows or rows[0].get(name) is None]
     if missing:
-        raise UserError(f"{path} lacks the column {missing[0]}: it is no {kind}")
+        raise UserError(f"{path} lacks the column {missing[0]}: it is not a {kind}")
     check_numbers(path, rows, [name for name in numbers if name in rows[0]])
     return rows
 
 
 def check_numbers(path: str | Path, rows: Sequence[dict[str, str]], names: Iterable[str]) -> None:
-    """Raises UserError if one of the columns `names` has a value in `rows` of the file `path` that is no number."""
+    """Raises UserError if one of the columns `names` has a value in `rows` of the file `path` that is not a number."""
     for name in names:
         for line, row in enumerate(rows, 2):
             try:
@@ -61,7 +61,7 @@ def column_of(row: dict[str, str]) -> tuple[float, bool, int]:
 
 
 def network_of(row: dict[str, str]) -> tuple[str, ...]:
-    """What is the same in rows that differ in the seed alone."""
+    """What rows that differ only in the seed have in common."""
     return tuple(row.get(name, "") for name in SAME)
 
 

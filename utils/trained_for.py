@@ -11,7 +11,7 @@ SAFE_BITS = 6  # from which a network that was not trained for a grid loses litt
 def mismatches(checkpoint: dict[str, Any], grid: Grid) -> list[str]:
     """In words, in what a deployment on `grid`, unpruned, differs from what the checkpoint's file says it is for.
 
-    Empty for a file that says nothing.
+    Empty for a file that does not say it.
     """
     args = checkpoint.get("args", {})
     found = []

@@ -83,7 +83,7 @@ class FolderSplit(Split):
     def part(self, where: slice) -> "FolderSplit":
         return FolderSplit(self.files[where], self.spec, self.device, self.workers)
 
-    def relabelled(self, numbers: Sequence[int]) -> "FolderSplit":
+    def relabeled(self, numbers: Sequence[int]) -> "FolderSplit":
         files = [(path, numbers[label]) for path, label in self.files]
         return FolderSplit(files, self.spec, self.device, self.workers)
 

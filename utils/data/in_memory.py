@@ -41,7 +41,7 @@ class InMemorySplit(Split):
     def part(self, where: slice) -> "InMemorySplit":
         return InMemorySplit(self.images[where], self.labels[where], self.spec)
 
-    def relabelled(self, numbers: Sequence[int]) -> "InMemorySplit":
+    def relabeled(self, numbers: Sequence[int]) -> "InMemorySplit":
         return InMemorySplit(self.images, torch.tensor(numbers, device=self.device)[self.labels], self.spec)
 
     def chosen(self, indices: Iterable[Tensor]) -> Iterator[LabelledBatch]:

@@ -153,7 +153,7 @@ def curvature(digits: dict[str, list[list[float]]], spectra: dict[str, list[list
     for position, (label, (values, shares)) in enumerate(spectra.items()):
         low, high = min(min(v) for v, _ in spectra.values()), max(max(v) for v, _ in spectra.values())
         width = (high - low) / 150 or abs(low) / 150 or 1.0
-        around = 0 if high > low else 5 * width  # of one eigenvalue alone
+        around = 0 if high > low else 5 * width  # for a single eigenvalue
         at = numpy.linspace(low - around, high + around, 1200)
         bumps = numpy.exp(-(((at[:, None] - numpy.array(values)) / width) ** 2) / 2) / (width * (2 * numpy.pi) ** 0.5)
         density = bumps @ numpy.array(shares) / sum(shares)

@@ -184,7 +184,7 @@ def training_curves(runs: dict[str, dict[str, list[float]]]) -> Figure:
     bottom.set_ylabel("weights within a tenth of\na step of the grid, percent")
     bottom.set_ylim(0, 100)
     bottom.set_xlabel("epoch")
-    bottom.set_visible(bool(bottom.lines))  # sparse runs alone have no grid
+    bottom.set_visible(bool(bottom.lines))  # only sparse runs: there is no grid
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
     add_legend(figure, top.lines, labels, loc="outside right upper", fontsize="small")
@@ -225,7 +225,7 @@ def accuracy_grids(groups: dict[str, dict[tuple[int, int], float]]) -> Figure:
 
 @as_written
 def layer_bars(models: dict[str, list[dict[str, str]]]) -> Figure:
-    """For each layer, bars of the top-1 lost when it alone is quantized and of its signal to quantization noise.
+    """For each layer, bars of the top-1 lost when only this layer is quantized and of its signal to quantization noise.
 
     `models` holds the rows of eval.py --report by model, which need the same layers. A layer whose weights lie exactly
     on its grid has no noise: its bar has no end (`draw_bars`).

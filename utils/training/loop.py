@@ -37,7 +37,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One step on a batch; returns the sum of its losses and the number of its correct answers, 0-d, on the device.
 
-    `penalty` of the loss is added to what is minimised, not to what is returned. `share` weighs a loss whose gradient
+    `penalty` of the loss is added to what is minimized, not to what is returned. `share` weighs a loss whose gradient
     is averaged over processes with batches of other sizes.
     """
     with autocast(images.device, precision):

@@ -1,0 +1,138 @@
+"""What tests share: small networks and data, twins of the rule, and readers of what commands write."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models import ResNet32
+from quant import PSGD, Grid, psg_param_groups
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.data.in_memory import InMemorySplit
+from utils.data.load import load_dataset
+from utils.data.specs import DATASETS
+from utils.training.epochs import Training
+
+ROOT = Path(__file__).parent.parent
+CIFAR100 = ROOT / "data" / "cifar100.npz"
+needs_cifar100 = pytest.mark.skipif(
+    not CIFAR100.exists(), reason=f"needs the real CIFAR-100 at {CIFAR100.relative_to(ROOT)}"
+)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+ORDER = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class SmallNet(nn.Module):
+    """Three convolutions, batch norm, a residual sum and a linear layer: every kind of parameter, quick to run."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=True)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.relu2 = nn.ReLU()
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, x):
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)) + x)
+        return self.fc(x.mean((2, 3)))
+
+
+def copy_with_args(source, path, **args):
+    """Copies the checkpoint `source` to `path`, with other `args` of its training; returns `path`."""
+    checkpoint = load_checkpoint(source)
+    save_checkpoint(path, checkpoint | {"args": checkpoint["args"] | args})
+    return path
+
+
+def twin_multiplier(weight, bits, lambda_s, eps=0.0):
+    """The rule as one writes it down, a tensor at a time."""
+    scale = weight.abs().max() / (2 ** (bits - 1) - 1)
+    return lambda_s * (weight - torch.round(weight / scale) * scale).abs() + eps
+
+
+def backward(net, seed=0):
+    net.zero_grad()
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    net(images).square().sum().backward()
+
+
+def fill_gradients(net, seed):
+    """Equal gradients for equal seeds, bit for bit, which two backward passes do not promise."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def sgd(net, bits=4, lr=0.01, per_channel=False, **settings):
+    groups = psg_param_groups(net, Grid(bits, per_channel=per_channel))
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=1e-4, **settings)
+
+
+def weights(net):
+    return {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def take_steps(net, optimizer, steps=3, first=0):
+    for step in range(first, first + steps):
+        fill_gradients(net, step)
+        optimizer.step()
+
+
+def split(count=130, classes=10):
+    """Images of noise with random labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return InMemorySplit(images, torch.randint(0, classes, (count,), generator=generator), DATASETS["cifar100"])
+
+
+def trained_resnet():
+    """ResNet32 with batch-norm statistics that are not those of initialization."""
+    torch.manual_seed(0)
+    model = ResNet32(10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    model.train()
+    for images, _ in split().batches(65):
+        model(images)
+    return model.eval()
+
+
+def small_training(device, compiled, classes=10):
+    """A training of SmallNet on 60 digits, in batches of 25, 25 and 10."""
+    torch.manual_seed(0)
+    digits = load_dataset("digits", "", device)
+    batches = digits.train.part(slice(60)).shuffled(batch_size=25, seed=3)
+    model = SmallNet(classes).to(device, memory_format=torch.channels_last)
+    optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9, fused=True))
+    return Training(model, optimizer, batches, "fp32", compile=compiled)
+
+
+def permuted(path, order, names=None):
+    """Writes the data of data/cifar10.npz to `path` with its classes in another order, or under other names."""
+    with np.load("data/cifar10.npz") as archive:
+        content = dict(archive)
+    numbers = np.argsort(order)  # of the classes, in their new order
+    content |= {f"y_{part}": numbers[content[f"y_{part}"]] for part in ("train", "test")}
+    content["classes"] = np.array([(names or content["classes"])[old] for old in order])
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **content)
