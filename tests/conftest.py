@@ -111,7 +111,7 @@ def installed(tmp_path_factory, worker_id):
     with FileLock(folder / "installed.lock"):
         if not target.exists():
             source = tmp_path_factory.mktemp("source")
-            for name in ("pyproject.toml", "README.md", "LICENSE"):
+            for name in ("pyproject.toml", "README.md", "LICENSE", "requirements-export.txt"):
                 shutil.copy(ROOT / name, source)
             shutil.copytree(ROOT / "quant", source / "quant")
             flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", target, source]

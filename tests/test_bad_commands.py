@@ -89,7 +89,7 @@ BAD = [
     ("tools.average", [], "the following arguments are required: DIR, --epochs, --out"),
     ("tools.average", ["r", "--epochs", "3-1", "--out", "x"], "--epochs: 3-1 begins after its end"),
     ("tools.average", ["r", "--epochs", "1-2", "--out", "x"], "r/epoch_1.pth is not there"),
-    ("utils.checkpoint", ["no.pth", "x.pth"], "no checkpoint at no.pth"),
+    ("tools.strip_checkpoint", ["no.pth", "x.pth"], "no checkpoint at no.pth"),
     ("tools.table", ["no.csv"], "no.csv cannot be read"),
     ("tools.hessian", ["--steps", "0"], "--steps: 0 must be 1 or greater"),
     ("tools.hessian", ["--model_path", "no.pth"], "no checkpoint at no.pth"),

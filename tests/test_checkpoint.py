@@ -182,7 +182,7 @@ def test_copy_without_optimizer_state(cli, tmp_path):
         tmp_path / "a.pth",
         {"epoch": 2, "state_dict": {"w": torch.ones(1)}, "optimizer": {}, "scheduler": {}, "classes": ["a", "b"]},
     )
-    assert cli("utils.checkpoint", "a.pth", "b.pth").code == 0
+    assert cli("tools.strip_checkpoint", "a.pth", "b.pth").code == 0
     copy = load_checkpoint(tmp_path / "b.pth")
     assert copy.keys() == {"epoch", "state_dict", "classes"} and copy["classes"] == ["a", "b"]
 

@@ -8,7 +8,7 @@ import torch
 from matplotlib import font_manager, pyplot
 from matplotlib.text import Text
 
-from utils import figure_text
+from utils.drawing import text as drawing_text
 from utils.drawing.paper_figures import curvature, sparse_histograms
 from utils.drawing.result_figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
 from utils.drawing.text import LAST_RESORT, add_legend, as_written, save_png
@@ -72,7 +72,7 @@ def rare():
     for font in font_manager.fontManager.ttflist:
         if LAST_RESORT not in font.name:
             found = [*font_manager.get_font(font.fname).get_charmap()]
-            lacking = figure_text._lacks(first, (chr(code) for code in found if 160 < code < 2**16))
+            lacking = drawing_text._lacks(first, (chr(code) for code in found if 160 < code < 2**16))
             if lacking:
                 return min(lacking)
     pytest.skip("no other font has a character more")
@@ -86,7 +86,7 @@ def test_characters_of_another_font(tmp_path, capsys, rare):
 
 
 def test_characters_that_no_font_has_are_one_warning(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(figure_text, "_told", set())
+    monkeypatch.setattr(drawing_text, "_told", set())
     unassigned = "\U000e0fff\U0003ffff"
     for _ in range(2):
         save_png(FIGURES["curves"](f"x{unassigned}"), tmp_path / "x.png")

@@ -80,9 +80,9 @@ def test_crops_and_flips(folder):
         assert all(any(torch.equal(image, other) for other in together) for image in images)
 
 
-def test_training_images_alone_are_augmented(folder, monkeypatch):
+def test_only_training_images_are_augmented(folder, monkeypatch):
     dataset, augmented = load_dataset("imagefolder", folder, CPU), []
-    monkeypatch.setattr(FolderSplit, "batches", lambda self, chosen, augment, seed=0: augmented.append(augment) or [])
+    monkeypatch.setattr(FolderSplit, "read", lambda self, chosen, augment, seed=0: augmented.append(augment) or [])
     for batches in (
         dataset.train.shuffled(4, seed=1).epoch(1),
         dataset.test.batches(4),
@@ -348,7 +348,7 @@ def test_no_more_workers_than_cores(folder):
     assert dataset.train.workers == len(os.sched_getaffinity(0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dataset.test.check(whole=True)
+        dataset.test.check_files(whole=True)
         assert len([*dataset.test.batches(8)]) == 1
     assert load_dataset("imagefolder", folder, CPU, workers=0).train.workers == 0
 

@@ -10,9 +10,9 @@ import torch
 from models import build_model
 from quant import fake_quantize_weight
 from utils.checkpoint import save_checkpoint
+from utils.drawing.figures import bits_figures, layer_figures
 from utils.drawing.paper_figures import sparse_histograms, toy_trajectories
 from utils.drawing.result_figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
-from visualize import bits_figures, layer_figures
 
 
 def test_a_picture_for_each_layer(cli, tmp_path, digits_run, monkeypatch):
@@ -77,7 +77,7 @@ def test_figure_1a(cli, rejected, tmp_path):
     (tmp_path / "r.csv").write_text(header + "\n".join(rows) + "\n")
     outcome = cli("visualize.py", "--figure", "1a", "--results", "r.csv", "--out", "fig")
     assert outcome.code == 0 and (tmp_path / "fig/figure1a.png").stat().st_size > 10_000, outcome.err
-    ((_, _, draw),) = bits_figures(Namespace(results=[str(tmp_path / "r.csv")]))
+    ((_, draw),) = bits_figures(Namespace(results=[str(tmp_path / "r.csv")]))
     assert {label: [row["top1"] for row in rows] for label, rows in draw.args[0].items()} == {
         "SGD": ["70", "69", "50"], "PSGD": ["68", "70"], "PSGD, grids of channels": ["71"],
     }  # fmt: skip

@@ -1,89 +1,136 @@
-"""The mean of a run's weights over epochs, with batch-norm statistics taken anew: a better network from the same run.
+"""The mean of a run's weights over epochs, with fresh batch-norm statistics: a better network from the same run.
 
     python train.py --exp_name w4 --save_epochs 103-150
-    python -m utils.average runs/w4 --epochs 103-150 --out w4_mean.pth
-    python -m utils.average runs/w4 --epochs 150 --w_bit 4 --out w4_bn.pth            # new statistics alone
-    python -m utils.average runs/sparse --epochs 150 --sparsity 0.9 --out s90_bn.pth  # those of the pruned network
+    python -m tools.average runs/w4 --epochs 103-150 --out w4_mean.pth
+    python -m tools.average runs/w4 --epochs 150 --w_bit 4 --out w4_bn.pth            # fresh statistics only
+    python -m tools.average runs/sparse --epochs 150 --sparsity 0.9 --out s90_bn.pth  # those of the pruned network
 
 Weights that sit on the grid have sat on the same point for epochs, so their mean sits there too; the others lose their
 noise (stochastic weight averaging, Izmailov et al. 2018; its use on PSG runs is ours). The statistics come from
 unaugmented training images, with the mean weights in float or, with --w_bit or --sparsity, as they are deployed. From 3
-bits up such a file serves as a float network too; of 2 bits, or of many zeros, the float network is lost.
+bits up such a file also serves as a float network; with 2 bits, or with many zeros, the float network is lost.
 """
 
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from utils import cli
-from utils.cli import Parser, UserError, bits_or_float, count, epochs, first_line, index, run, seed, sparsity
+import torch
+from torch import Tensor, nn
+
+from quant import prune_weights, quantize_weights, reestimate_batch_norm
+from utils.checkpoint import RUN_STATE, grid_of, load_checkpoint, model_from_checkpoint, save_checkpoint
+from utils.cli import (
+    DATA_DIR_HELP,
+    Default,
+    Parser,
+    UserError,
+    bits_or_float,
+    count,
+    epochs,
+    first_line,
+    index,
+    run,
+    seed,
+    sparsity,
+)
+from utils.device import select_device
+from utils.files import check_output_file
+from utils.opening import Datasets, OpenedNetwork, open_network
+
+NEEDED = ("dataset", "val_split", "first_last_quant")  # settings of the run
 
 
-def main() -> None:
+def parse() -> Namespace:
     p = Parser(__doc__)
     # fmt: off
     p.add_argument("run", metavar="DIR", help="run folder with a file for each of the epochs")
     p.add_argument("--epochs", type=epochs, required=True, metavar="N-M", help="epochs to take the mean of")
     p.add_argument("--out", required=True, metavar="FILE", help="file to write")
-    p.add_argument("--w_bit", type=bits_or_float, default=32, help="bit-width of the weights under the statistics")
+    p.add_argument("--w_bit", type=bits_or_float, default=32,
+                   help="bit-width of the weights when the statistics are taken")
     p.add_argument("--sparsity", type=sparsity, default=0.0, metavar="S",
-                   help="share of zero weights, by magnitude over all layers, under the statistics")
-    p.add_argument("--calib_images", type=count, default=cli.Default(4096), metavar="N",
+                   help="share of zero weights, by magnitude over all layers, when the statistics are taken")
+    p.add_argument("--calib_images", type=count, default=Default(4096), metavar="N",
                    help="training images for the statistics; all if there are fewer and N is not given")
     p.add_argument("--seed", type=seed, default=1, help="of the choice of images")
-    p.add_argument("--data_dir", default=None, help=cli.DATA_DIR_HELP)
+    p.add_argument("--data_dir", default=None, help=DATA_DIR_HELP)
     p.add_argument("--cu_num", type=index, default=0, help="GPU number")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
     # fmt: on
-    args = p.parse_args()
+    return p.parse_args()
 
-    import torch
-    from utils.pairing import Datasets
 
-    from quant import prune_weights, quantize_weights, reestimate_batch_norm
-    from utils.checkpoint import RUN_STATE, load_checkpoint, model_from_checkpoint, per_channel, save_checkpoint
-    from utils.data import calib_images, calibration_batches
-    from utils.device import select_device
-    from utils.files import check_output_file
-
-    check_output_file("--out", args.out)
-    device, device_line = select_device(args.device, args.cu_num)
-    paths = [Path(args.run) / f"epoch_{epoch}.pth" for epoch in args.epochs]
+def epoch_files(folder: str, numbers: Sequence[int]) -> list[Path]:
+    """The checkpoints of the epochs `numbers` in a run folder. Raises UserError, naming the first, if one is absent."""
+    paths = [Path(folder) / f"epoch_{number}.pth" for number in numbers]
     absent = [path for path in paths if not path.is_file()]
     if absent:
-        wanted = "-".join(str(epoch) for epoch in dict.fromkeys((args.epochs[0], args.epochs[-1])))
+        wanted = "-".join(str(number) for number in dict.fromkeys((numbers[0], numbers[-1])))
         raise UserError(f"{absent[0]} is not there: train with --save_epochs {wanted}")
-    last = load_checkpoint(paths[-1])
-    settings = last.get("args", {})
-    missing = [name for name in ("dataset", "val_split", "first_last_quant") if name not in settings]
-    if missing:
-        raise UserError(f"{paths[-1]} does not say its --{missing[0]}: it is no checkpoint of train.py")
-    mean = model_from_checkpoint(last, paths[-1])
-    sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in mean.named_parameters()}
-    for path in paths:
-        network = model_from_checkpoint(load_checkpoint(path), path, last.get("arch"))
-        for name, value in network.named_parameters():
-            sums[name] += value.detach()
-    with torch.no_grad():
-        for name, parameter in mean.named_parameters():
-            parameter.copy_(sums[name] / len(paths))
+    return paths
 
-    dataset = Datasets(args.data_dir, device).of(last, paths[-1])
-    train, _, _ = dataset.splits(settings["val_split"])
-    taken = calib_images(args.calib_images, train)
-    mean.to(device, memory_format=torch.channels_last)
-    first_last = bool(settings["first_last_quant"])
-    pruned = prune_weights(mean, args.sparsity, first_last=first_last)
-    deployed = quantize_weights(pruned, args.w_bit, first_last, per_channel(last), inplace=True)
-    images = (batch for batch, _ in calibration_batches(train, dataset.spec, taken, args.seed))
+
+def training_settings(path: Path) -> dict[str, Any]:
+    """The arguments that the network of the file `path` was trained with. Raises UserError if one of NEEDED is
+    missing."""
+    settings: dict[str, Any] = load_checkpoint(path).get("args", {})
+    missing = [name for name in NEEDED if name not in settings]
+    if missing:
+        raise UserError(f"{path} does not say its --{missing[0]}: it is not a checkpoint of train.py")
+    return settings
+
+
+@torch.no_grad()
+def take_mean(model: nn.Module, others: Sequence[Path], arch: str | None, classes: int) -> None:
+    """Sets each parameter of `model` to the mean of itself and of those of the files `others`, summed in float64.
+
+    Raises UserError for a file whose network is not of the same architecture (None: ResNet32) and number of classes.
+    """
+    sums = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in model.named_parameters()}
+    for path in others:
+        network = model_from_checkpoint(load_checkpoint(path), path, arch, classes)
+        for name, value in network.named_parameters():
+            sums[name] += value
+    for name, parameter in model.named_parameters():
+        parameter.copy_((sums[name] + parameter.cpu()) / (len(others) + 1))
+
+
+def state_with_statistics(args: Namespace, opened: OpenedNetwork, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The state_dict of the network, its batch-norm statistics those of training images with the weights as deployed.
+
+    Raises UserError for a network without batch norm, and if there are fewer images than `args` ask for.
+    """
+    train, _, _ = opened.data.splits(settings["val_split"])
+    taken = train.count_for(args.calib_images)
+    grid = grid_of(opened.checkpoint, args.w_bit, bool(settings["first_last_quant"]))
+    model = opened.model.to(memory_format=torch.channels_last)
     try:
-        state = reestimate_batch_norm(deployed, images).state_dict() | dict(mean.named_parameters())
+        pruned = prune_weights(model, args.sparsity, first_last=grid.first_last)
+        deployed = quantize_weights(pruned, grid, inplace=True)
+        reestimate_batch_norm(deployed, train.calibration(taken, args.seed))
     except ValueError as error:
-        raise UserError(f"{paths[-1]}: {first_line(error)}") from None
-    kept = {key: value for key, value in last.items() if key not in (*RUN_STATE, "metrics")}
-    kept["state_dict"] = {name: value.detach().cpu() for name, value in state.items()}
-    kept["averaged_epochs"] = [args.epochs[0], args.epochs[-1]]
-    kept["deployed"] = {"w_bit": args.w_bit, "sparsity": args.sparsity}  # under the statistics
+        raise UserError(f"{opened.path}: {first_line(error)}") from None
+    state = deployed.state_dict() | dict(model.named_parameters())
+    return {name: value.detach().cpu() for name, value in state.items()}
+
+
+def main() -> None:
+    args = parse()
+    check_output_file("--out", args.out)
+    device, device_line = select_device(args.device, args.cu_num)
+    first, last = args.epochs[0], args.epochs[-1]
+    paths = epoch_files(args.run, args.epochs)
+    settings = training_settings(paths[-1])
+    opened = open_network(paths[-1], Datasets(args.data_dir, device))
+    take_mean(opened.model, paths[:-1], opened.checkpoint.get("arch"), len(opened.data.classes))
+    kept = {key: value for key, value in opened.checkpoint.items() if key not in (*RUN_STATE, "metrics")}
+    kept["state_dict"] = state_with_statistics(args, opened, settings)
+    kept["averaged_epochs"] = [first, last]
+    kept["deployed"] = {"w_bit": args.w_bit, "sparsity": args.sparsity}  # when the statistics were taken
     save_checkpoint(args.out, kept)
-    print(f"{device_line}; the mean of {len(paths)} epochs, {args.epochs[0]} to {args.epochs[-1]}: {args.out}")
+    print(f"{device_line}; the mean of {len(paths)} epochs, {first} to {last}: {args.out}")
 
 
 if __name__ == "__main__":

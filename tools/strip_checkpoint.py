@@ -1,8 +1,9 @@
-"""A copy of a run's checkpoint without the state of optimizer and scheduler.
+"""A copy of a run's checkpoint without the state of its optimizer and scheduler.
 
 python -m tools.strip_checkpoint runs/vanilla/epoch_82.pth models/ResNet82.pth
 """
 
+from utils.checkpoint import RUN_STATE, load_checkpoint, save_checkpoint
 from utils.cli import Parser, run
 
 
@@ -11,9 +12,6 @@ def main() -> None:
     p.add_argument("source", help="checkpoint of a run")
     p.add_argument("destination", help="file to write")
     args = p.parse_args()
-
-    from utils.checkpoint import RUN_STATE, load_checkpoint, save_checkpoint
-
     checkpoint = load_checkpoint(args.source)
     save_checkpoint(args.destination, {key: value for key, value in checkpoint.items() if key not in RUN_STATE})
 

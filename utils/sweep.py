@@ -182,7 +182,7 @@ def clipping_range(args: Namespace, deployment: Deployment, setting: Setting) ->
 
 
 def layer_report(args: Namespace, net: Network) -> list[dict[str, Any]]:
-    """A row for each layer: error of its weights, share near the grid, and top-1 lost with only that layer quantized."""
+    """A row for each layer: error of its weights, share near the grid, and top-1 lost with it quantized."""
     deployment = net.deployment
     full = evaluate(deployment.model, net.test, args.precision).top1
     rows = []
