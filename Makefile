@@ -1,5 +1,6 @@
 # make quickstart   the whole path on the embedded digits: train, train with PSG, evaluate, draw
 # make test         the tests
+# make portable     the tests with 1, 2 and 4 threads, then as on older processors; stops at the first setting that fails
 # make reproduce    CIFAR-100 from nothing to table and figures: vanilla, PSGD for each bit-width, Adam, evaluation,
 #                   figures. 898 epochs, of 75 to 104 seconds each on 2 cores, of a few on a GPU (README.md, Performance).
 #                   Goes on where it was cut off, and make -j4 runs four at a time.
@@ -19,7 +20,7 @@ READY := $(VENV)/ready
 RUN := runs/quickstart
 DIGITS := --dataset digits --batch_size 32 --epoch 20
 
-.PHONY: quickstart test check lint oldest reproduce
+.PHONY: quickstart test check portable lint oldest reproduce
 .DEFAULT_GOAL := quickstart
 
 $(READY): requirements.txt requirements-dev.txt
@@ -96,6 +97,18 @@ reproduce: $(PSGD_RUNS:%=%/bn.pth) $(RUNS:%=%/epoch_150.pth)
 # a process a core, of one thread each, is quicker than one process with all threads
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests
+
+# The instruction sets are torch's own (ATEN) and oneDNN's; onnxruntime's cannot be chosen.
+portable: $(READY)
+	@for setting in OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 OMP_NUM_THREADS=4 \
+		"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2" \
+		"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41" \
+		"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2" \
+		"OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41"; do \
+		echo "The tests with $$setting:"; \
+		env $$setting $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests || \
+			{ echo "The tests fail with $$setting" >&2; exit 1; }; \
+	done
 
 UNIT := $(addprefix tests/test_,activations.py fuzz.py grid.py lambda_s.py packed_file.py post_training.py pruning.py \
 	psgd.py ranges.py rule.py tracing.py walls.py warped_space.py weights.py)

@@ -39,6 +39,7 @@ def cli(tmp_path, monkeypatch, capfd):
             code = stop.code
         finally:
             torch.use_deterministic_algorithms(False)
+            torch.set_flush_denormal(False)  # which scripts leave on, for the process they are alone in
         return Outcome(code, *capfd.readouterr())
 
     return call

@@ -83,7 +83,7 @@ def test_torchvision_archive(tmp_path, monkeypatch):
             return (folder.joinpath("opened").touch, ())
 
     (folder / "data_batch_1").write_bytes(pickle.dumps(Bomb()))
-    monkeypatch.setattr(cls, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    monkeypatch.setattr(cls, "url", (tmp_path / "nowhere.tar.gz").as_uri())
     with pytest.raises(UserError, match="no cifar10 data: .* the download failed"):
         load_dataset("cifar10", tmp_path, CPU)
     assert not (folder / "opened").exists()
@@ -96,7 +96,7 @@ def test_npz_wins_over_the_archive(tmp_path):
 
 
 def test_no_data_and_no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", (tmp_path / "nowhere.tar.gz").as_uri())
     with pytest.raises(UserError) as error:
         load_dataset("cifar10", tmp_path, CPU)
     assert str(tmp_path / "cifar10.npz") in str(error.value) and "--dataset digits" in str(error.value)

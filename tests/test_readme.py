@@ -37,7 +37,7 @@ PYTHON_COMMANDS = [words for words in README_COMMANDS if words[0] == "python"]
 
 def test_readme_begins_with_the_two_make_commands():
     assert README_COMMANDS[:2] == [["make", "quickstart"], ["make", "test"]]
-    for target in ("quickstart", "test", "lint"):
+    for target in ("quickstart", "test", "portable", "lint", "oldest"):
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     assert (ROOT / "requirements.txt").exists() and (ROOT / "environment.yml").exists()
 

@@ -47,11 +47,22 @@ def test_whole_training_equals_a_plain_loop(net):
     assert same(weights(net), weights(reference))
 
 
-def test_a_weight_drawn_to_zero_is_denormal_unless_these_are_flushed():
-    """Each step takes it half of the way; the scripts flush, as denormal numbers slow some CPUs down."""
+@pytest.fixture
+def flush_denormal():
+    """Torch's switch; it is off again after the test, as it is for every other one."""
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+def test_a_weight_drawn_to_zero_is_denormal_unless_these_are_flushed(flush_denormal):
+    """Each step takes it half of the way; the scripts flush, as denormal numbers slow some CPUs down.
+
+    Flushed, it becomes zero where the last step is one multiply-add, and stays the least normal number where the
+    product is flushed before it is added.
+    """
     ends = []
     for flush in (False, True):
-        torch.set_flush_denormal(False)
+        flush_denormal(False)
         if flush:
             select_device("cpu", 0)
         weight = nn.Parameter(torch.tensor([1.0, 1e-3]))
@@ -60,7 +71,8 @@ def test_a_weight_drawn_to_zero_is_denormal_unless_these_are_flushed():
             weight.grad = torch.tensor([0.0, 1.0])
             optimizer.step()
         ends.append(weight[1].item())
-    assert 0 < ends[0] < torch.finfo(torch.float32).tiny and ends[1] == 0
+    tiny = torch.finfo(torch.float32).tiny
+    assert 0 < ends[0] < tiny and (ends[1] == 0 or tiny <= ends[1] < 2.5 * tiny)
 
 
 def test_adam_undoes_a_factor_of_the_gradient_but_not_of_the_update(net):
