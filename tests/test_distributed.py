@@ -135,14 +135,13 @@ def test_a_wrong_flag_is_one_line_of_one_process(tmp_path):
     assert code != 0 and err.count("error: unknown architecture 'resnet19'") == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_torchrun_is_one_line_of_one_process(tmp_path, few_digits, number):
+def test_a_signal_to_torchrun_is_one_line_of_one_process(tmp_path, few_digits):
     """torchrun itself writes what it does."""
     started = torchrun(2, tmp_path, *FLAGS, "--epoch", 500, wait=False)
     assert any(line.startswith("epoch   1 ") for line in started.stdout)
-    started.send_signal(number)
+    started.send_signal(signal.SIGTERM)
     _, err = started.communicate(timeout=100)
-    assert err.count(f"stopped by {number.name}; python train.py --exp_name a --resume goes on") == 1
+    assert err.count("stopped by SIGTERM; python train.py --exp_name a --resume goes on") == 1
     assert 'train.py", line' not in err and "error: " not in err and err.count("Traceback") <= 1
 
 
