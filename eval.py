@@ -27,7 +27,7 @@ which is the first row of every model.
 
 from argparse import Namespace
 
-from utils import cli
+from utils import cli, flags
 from utils.cli import Parser, UserError, run
 from utils.data.specs import DATASETS
 
@@ -36,17 +36,16 @@ ACT_RANGES = ["bn", "bn_published", "minmax", "percentile", "mse"]
 SEARCHED = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0]  # values of --clipping_range search
 
 
-def parse() -> Namespace:
-    p = Parser(__doc__)
+def add_networks(p: Parser) -> None:
+    """What is evaluated on what, and its weights."""
     # fmt: off
     p.add_argument("--arch", default=None,
                    help="network (default: the one the file names, ResNet32 if it names none)")
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
     p.add_argument("--dataset", default=None, choices=list(DATASETS),
                    help="data set (default: the one the file was trained on, cifar100 if it names none)")
-    p.add_argument("--data_dir", default=None, help=cli.DATA_DIR_HELP)
-    p.add_argument("--workers", type=cli.index, default=4,
-                   help="processes that read images of an imagefolder, one a core at most")
+    flags.add_data_dir(p)
+    flags.add_workers(p)
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
                    help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
     p.add_argument("--sparsity", type=cli.sparsity, nargs="+", default=[0.0], metavar="S",
@@ -57,12 +56,14 @@ def parse() -> Namespace:
                    help="weight bit-widths (default: 4, or 32 with --sparsity)")
     p.add_argument("--weight_range", choices=["absmax", "mse"], default="absmax",
                    help="grid of the weights: up to the largest, or the range of the least squared error")
-    p.add_argument("--granularity", choices=["tensor", "channel"], default=None,
-                   help="a step for each weight tensor, or for each of its output channels "
-                   "(default: as the file was trained, tensor if it does not say)")
-    p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
-                   help="1: quantize and prune the first and last layer too, at 8 bits if the others have fewer "
-                   "than 4; 0: keep them float and whole")
+    flags.add_granularity(p)
+    flags.add_first_last_quant(p)
+    # fmt: on
+
+
+def add_deployment(p: Parser) -> None:
+    """Activations, post-training methods and output."""
+    # fmt: off
     p.add_argument("--a_bit", type=cli.bits_or_float, nargs="+", default=None, metavar="B",
                    help="activation bit-widths (default: 8 with --act_quant 1, else 32)")
     p.add_argument("--act_quant", type=int, choices=[0, 1], default=None,
@@ -80,18 +81,22 @@ def parse() -> Namespace:
                    help="after quantization, on training images: bn_reestimate: batch-norm statistics anew; "
                    "bias_correct: mean outputs brought back; adaround: roundings learned layer by layer")
     p.add_argument("--iterations", type=cli.count, default=1000, metavar="N", help="of adaround, for each layer")
-    p.add_argument("--calib_images", type=cli.count, default=cli.Default(1024), metavar="N",
-                   help="training images for calibration and --post; all if there are fewer and N is not given")
+    flags.add_calib_images(p, 1024, "calibration and --post")
     p.add_argument("--seed", type=cli.seed, default=1, help="of the choice of calibration images")
     p.add_argument("--report", action="store_true",
                    help="also a row for each layer of each model, at the first --w_bit, to --out DIR/layers.csv")
     p.add_argument("--lambda_s", type=cli.positive, default=150.0, help="for the record in results.json; no effect")
     p.add_argument("--out", default=None, metavar="DIR", help="folder for results.csv and results.json")
     p.add_argument("--exp_name", default=None, help="the published name of --out results/<exp_name>")
-    p.add_argument("--cu_num", type=cli.index, default=0, help="GPU number")
-    p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
+    flags.add_device(p)
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="of the forward pass")
     # fmt: on
+
+
+def parse() -> Namespace:
+    p = Parser(__doc__)
+    add_networks(p)
+    add_deployment(p)
     args = p.parse_args()
     args.w_bit = args.w_bit or ([32] if any(args.sparsity) else [4])
     if args.act_quant is None:

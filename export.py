@@ -12,7 +12,8 @@ an error, and nothing is left behind. Needs: pip install -r requirements-export.
 
 from argparse import Namespace
 
-from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, bits, bits_or_float, count, run, seed
+from utils import flags
+from utils.cli import Parser, UserError, bits, bits_or_float, run, seed
 from utils.data.specs import DATASETS
 
 SIZE = 32  # pixels on a side of the images that exported networks are for
@@ -24,24 +25,19 @@ def parse() -> Namespace:
     # fmt: off
     p.add_argument("--model_path", default="models/W4_ResNet.pth", metavar="FILE", help="checkpoint")
     p.add_argument("--w_bit", type=bits, default=4, help="bit-width of the weights")
-    p.add_argument("--granularity", choices=["tensor", "channel"], default=None,
-                   help="a step for each weight tensor, or for each of its output channels "
-                   "(default: as the file was trained, tensor if it does not say)")
-    p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
-                   help="1: first and last layer too, at 8 bits if the others have fewer than 4; 0: keep them float")
+    flags.add_granularity(p)
+    flags.add_first_last_quant(p)
     p.add_argument("--a_bit", type=bits_or_float, default=32, help="bit-width of the activations in the .onnx file")
     p.add_argument("--integer_kernels", action="store_true",
                    help="with --a_bit, for speed: .onnx weights as INT8 whatever their bit-width, and what residual "
                    "sums take at 8 bits too, so that a runtime has integers from the second layer to the last sum")
-    p.add_argument("--calib_images", type=count, default=Default(1024), metavar="N",
-                   help="training images for the activations' ranges (least squared error); "
-                   "all if there are fewer and N is not given")
+    flags.add_calib_images(p, 1024, "the activations' ranges (least squared error)")
     p.add_argument("--seed", type=seed, default=1, help="of the choice of these images")
     p.add_argument("--with_normalize", action="store_true",
                    help="the .onnx file takes uint8 [N, 32, 32, 3] and normalizes inside")
     p.add_argument("--dataset", default=None, choices=CHOICES,
                    help="data set (default: the one the file was trained on, cifar100 if it names none)")
-    p.add_argument("--data_dir", default=None, help=DATA_DIR_HELP)
+    flags.add_data_dir(p)
     p.add_argument("--out", default="deploy", metavar="DIR", help="folder to write to")
     # fmt: on
     return p.parse_args()

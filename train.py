@@ -25,7 +25,7 @@ Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth an
 
 from argparse import Namespace
 
-from utils import cli
+from utils import cli, flags
 from utils.cli import Parser, UserError, run
 from utils.data.specs import DATASETS
 from utils.runs import RunFolder, default_exp_name
@@ -40,13 +40,19 @@ FREE_ON_RESUME |= {"precision", "cuda_graph", "compile"}
 
 def parser() -> Parser:
     p = Parser(__doc__)
+    add_goal(p)
+    add_training(p)
+    return p
+
+
+def add_goal(p: Parser) -> None:
+    """Network, data and what the weights are trained for."""
     # fmt: off
     p.add_argument("--arch", default="ResNet32", help="ResNet32, vgg16_bn, or a classification network of torchvision")
     p.add_argument("--weights", default="", metavar="NAME", help="torchvision's weights to start from, as DEFAULT")
     p.add_argument("--dataset", default="cifar100", choices=list(DATASETS), help="data set")
-    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz, of its archive, or of train/ and val/")
-    p.add_argument("--workers", type=cli.index, default=4,
-                   help="processes that read images of an imagefolder, one a core at most")
+    flags.add_data_dir(p, "data")
+    flags.add_workers(p)
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N", help="evaluate on N held-out training images")
     p.add_argument("--seed", type=cli.seed, default=1, help="of initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
@@ -60,10 +66,15 @@ def parser() -> Parser:
     p.add_argument("--psg_acts_on", choices=["gradient", "update"], default="gradient",
                    help="what PSG scales: gradients, as published, or the optimizer's whole step, meant for --adam 1")
     p.add_argument("--eps", type=cli.non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
-    p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
-                   help="1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out, also of pruning")
-    p.add_argument("--granularity", choices=["tensor", "channel"], default="tensor", help="what has a grid of its own")
+    flags.add_first_last_quant(p)
+    flags.add_granularity(p, "tensor")
     p.add_argument("--a_bit", type=cli.bits, default=4, help="target bit-width of activations; no effect in training")
+    # fmt: on
+
+
+def add_training(p: Parser) -> None:
+    """Schedule, optimizer, run folder and device."""
+    # fmt: off
     p.add_argument("--load_pretrained", default=None, metavar="FILE",
                    help='checkpoint to start from, or "" for scratch; as many classes of other names will do '
                    f"(default: {PRETRAINED} for PSG on ResNet32 and cifar100, else scratch)")
@@ -86,15 +97,13 @@ def parser() -> Parser:
     p.add_argument("--resume", action="store_true", help="go on with the run in runs/<exp_name>")
     p.add_argument("--save_epochs", type=cli.epochs, action=cli.EpochSet, nargs="*", default=[], metavar="N",
                    help="epochs to keep a file of, as 82 or 103-150")
-    p.add_argument("--cu_num", type=cli.index, default=0, help="GPU number")
-    p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
+    flags.add_device(p)
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                    help="of the forward and backward pass; auto: bf16 where the device is fast at it")
     p.add_argument("--cuda_graph", type=int, choices=[0, 1], default=1, help="1: on a GPU, a step is one CUDA graph")
     p.add_argument("--compile", type=int, choices=[0, 1], default=0, help="1: torch.compile the network for training")
     p.add_argument("--deterministic", action="store_true", help="use deterministic algorithms only")
     # fmt: on
-    return p
 
 
 def parse() -> tuple[Namespace, RunFolder | None]:

@@ -30,6 +30,7 @@ bits. With grids of channels the axis counts steps, each weight's of its own cha
 
 from argparse import Namespace
 
+from utils import flags
 from utils.cli import Parser, UserError, bits, run, sparsity
 
 FIGURES = ["layers", "1a", "curves", "grid", "report", "2", "3", "4"]
@@ -45,8 +46,7 @@ def parse() -> Namespace:
     p.add_argument("--model_path", nargs="+", metavar="FILE",
                    default=["models/ResNet150.pth", "models/W4_ResNet.pth"], help="layers, 3: checkpoints")
     p.add_argument("--w_bit", type=bits, default=4, help="layers: bit-width of the quantized histograms and the grid")
-    p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1,
-                   help="layers: 1: first and last layer too, at 8 bits if --w_bit < 4; 0: leave them out")
+    flags.add_first_last_quant(p)
     p.add_argument("--layers", nargs="+", default=None, metavar="NAME",
                    help="layers: state_dict names (default: all weights)")
     p.add_argument("--results", nargs="+", default=None, metavar="FILE",

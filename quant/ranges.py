@@ -159,48 +159,55 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
     Batch norm says these statistics: its output has mean beta and standard deviation |gamma|. For a ReLU after a
     residual sum, shortcut=True (ours) adds the mean and variance of the shortcut, taken as independent, an earlier
     ReLU's output being a rectified normal variable; shortcut=False is the published rule, which looks at the batch
-    norm of the main branch (the first operand of the sum) alone.
+    norm of the main branch (the first operand of the sum) only.
 
     Raises ValueError naming the ReLU that no batch norm feeds, or whose input cannot be followed to one, and for a
     network that cannot be traced.
     """
-    graph = trace(model)
-    known: dict[fx.Node, ChannelStatistics] = {}
-
-    def statistics(node: Argument) -> ChannelStatistics:
-        if not isinstance(node, fx.Node):
-            raise LookupError(str(node))
-        if node not in known:
-            known[node] = follow(node)
-        return known[node]
-
-    def follow(node: fx.Node) -> ChannelStatistics:
-        module = called_module(model, node)
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.affine:
-            return ChannelStatistics(module.bias, module.weight.square())
-        if isinstance(module, nn.ReLU):
-            return rectified(statistics(node.args[0]))
-        if isinstance(module, (nn.Identity, nn.Dropout)):
-            return statistics(node.args[0])
-        if is_sum(node):
-            main = statistics(node.args[0])
-            if not shortcut:
-                return main
-            other = statistics(node.args[1])
-            return ChannelStatistics(main.mean + other.mean, main.var + other.var)
-        raise LookupError(str(node.target))
-
+    statistics = _Statistics(model, shortcut)
     ranges: dict[str, float] = {}
-    for node in graph.nodes:
+    for node in trace(model).nodes:
         if isinstance(called_module(model, node), nn.ReLU):
             try:
-                mean, var = statistics(node.args[0])
+                mean, var = statistics.of(node.args[0])
             except LookupError as error:
                 raise ValueError(
                     f"no batch norm feeds {node.target} (found {error}): its range must be calibrated on images"
                 ) from None
             ranges[node.target] = max(ranges.get(node.target, 0.0), (mean + n * var.sqrt()).max().item())
     return ranges
+
+
+class _Statistics:
+    """The statistics of the nodes of a traced graph, followed back to the batch norms that say them."""
+
+    def __init__(self, model: nn.Module, shortcut: bool) -> None:
+        self.model, self.shortcut = model, shortcut
+        self.known: dict[fx.Node, ChannelStatistics] = {}
+
+    def of(self, node: Argument) -> ChannelStatistics:
+        """Raises LookupError, naming the node, where no batch norm is found."""
+        if not isinstance(node, fx.Node):
+            raise LookupError(str(node))
+        if node not in self.known:
+            self.known[node] = self.follow(node)
+        return self.known[node]
+
+    def follow(self, node: fx.Node) -> ChannelStatistics:
+        module = called_module(self.model, node)
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.affine:
+            return ChannelStatistics(module.bias, module.weight.square())
+        if isinstance(module, nn.ReLU):
+            return rectified(self.of(node.args[0]))
+        if isinstance(module, (nn.Identity, nn.Dropout)):
+            return self.of(node.args[0])
+        if is_sum(node):
+            main = self.of(node.args[0])
+            if not self.shortcut:
+                return main
+            other = self.of(node.args[1])
+            return ChannelStatistics(main.mean + other.mean, main.var + other.var)
+        raise LookupError(str(node.target))
 
 
 def rectified(x: ChannelStatistics) -> ChannelStatistics:

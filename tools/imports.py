@@ -3,13 +3,14 @@
     python -m tools.imports             # by folder
     python -m tools.imports --modules   # by module
 
-An import inside a function, which runs when the function is called, counts too.
+An import inside a function, which runs when the function is called, counts too. One for type checking does not.
 """
 
 import ast
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from utils.cli import Parser, UserError, run
@@ -19,6 +20,7 @@ FOLDERS = ("models", "quant", "utils", "tools")
 SCRIPTS = ("train", "eval", "visualize", "export")
 
 
+@cache
 def modules() -> dict[str, Path]:
     """The project's modules, without tests and examples: file by dotted name."""
     found = {name: ROOT / f"{name}.py" for name in SCRIPTS}
@@ -43,7 +45,7 @@ def imported_names(name: str, path: Path, top_level: bool = False) -> Iterator[s
 
 
 def _statements(tree: ast.AST, top_level: bool) -> Iterator[ast.AST]:
-    """The nodes of `tree`; with `top_level` not those that a load does not run: functions, and type checking only."""
+    """The nodes below `tree` without what only a type checker reads; with `top_level` only what runs at load."""
     for node in ast.iter_child_nodes(tree):
         if top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -87,19 +89,22 @@ def folder_of(name: str) -> str:
     return "scripts" if folder == "." else folder
 
 
+def by_folder(edges: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The other folders that the modules of each folder import from."""
+    folders: dict[str, set[str]] = defaultdict(set)
+    for name, targets in edges.items():
+        folders[folder_of(name)] |= {folder_of(target) for target in targets} - {folder_of(name)}
+    return folders
+
+
 def main() -> None:
     p = Parser(__doc__)
     p.add_argument("--modules", action="store_true", help="module by module")
+    args = p.parse_args()
     edges = graph()
-    if not p.parse_args().modules:
-        folders: dict[str, set[str]] = defaultdict(set)
-        for name, targets in edges.items():
-            folders[folder_of(name)] |= {folder_of(target) for target in targets} - {folder_of(name)}
-        for folder, targets in folders.items():
-            print(f"{folder:16} -> {', '.join(sorted(targets)) or '-'}")
-    else:
-        for name, targets in edges.items():
-            print(f"{name:28} -> {', '.join(sorted(targets)) or '-'}")
+    shown, width = (edges, 28) if args.modules else (by_folder(edges), 16)
+    for name, targets in shown.items():
+        print(f"{name:{width}} -> {', '.join(sorted(targets)) or '-'}")
     if found := circle(edges):
         raise UserError(f"a circle: {' -> '.join(found)}")
     print("no circle", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""A results table for people: trained networks down, bit-widths and sparsities across, top-1 in percent, mean and sd
-over seeds.
+"""A results table for people: a row for each trained network, a column for each bit-width and sparsity, and in the
+cells top-1 in percent.
 
     python -m tools.table results/cifar100/results.csv results/w3/results.csv
 
 Rows of eval.py's results.csv that differ only in the seed are one cell: their mean, with the standard deviation
 (n - 1) and n where there are several. Rows with quantized activations are left out. Networks with the same name get
-a column more, for what differs.
+another column, for what differs.
 """
 
 import statistics
@@ -14,9 +14,11 @@ from collections import defaultdict
 from utils.cli import Parser, run
 from utils.results import NAMED, SAME, column_of, distinct, network_of, read_results
 
+Column = tuple[float, bool, int]  # pruned share, whether layer by layer, and minus the bit-width
+
 
 def cell(values: list[float]) -> str:
-    """Mean in two decimals; for several values with their standard deviation and number."""
+    """The mean to two decimals; of several values also their standard deviation and number."""
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f} ({len(values)})"
 
@@ -30,7 +32,7 @@ def column_name(sparsity: float, by_layer: bool, minus_width: int) -> str:
 
 def markdown(rows: list[dict[str, str]]) -> str:
     """The table of `rows` in Markdown, networks in the order of their first row."""
-    cells: dict[tuple[str, ...], dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
+    cells: dict[tuple[str, ...], dict[Column, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in distinct(row for row in rows if row["a_bit"] == "32"):
         cells[network_of(row)][column_of(row)].append(float(row["top1"]))
     columns = sorted({column for by_column in cells.values() for column in by_column})

@@ -1,0 +1,41 @@
+"""Flags that several commands have, each with one meaning and one help text. Imports no torch."""
+
+from utils.cli import Default, Parser, count, index
+
+
+def add_device(p: Parser) -> None:
+    p.add_argument("--cu_num", type=index, default=0, help="GPU number")
+    p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
+
+
+def add_data_dir(p: Parser, default: str | None = None) -> None:
+    """`default` None: the folder that the checkpoint was trained with."""
+    where = "folder of <dataset>.npz, of torchvision's archive, or of train/ and val/"
+    of_file = " (default: the one of the file's training if the data set is there, else data)"
+    p.add_argument("--data_dir", default=default, help=where + ("" if default else of_file))
+
+
+def add_workers(p: Parser) -> None:
+    help_text = "processes that read images of an imagefolder, one a core at most"
+    p.add_argument("--workers", type=index, default=4, help=help_text)
+
+
+def add_calib_images(p: Parser, default: int, purpose: str) -> None:
+    help_text = f"training images for {purpose}; all if there are fewer and N is not given"
+    p.add_argument("--calib_images", type=count, default=Default(default), metavar="N", help=help_text)
+
+
+def add_granularity(p: Parser, default: str | None = None) -> None:
+    """`default` None: as the checkpoint was trained."""
+    help_text = "a grid step for each weight tensor, or for each of its output channels"
+    of_file = " (default: as the file was trained, tensor if it does not say)"
+    choices = ["tensor", "channel"]
+    p.add_argument("--granularity", choices=choices, default=default, help=help_text + ("" if default else of_file))
+
+
+def add_first_last_quant(p: Parser) -> None:
+    help_text = (
+        "1: quantize and prune the first and the last layer too, at 8 bits if the others have fewer than 4; "
+        "0: leave them float and whole"
+    )
+    p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1, help=help_text)
