@@ -45,7 +45,7 @@ def test_kill_in_mid_write_leaves_a_whole_file(tmp_path):
     try:
         writer.stdout.readline()
         deadline = time.monotonic() + 60
-        while not (tmp_path / "last.pth.tmp").exists():  # a write of 120 MB is under way
+        while not list(tmp_path.glob(".last.pth.*.tmp")):  # a write of 120 MB is under way
             assert writer.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
         time.sleep(0.03)
@@ -56,10 +56,17 @@ def test_kill_in_mid_write_leaves_a_whole_file(tmp_path):
     assert torch.equal(value, torch.ones(10)) or torch.equal(value, torch.full((30_000_000,), 2.0))
 
 
-def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
+@pytest.fixture
+def temporary(monkeypatch):
+    """The temporary name of this process's writings of last.pth."""
+    monkeypatch.setattr("secrets.token_hex", lambda length: "0")
+    return f".last.pth.{os.getpid()}-0.tmp"
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, temporary):
     path = tmp_path / "last.pth"
     save_checkpoint(path, {"state_dict": {"w": torch.ones(1)}})
-    (tmp_path / "last.pth.tmp").mkdir()  # the temporary name cannot be opened
+    (tmp_path / temporary).mkdir()  # the temporary name cannot be opened
     with pytest.raises(UserError, match="could not be written .*; what was there before is intact"):
         save_checkpoint(path, {"state_dict": {"w": torch.zeros(1)}})
     assert load_checkpoint(path)["state_dict"]["w"] == 1
@@ -71,10 +78,10 @@ def test_a_folder_is_no_file():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_no_space_left(tmp_path):
+def test_no_space_left(tmp_path, temporary):
     path = tmp_path / "last.pth"
     save_checkpoint(path, {"state_dict": {"w": torch.ones(1)}})
-    (tmp_path / "last.pth.tmp").symlink_to("/dev/full")
+    (tmp_path / temporary).symlink_to("/dev/full")
     with pytest.raises(UserError, match="could not be written"):
         save_checkpoint(path, {"state_dict": {"w": torch.zeros(100_000)}})
     assert load_checkpoint(path)["state_dict"]["w"] == 1 and os.listdir(tmp_path) == ["last.pth"]
