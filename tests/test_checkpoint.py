@@ -293,10 +293,10 @@ def test_weights_from_before_batches_were_counted(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ({"acc": np.float64(0.5)}, "it holds a numpy scalar, numpy._core.multiarray.scalar, which is not a tensor"),
+    ({"acc": np.float64(0.5)}, "it holds a numpy scalar, numpy._core.multiarray.scalar, which is neither a tensor"),
     ({"mean": np.zeros(3)}, "it holds a numpy array, numpy._core.multiarray._reconstruct, which"),
-    ({"args": argparse.Namespace(lr=1)}, "it holds argparse.Namespace, which is not a tensor and no plain value"),
-    (ResNet32(10), "it holds models.resnet.ResNet32, which is not a tensor and no plain value"),
+    ({"args": argparse.Namespace(lr=1)}, "it holds argparse.Namespace, which is neither a tensor nor a plain value"),
+    (ResNet32(10), "it holds models.resnet.ResNet32, which is neither a tensor nor a plain value"),
     ({"out": pathlib.PurePosixPath("a")}, "it holds pathlib.PurePosixPath, which"),
 ])  # fmt: skip
 @pytest.mark.parametrize("as_zip", [True, False])

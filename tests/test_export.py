@@ -296,7 +296,7 @@ def test_bad_input(rejected, digits_run, tmp_path, monkeypatch):
     message = "m.pth: 35 activations would stay float"
     assert message in rejected("export.py", "--model_path", "m.pth", "--a_bit", "8", "--calib_images", "8")
     copy_with_args(digits_run, tmp_path / "i.pth", dataset="imagefolder")
-    message = "i.pth is for imagefolder; this benchmark takes networks for images of 32 x 32"
+    message = "i.pth is for imagefolder; this command takes networks for images of 32 x 32"
     assert message in rejected("tools.benchmark_deploy", "--model_path", "i.pth")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert "pip install -r requirements-export.txt" in rejected("export.py", "--model_path", digits_run)

@@ -8,6 +8,7 @@ import torch
 from matplotlib import font_manager, pyplot
 from matplotlib.text import Text
 
+from quant import Grid
 from utils.drawing import text as drawing_text
 from utils.drawing.paper_figures import curvature, sparse_histograms
 from utils.drawing.result_figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
@@ -27,7 +28,7 @@ def row(top1, mse, width="4"):
 
 
 FIGURES = {
-    "layers": lambda label: layer_histograms(label, {label: torch.tensor([1.0, 0.3])}, 4),
+    "layers": lambda label: layer_histograms(label, {label: torch.tensor([1.0, 0.3])}, {label: Grid(4)}),
     "1a": lambda label: errors_over_bits({label: [row(50, 1e-3)]}),
     "curves": lambda label: training_curves({label: {"epoch": [1.0], "fp_top1": [1.0], "w4_top1": [2.0]}}),
     "grid": lambda label: accuracy_grids({label: {(32, 32): 90.0, (4, 8): 50.0}}),
@@ -162,7 +163,7 @@ def test_weights_of_nothing_but_zeros(tmp_path):
     nearly[0] = 2
     figure = sparse_histograms({"a": nearly}, 0.9)
     assert sum(patch.get_height() for patch in figure.axes[0].patches[:201]) == 300
-    save_png(layer_histograms("x", {"a": torch.zeros(4, 2)}, 4), tmp_path / "x.png")
+    save_png(layer_histograms("x", {"a": torch.zeros(4, 2)}, {"a": Grid(4)}), tmp_path / "x.png")
     save_png(curvature({"a": [[0.0, 0.0], [0.0, 0.0]]}, {"": [[1.0], [1.0]]}), tmp_path / "x.png")
 
 

@@ -11,11 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from quant import Grid, grid_share, quantize_weights
 from tests.helpers import ORDER, WORDS, permuted
-from utils import checkpoint as checkpoints
-from utils.checkpoint import load_checkpoint, model_from_checkpoint, training_facts
+from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint, training_facts
 from utils.data.in_memory import InMemorySplit
 from utils.data.load import load_dataset
 from utils.training.evaluation import evaluate
+from utils.training.setup import build_goal, build_optimizer
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 QUICK = ["--dataset", "cifar10", "--batch_size", "100", "--lr", "0.05", "--deterministic", "--device", "cpu"]
@@ -110,14 +110,14 @@ def test_a_resume_goes_on_as_the_resume_before(cli, tmp_path, monkeypatch):
     """A run begun for one epoch in bfloat16, resumed for three in float32, cut off after its second, then resumed."""
     begun = [*QUICK, *SMALL, "--psg", "0", "--precision", "bf16", "--exp_name", "a", "--epoch", "1"]
     assert cli("train.py", *begun).code == 0
-    save = checkpoints.save_checkpoint
+    save = save_checkpoint
 
     def cut_off(path, checkpoint):
         save(path, checkpoint)
         if checkpoint["epoch"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "save_checkpoint", cut_off)
+    monkeypatch.setattr(training_run, "save_checkpoint", cut_off)
     changed = ["--epoch", "3", "--save_epochs", "3", "--precision", "fp32"]
     assert cli("train.py", "--exp_name", "a", "--resume", *changed).code == 130
     monkeypatch.undo()
@@ -137,7 +137,7 @@ def test_a_decay_at_or_before_the_first_epoch_does_not_count(cli, tmp_path):
 def test_a_weight_of_zeros_is_refused_before_the_run_begins(rejected, digits_run, tmp_path):
     checkpoint = load_checkpoint(digits_run)
     checkpoint["state_dict"]["fc.weight"].zero_()
-    checkpoints.save_checkpoint(tmp_path / "zero.pth", checkpoint)
+    save_checkpoint(tmp_path / "zero.pth", checkpoint)
     flags = [*QUICK, "--load_pretrained", "zero.pth", "--epoch", "5"]
     assert "fc.weight is all zeros, which PSG never moves: use --eps 0.01" in rejected("train.py", *flags)
 
@@ -246,7 +246,7 @@ def test_steps_of_the_base_optimizer(net, flags, step):
 
     args = train.parser().parse_args([*flags.split(), "--w_bit", "4", "--w_decay", "0"])
     weight = net.conv2.weight
-    optimizer = train.build_optimizer(args, net, train.build_goal(args), torch.device("cpu"))
+    optimizer = build_optimizer(args, net, build_goal(args), torch.device("cpu"))
     for expected in step:
         with torch.no_grad():
             weight.fill_(1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models import build_model
-from quant import fake_quantize_weight
+from quant import Grid, fake_quantize_weight
 from utils.checkpoint import save_checkpoint
 from utils.drawing.figures import bits_figures, layer_figures
 from utils.drawing.paper_figures import sparse_histograms, toy_trajectories
@@ -35,7 +35,7 @@ def test_a_picture_for_each_layer(cli, tmp_path, digits_run, monkeypatch):
 def test_histogram_content(width):
     torch.manual_seed(0)
     weights = {"SGD": torch.randn(500), "PSGD": fake_quantize_weight(torch.randn(500), width)}
-    figure = layer_histograms("conv.weight", weights, width)
+    figure = layer_histograms("conv.weight", weights, dict.fromkeys(weights, Grid(width)))
     axes = figure.axes
     assert [axis.get_title() for axis in axes] == [
         "SGD, float", "PSGD, float", f"SGD, {width} bits", f"PSGD, {width} bits",
@@ -58,7 +58,7 @@ def test_a_network_with_grids_of_channels_is_drawn_on_them(cli, tmp_path, channe
     pictures = [matplotlib.image.imread(tmp_path / out / "conv1.weight.png") for out in ("channel", "tensor")]
     assert not numpy.array_equal(*pictures)
     weight = torch.tensor([[1.0, 0.3], [0.1, 0.02]])
-    axes = layer_histograms("fc.weight", {"PSGD": weight}, 2, {"PSGD"}).axes
+    axes = layer_histograms("fc.weight", {"PSGD": weight}, {"PSGD": Grid(2, per_channel=True)}).axes
     for axis, steps in zip(axes, ([0.2, 0.3, 1], [0, 1])):  # of each weight's channel: 1 and 0.1
         counts, edges, _ = axis.patches[0].get_data()
         assert ((edges[:-1] + edges[1:]) / 2)[counts > 0] == pytest.approx(steps, abs=0.01)
