@@ -14,6 +14,7 @@ from tests.helpers import ORDER, WORDS, permuted
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint, training_facts
 from utils.data.in_memory import InMemorySplit
 from utils.data.load import load_dataset
+from utils.training import run as training_run
 from utils.training.evaluation import evaluate
 from utils.training.setup import build_goal, build_optimizer
 
