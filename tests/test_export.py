@@ -27,6 +27,7 @@ from quant import (
 from quant.deploy import integer_weights, to_onnx
 from quant.ranges import mse_ranges, relu_histograms
 from tests.helpers import copy_with_args, trained_resnet
+from tools import benchmark_deploy
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
 from utils.data.load import load_dataset
 from utils.trained_for import mismatches
@@ -318,6 +319,12 @@ def test_benchmark_of_deployed_networks(cli, tmp_path, digits_run, few_digits, m
     written = to_onnx(network, integer_weights(network, Grid(4, per_channel=True))).SerializeToString()
     assert rows[3]["bytes"] == len(written) < 0.2 * rows[2]["bytes"]
     assert all(row["images_per_second_at_256"] > 0 for row in rows)
+
+
+def test_the_benchmark_counts_the_images_that_there_are(monkeypatch):
+    monkeypatch.setattr(benchmark_deploy, "alternate", lambda pieces, rounds, device: dict.fromkeys(pieces, 0.5))
+    kind = benchmark_deploy.Kind("a", 0, nn.Flatten())
+    assert benchmark_deploy.images_per_second([kind], torch.zeros(32, 3, 1, 1), 8, 1) == {"a": 64}
 
 
 def test_computed_weights_and_other_precisions_are_refused_by_name():

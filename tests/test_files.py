@@ -44,7 +44,7 @@ def test_an_output_folder_that_cannot_be_is_told_first(rejected, tmp_path, scrip
 def test_an_output_file_that_cannot_be_is_told_first(rejected, tmp_path, script, flags):
     (tmp_path / "taken").mkdir()
     assert f"{flags[-1]} taken is a folder: name a file" in rejected(script, *flags, "taken")
-    assert f"{flags[-1]} a/b cannot be written: there is not a folder a; make it" in rejected(script, *flags, "a/b")
+    assert f"{flags[-1]} a/b cannot be written: there is no folder a; make it" in rejected(script, *flags, "a/b")
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody may write")

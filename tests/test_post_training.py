@@ -280,6 +280,15 @@ def test_bad_input_of_average(rejected, few_digits, three_epochs):
     assert "--calib_images 5000 is more than the 128" in rejected("tools.average", three_epochs, *too_many)
 
 
+def test_average_refuses_an_epoch_of_another_network(rejected, tmp_path, few_digits, three_epochs):
+    last = load_checkpoint(three_epochs / "epoch_2.pth")
+    other = {"arch": "ResNet32", "num_classes": 5, "state_dict": ResNet32(5).state_dict()}
+    save_checkpoint(tmp_path / "epoch_1.pth", other)
+    save_checkpoint(tmp_path / "epoch_2.pth", last)
+    message = rejected("tools.average", tmp_path, "--epochs", "1-2", "--out", "a.pth")
+    assert "epoch_1.pth has 5 classes, the data set has 10" in message
+
+
 def test_adaround_leaves_pruned_weights_at_zero(net):
     pruned = prune_weights(net.eval(), 0.5)
     images = torch.randn(64, 3, 8, 8)
@@ -339,4 +348,4 @@ def test_average_needs_batch_norm(rejected, tmp_path):
     assert "epoch_1.pth: SqueezeNet has no batch-norm statistics" in message
     save_checkpoint(tmp_path / "epoch_1.pth", checkpoint | {"args": {}})
     message = rejected("tools.average", tmp_path, "--epochs", "1", "--out", "a.pth")
-    assert "epoch_1.pth does not say its --dataset: it is no checkpoint of train.py" in message
+    assert "epoch_1.pth does not say its --dataset: it is not a checkpoint of train.py" in message

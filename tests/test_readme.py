@@ -68,7 +68,7 @@ def test_make_reproduce_asks_for_what_the_scripts_know(tmp_path):
         ("cifar100/adam_seed1", 0, 1, None, 1), ("cifar100/adam_4bits_seed1", 1, 1, 4, 1),
     }  # fmt: skip
     assert {args.exp_name for args in runs if args.resume} == {name for name, *_ in started}
-    renewed = re.findall(r"utils\.average runs/cifar100/(\d)bits\w*_seed\d --epochs 150 --w_bit (\d) --out ", text)
+    renewed = re.findall(r"tools\.average runs/cifar100/(\d)bits\w*_seed\d --epochs 150 --w_bit (\d) --out ", text)
     assert len(renewed) == 10 and all(bits == width for bits, width in renewed)
 
 
@@ -87,7 +87,7 @@ def workshop(tmp_path):
 
 
 def test_every_python_command_of_the_readme_runs(cli, workshop, monkeypatch):
-    """In their order, as they stand, but for the numbers of epochs, of images, of pictures and of benchmark rounds."""
+    """In their order, as they stand, except for the numbers of epochs, of images, of pictures and of benchmark rounds."""
     assert len(PYTHON_COMMANDS) >= 9
     monkeypatch.setattr(tools.benchmark, "WARM_UP", 0)
     monkeypatch.setattr(tools.benchmark, "LOOP_STEPS", 1)

@@ -30,7 +30,7 @@ def test_two_networks_of_one_seed_are_no_seeds(rejected, tmp_path):
     assert "two networks are both SGD, seed 1: a and b; take them one by one" in rejected("tools.table", "x.csv")
 
 
-def test_networks_that_differ_by_their_grids_alone_are_told_apart(tmp_path):
+def test_networks_that_differ_only_in_their_grids_are_told_apart(tmp_path):
     row = "a,SGD,1,150,4,32,none,{},{}\n".format
     header = HEADER.replace("top1", "granularity,top1")
     (tmp_path / "x.csv").write_text(header + row("tensor", 50) + row("channel", 60))

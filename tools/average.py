@@ -20,21 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from quant import prune_weights, quantize_weights, reestimate_batch_norm
+from utils import flags
 from utils.checkpoint import RUN_STATE, grid_of, load_checkpoint, model_from_checkpoint, save_checkpoint
-from utils.cli import (
-    DATA_DIR_HELP,
-    Default,
-    Parser,
-    UserError,
-    bits_or_float,
-    count,
-    epochs,
-    first_line,
-    index,
-    run,
-    seed,
-    sparsity,
-)
+from utils.cli import Parser, UserError, bits_or_float, epochs, first_line, run, seed, sparsity
 from utils.device import select_device
 from utils.files import check_output_file
 from utils.opening import Datasets, OpenedNetwork, open_network
@@ -52,12 +40,10 @@ def parse() -> Namespace:
                    help="bit-width of the weights when the statistics are taken")
     p.add_argument("--sparsity", type=sparsity, default=0.0, metavar="S",
                    help="share of zero weights, by magnitude over all layers, when the statistics are taken")
-    p.add_argument("--calib_images", type=count, default=Default(4096), metavar="N",
-                   help="training images for the statistics; all if there are fewer and N is not given")
+    flags.add_calib_images(p, 4096, "the statistics")
     p.add_argument("--seed", type=seed, default=1, help="of the choice of images")
-    p.add_argument("--data_dir", default=None, help=DATA_DIR_HELP)
-    p.add_argument("--cu_num", type=index, default=0, help="GPU number")
-    p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
+    flags.add_data_dir(p)
+    flags.add_device(p)
     # fmt: on
     return p.parse_args()
 

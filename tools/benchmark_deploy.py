@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from quant import Grid, calibrate, quantize_activations, quantize_sums, quantize_weights
 from quant.deploy import integer_weights, to_onnx
 from tools.benchmark import alternate
+from utils import flags
 from utils.checkpoint import grid_of
-from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, bits, count, first_line, run
+from utils.cli import Parser, UserError, bits, count, first_line, run
 from utils.data.split import Split
 from utils.deployment import check_activations
 from utils.device import autocast, machine, select_device
@@ -179,9 +180,8 @@ def parse() -> Namespace:
     p = Parser(__doc__)
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
     p.add_argument("--w_bit", type=bits, nargs="+", default=[8, 4], metavar="B", help="weight bit-widths")
-    p.add_argument("--data_dir", default=None, help=DATA_DIR_HELP)
-    p.add_argument("--calib_images", type=count, default=Default(1024), metavar="N",
-                   help="training images for activations; all if there are fewer and N is not given")  # fmt: skip
+    flags.add_data_dir(p)
+    flags.add_calib_images(p, 1024, "activations")
     p.add_argument("--rounds", type=count, default=20, help="times that each kind is measured at each batch size")
     p.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
     return p.parse_args()

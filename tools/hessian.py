@@ -22,8 +22,9 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from quant import PSGD, grid_share, psg_param_groups, quantize_weights
 from quant.pruning import prunable_weights
+from utils import flags
 from utils.checkpoint import training_facts
-from utils.cli import DATA_DIR_HELP, Default, Parser, UserError, count, index, run, seed
+from utils.cli import Default, Parser, UserError, count, run, seed
 from utils.data.in_memory import CroppedBatches, InMemorySplit, normalize
 from utils.data.load import load_dataset
 from utils.device import select_device
@@ -136,7 +137,7 @@ def digits_rows(seed: int) -> tuple[list[Row], list[Row]]:
     """For the small network, by SGD and by PSGD: a row for each weight with an eigenvalue, and a row of facts."""
     digits = load_dataset("digits", "", torch.device("cpu"))
     train, test = digits.train, digits.test
-    assert isinstance(train, InMemorySplit)
+    assert isinstance(train, InMemorySplit)  # as the digits always are
     rows: list[Row] = []
     facts: list[Row] = []
     for name in ("SGD", "PSGD"):
@@ -199,9 +200,8 @@ def parse() -> Namespace:
     p.add_argument("--steps", type=count, default=60, help="of Lanczos, for each start")
     p.add_argument("--probes", type=count, default=1, help="random starts")
     p.add_argument("--seed", type=seed, default=1, help="of the small network, the images and the starts")
-    p.add_argument("--data_dir", default=None, help=DATA_DIR_HELP)
-    p.add_argument("--cu_num", type=index, default=0, help="GPU number")
-    p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
+    flags.add_data_dir(p)
+    flags.add_device(p)
     p.add_argument("--out", default="results/hessian", metavar="DIR", help="folder to write to")
     # fmt: on
     return p.parse_args()

@@ -16,10 +16,6 @@ from utils.signals import Stopped, stop_behind, stoppable
 
 RANK = os.environ.get("RANK", "0")  # among the processes of torchrun
 SPEAKER = "" if RANK == "0" else f"process {RANK}: "
-DATA_DIR_HELP = (
-    "folder of <dataset>.npz, of torchvision's archive, or of train/ and val/ "
-    "(default: the one of the file's training if the data set is there, else data)"
-)
 CHECKPOINT_FLAGS = ("--model_path", "--load_pretrained")
 ESCAPE_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # of terminals, such as bold
 
