@@ -87,7 +87,7 @@ def workshop(tmp_path):
 
 
 def test_every_python_command_of_the_readme_runs(cli, workshop, monkeypatch):
-    """In their order, as they stand, except for the numbers of epochs, of images, of pictures and of benchmark rounds."""
+    """In their order, as they stand, except for the numbers of epochs, images, pictures and benchmark rounds."""
     assert len(PYTHON_COMMANDS) >= 9
     monkeypatch.setattr(tools.benchmark, "WARM_UP", 0)
     monkeypatch.setattr(tools.benchmark, "LOOP_STEPS", 1)
