@@ -23,7 +23,7 @@ DIGITS := --dataset digits --batch_size 32 --epoch 20
 .PHONY: quickstart test check portable lint oldest reproduce
 .DEFAULT_GOAL := quickstart
 
-$(READY): requirements.txt requirements-dev.txt
+$(READY): requirements.txt requirements-export.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
