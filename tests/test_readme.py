@@ -44,7 +44,7 @@ def test_readme_begins_with_the_two_make_commands():
 
 def commands_of_make(folder, *words) -> str:
     """What make would run in `folder`, an empty one, for targets and settings `words`."""
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+    for name in ("Makefile", *(path.name for path in ROOT.glob("requirements*.txt"))):
         shutil.copy(ROOT / name, folder)
     return subprocess.run(["make", "-n", *words], cwd=folder, check=True, capture_output=True, text=True).stdout
 
