@@ -1,4 +1,4 @@
-"""Activation quantizers in place of a network's ReLUs."""
+"""Replacing the ReLUs of a network by activation quantizers."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from .layers import copy_network
 from .quantizers import ActivationQuantizer
 from .tracing import InPlaceError, operation, trace
 
-# Softmax gives the weights of a mean, and attention is a network.
+# Modules that torch lists as activations but that do not count here: a softmax computes the weights of a mean, and
+# attention is a network of its own.
 NO_ACTIVATIONS = {"LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
 ACTIVATION_LAYERS = tuple(
     kind for name, kind in vars(activation).items() if name in activation.__all__ and name not in NO_ACTIVATIONS
@@ -29,21 +30,22 @@ def relu_names(model: nn.Module) -> list[str]:
     """Names of the ReLU modules of `model`. Raises ValueError if it has none."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
     if not names:
-        raise ValueError(f"{type(model).__name__} has no nn.ReLU module to put an activation quantizer at")
+        raise ValueError(f"{type(model).__name__} has no nn.ReLU module for an activation quantizer to replace")
     return names
 
 
 def float_activations(model: nn.Module) -> list[str]:
-    """The activations of `model` that `quantize_activations` leaves in float: all but the nn.ReLU modules.
+    """The activations of `model` that `quantize_activations` leaves in float, which are all except nn.ReLU modules.
 
-    Each is a name with the kind of activation in brackets, such as "features.0.2 (Hardswish)". Functions, such as
-    F.relu, and which modules eval mode calls at all, are seen where torch.fx can trace the network.
+    Each entry is a name and, in parentheses, the kind of activation, such as "features.0.2 (Hardswish)". If torch.fx
+    can trace the network, the list includes functions such as F.relu and omits modules that eval mode never calls. If
+    not, it names all modules and no functions. Raises InPlaceError, a ValueError, as `trace` does.
     """
     return [f"{name} ({kind})" for name, kind in _activations(model, _graph(model)) if kind != "ReLU"]
 
 
 def _graph(model: nn.Module) -> fx.Graph | None:
-    """The traced graph, or None where there is none. Raises InPlaceError."""
+    """The traced graph, or None if `model` cannot be traced. Raises InPlaceError."""
     try:
         return trace(model)
     except InPlaceError:
@@ -53,7 +55,7 @@ def _graph(model: nn.Module) -> fx.Graph | None:
 
 
 def _activations(model: nn.Module, graph: fx.Graph | None) -> list[tuple[str, str]]:
-    """Name and kind of every activation that eval mode calls, or, without a graph, may call."""
+    """Name and kind of every activation that eval mode calls. Without a graph, all modules count as called."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, ACTIVATION_LAYERS) and _is_called(name, graph):
@@ -75,15 +77,16 @@ def _is_called(name: str, graph: fx.Graph | None) -> bool:
 
 
 def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], inplace: bool = False) -> nn.Module:
-    """A copy of `model` with an `ActivationQuantizer` of `bits` bits in place of every ReLU.
+    """A copy of `model` with an `ActivationQuantizer` of `bits` bits in place of every nn.ReLU.
 
-    `ranges` gives the largest value x_max of each ReLU by module name, as `bn_ranges` and `minmax_ranges` do. A ReLU
-    module that a network uses at several places, or under several names, has one quantizer, with the largest range of
-    them. A ReLU that eval mode never calls, as that of an auxiliary head, stays. What else stays float (other
-    activations, functions such as F.relu) is named in one warning.
+    `ranges` holds the largest value x_max of each ReLU by module name, as `bn_ranges` and `calibrate` return it. A ReLU
+    module that the network uses in several places, or under several names, gets one quantizer with the largest of its
+    ranges. A ReLU that eval mode never calls, such as that of an auxiliary head, stays. One warning names the other
+    activations that stay in float: modules of other kinds and functions such as F.relu.
 
-    bits=32 changes nothing; inplace=True changes `model` itself and returns it. Raises ValueError for a ReLU without a
-    range, and for a network of which an operation in place rewrites what is read again.
+    bits=32 quantizes nothing. inplace=True changes `model` itself and returns it. Raises ValueError for bits outside
+    2..8, for a model without ReLU modules, for a ReLU without a range, and (InPlaceError) for a network that reads a
+    tensor again after an in-place operation has overwritten it.
     """
     if bits == FLOAT_BITS:
         return model if inplace else copy_network(model)
@@ -92,7 +95,7 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
     for name in relu_names(model):
         if name in ranges:
             in_place = getattr(model.get_submodule(name), "inplace", False)
-            # On the model's device: a GPU divides by a scalar of the CPU's in another way, and ties fall differently.
+            # On the model's device: a GPU divides by a CPU scalar differently, which changes how ties round.
             quantizer = ActivationQuantizer(bits, ranges[name], in_place).to(next(model.parameters()).device)
             quantizers[name] = quantizer
         elif graph and _is_called(name, graph):
@@ -116,7 +119,7 @@ def _warn_of_floats(activations: Sequence[tuple[str, str]], quantizers: dict[str
 
 
 def _leave_fast_path(model: nn.Module) -> None:
-    """Has torch's transformer layers call their activation: a fused kernel of theirs applies a ReLU by itself."""
+    """Makes torch's transformer layers call their activation. Their fused kernel would apply a ReLU instead."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _has_quantizer(module):
             module.activation_relu_or_gelu = 0

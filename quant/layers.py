@@ -1,4 +1,4 @@
-"""Which parameters the method touches, and at how many bits: the one rule that training and evaluation share."""
+"""Which parameters are quantized, and at how many bits: the one rule that training and evaluation share."""
 
 import copy
 import warnings
@@ -15,14 +15,14 @@ WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def layer_grids(model: nn.Module, grid: Grid | int) -> dict[str, Grid]:
-    """The grid of every quantized parameter, by its state_dict name, in the order of the model's modules.
+    """The grid of every quantized parameter by its state_dict name, in the order of the modules of `model`.
 
-    These are the weights of convolutions and linear layers, and the biases of linear layers. Normalization layers,
-    embeddings that share no layer's weight, convolution biases and other parameters of such a layer stay float. The
-    first and the last of those layers follow `Grid.first_last`. A parameter that several layers share appears once,
-    under its first name.
+    The weights of convolutions and linear layers and the biases of linear layers are quantized. All other parameters
+    stay in float: those of normalization layers, the biases of convolutions, and embeddings unless they share the
+    weight of a linear layer. The first and last of the convolutions and linear layers follow `Grid.first_last`. A
+    parameter that several layers share appears once, under its first name.
 
-    Raises ValueError for full precision, for a model of which no such layer is left, and for weights that are not real
+    Raises ValueError for full precision, for a model with nothing to quantize, and for weights that are not real
     floating-point numbers.
     """
     grid = as_grid(grid)
@@ -38,7 +38,7 @@ def layer_grids(model: nn.Module, grid: Grid | int) -> dict[str, Grid]:
         if at_end and not grid.first_last:
             continue
         for key, parameter in module.named_parameters(name, recurse=False):
-            kind = key.rpartition(".")[2].removesuffix("_orig")  # what nn.utils.spectral_norm and prune make of it
+            kind = key.rpartition(".")[2].removesuffix("_orig")  # nn.utils.spectral_norm and prune append it
             quantized = kind == "weight" or (kind == "bias" and isinstance(module, nn.Linear))
             if id(parameter) in seen or not quantized:
                 continue
@@ -52,8 +52,8 @@ def layer_grids(model: nn.Module, grid: Grid | int) -> dict[str, Grid]:
 
 
 def weight_value(model: nn.Module, name: str) -> Tensor:
-    """The parameter `name` as the network computes with it: weights under an active pruning mask
-    (torch.nn.utils.prune) are zero."""
+    """The parameter `name` as the network uses it. Weights that an active mask of torch.nn.utils.prune prunes are
+    zero."""
     parameter = model.get_parameter(name)
     mask = _pruning_mask(model, name)
     return parameter if mask is None else parameter * mask
@@ -66,8 +66,10 @@ def _pruning_mask(model: nn.Module, name: str) -> Tensor | None:
 
 @torch.no_grad()
 def settle_masks(model: nn.Module, names: Iterable[str]) -> None:
-    """Sets the weights under active pruning masks to zero in the parameters `names` themselves. The network computes
-    what it did before, and a grid's range no longer counts what it does not use."""
+    """Sets the weights that active masks of torch.nn.utils.prune prune to zero in the parameters `names` themselves.
+
+    The network computes the same as before. The masked weights no longer affect the scale of a grid.
+    """
     for name in names:
         mask = _pruning_mask(model, name)
         if mask is not None:
@@ -75,8 +77,11 @@ def settle_masks(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def copy_network(model: nn.Module) -> nn.Module:
-    """A deep copy of `model`, also after a training step with spectral_norm, weight_norm or a pruning mask, which leave
-    a computed weight in the module that copy.deepcopy refuses."""
+    """A deep copy of `model`.
+
+    It also works after a training step with spectral_norm, weight_norm or a pruning mask. These leave in the module a
+    computed weight that copy.deepcopy rejects.
+    """
     computed = [
         value
         for module in model.modules()
@@ -87,24 +92,25 @@ def copy_network(model: nn.Module) -> nn.Module:
 
 
 def psg_param_groups(model: nn.Module, grid: Grid | int) -> list[dict[str, Any]]:
-    """Parameter groups for a base optimizer: the quantized parameters by bit-width, then all others, unscaled.
+    """Parameter groups for a base optimizer: one group of quantized parameters for each bit-width, then one unscaled
+    group with all other parameters.
 
-    `layer_grids` says which parameters are quantized. A parameter with a single element for each of its grids would
-    never move, being on the grid whatever its value: it stays unscaled. Parameters that do not require a gradient are
-    left out. Weights under an active pruning mask become zero (`settle_masks`). A scaled parameter that is all zeros,
-    as a zero-initialized branch is, is named in a warning.
+    `layer_grids` decides which parameters are quantized. A parameter with one element per scale is on its grid whatever
+    its value, so PSG would never move it: it stays unscaled. Parameters that do not require a gradient are left out.
+    Pruned weights under an active mask are set to zero in `model` (see `settle_masks`). A warning names the scaled
+    parameters that are all zeros, such as those of a zero-initialized branch.
 
     Raises ValueError for full precision, for a weight_range other than "absmax", and for a model with nothing to scale.
     """
     grid = as_grid(grid)
     if grid.weight_range != "absmax":
-        raise ValueError(f'PSGD trains for the weight_range "absmax", got {grid.weight_range!r}')
+        raise ValueError(f'PSGD trains only for weight_range "absmax", got {grid.weight_range!r}')
     grids = layer_grids(model, grid)
     settle_masks(model, grids)
     bits_of = {name: own.bits for name, own in grids.items() if not _always_on_grid(model.get_parameter(name), own)}
     scaled, others = split_parameters(model, bits_of)
     if not scaled:
-        raise ValueError(f"{type(model).__name__} has no weights to scale: all are frozen, or on any grid")
+        raise ValueError(f"{type(model).__name__} has no weights to scale: each is frozen or has one element per scale")
     groups: list[dict[str, Any]] = [
         {"params": [scaled[name] for name in scaled if bits_of[name] == bits], "bits": bits,
          "per_channel": grid.per_channel}
@@ -114,11 +120,12 @@ def psg_param_groups(model: nn.Module, grid: Grid | int) -> list[dict[str, Any]]
 
 
 def split_parameters(model: nn.Module, names: Collection[str]) -> tuple[dict[str, nn.Parameter], list[nn.Parameter]]:
-    """The trained parameters of `model`: those that PSG scales, by name, which `names` lists, and the others.
+    """Splits the parameters of `model` that require a gradient: PSG scales those among `names`, but not the others.
 
-    In the order of model.parameters(). Those that are scaled and all zeros are named in a warning.
+    Returns the scaled parameters by name, then the others, both in the order of model.parameters(). A warning names the
+    scaled parameters that are all zeros.
     """
-    # By identity: a parameter shared with, say, an embedding goes by the embedding's name in named_parameters().
+    # By identity: named_parameters() lists a parameter shared with, say, an embedding under the embedding's name.
     name_of = {id(model.get_parameter(name)): name for name in names}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     scaled = {name_of[id(parameter)]: parameter for parameter in trained if id(parameter) in name_of}
@@ -134,12 +141,12 @@ def split_parameters(model: nn.Module, names: Collection[str]) -> tuple[dict[str
 
 
 def _always_on_grid(parameter: nn.Parameter, grid: Grid) -> bool:
-    """Whether each grid of `parameter` has one element only, which sets it."""
+    """Whether each scale of `parameter` covers one element only, which is then on the grid whatever its value."""
     return parameter.numel() <= scale_count(parameter, grid.per_channel)
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """ValueError with the name of a weight that is not finite, or has no values, being on the meta device."""
+    """Raises ValueError, with the name, for a weight that is not finite or that is on the meta device."""
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device: it has no values to quantize or prune")
     if not weight.isfinite().all():

@@ -1,4 +1,4 @@
-"""Penalties that other methods add to the loss: baselines beside PSG, and L1 together with it."""
+"""Penalties on the loss: the L1 penalty, for use together with PSG, and the gradient penalty, a baseline."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -11,19 +11,19 @@ from torch.optim import Optimizer
 from .pruning import prunable_weights
 from .psgd import with_gradients
 
-Penalty = Callable[[Tensor], Tensor]  # of a batch's loss, 0-d, to what is added to it, 0-d
+Penalty = Callable[[Tensor], Tensor]  # from the 0-d loss of a batch to the 0-d term that is added to it
 
 
 def penalize_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_last: bool = True) -> None:
-    """Makes each step of `optimizer` minimize strength * sum |w| over the prunable weights of `model` as well.
+    """Adds strength * sum |w| over the prunable weights of `model` to what each step of `optimizer` minimizes (ours).
 
-    For an optimizer that is, or will be, the base of a PSGD that acts on gradients: the penalty's, strength * sign(w),
-    is then added after the scaling, as weight decay is. Scaled, as with acts_on="update", it would pull at every weight
-    in proportion, as weight decay does, and make none of them zero. Does nothing for a strength of 0. (Ours; the paper
-    has no penalty.)
+    `optimizer` is, or will be, the base of a PSGD with acts_on="gradient". The gradient of the penalty, strength *
+    sign(w), is then added after PSG has scaled the gradients, as weight decay is. With acts_on="update" PSG would scale
+    the penalty too. The penalty would then shrink each weight in proportion to its size and make none of them zero. A
+    strength of 0 adds nothing.
 
-    It is a hook on `optimizer`, which a deepcopy or a pickle of it lacks. A step with a closure raises ValueError: the
-    gradients that the closure makes would not have the penalty's.
+    The penalty is a hook on `optimizer`; a deepcopy or a pickle of the optimizer lacks it. A step with a closure raises
+    ValueError, because the gradients that the closure computes would lack the penalty.
     """
     if not strength:
         return
@@ -38,7 +38,7 @@ def penalize_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_l
             return
         pulls = torch._foreach_sign(moved)
         factor = getattr(optimizer, "grad_scale", None)
-        if factor is not None:  # of GradScaler, by which a fused optimizer divides the gradients inside its step
+        if factor is not None:  # GradScaler sets it; a fused optimizer divides its gradients by it
             torch._foreach_mul_(pulls, factor.to(moved[0].device))
         torch._foreach_add_(gradients, pulls, alpha=strength)
 
@@ -46,10 +46,10 @@ def penalize_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_l
 
 
 def gradient_penalty(model: nn.Module, strength: float, first_last: bool = True) -> Penalty | None:
-    """strength * sum |d loss / d w| over the prunable weights of `model`; None for a strength of 0.
+    """The penalty strength * sum |d loss / d w| over the prunable weights of `model`, or None for a strength of 0.
 
-    Robustness to quantization by gradient-L1 regularization (Alizadeh et al. 2020). It differentiates twice: a step
-    takes several times as long.
+    Source: gradient L1 regularization for quantization robustness (Alizadeh et al. 2020). The penalty differentiates
+    twice, so a training step takes several times as long.
     """
     if not strength:
         return None

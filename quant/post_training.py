@@ -1,7 +1,8 @@
-"""Post-training methods: what can be done to a quantized network with training images, layer by layer or at once.
+"""Post-training methods: they improve a quantized network with training images, without training it.
 
-All take unaugmented training images, never test images, and change the quantized network that they are given; a call
-that fails leaves it as it was. A batch is a tensor of images, or (images, labels) as a data loader gives it.
+All of them need training images without augmentation; never give them test images. They change the given quantized
+network in place; a call that fails leaves it as it was. A batch is a tensor of images, or (images, labels) as a data
+loader yields it.
 """
 
 import warnings
@@ -17,21 +18,22 @@ from .grid import Grid, weight_scale
 from .hooks import Batch, images_of, restored_on_error, watch
 from .layers import layer_grids
 
-# AdaRound (Nagel et al. 2020): a rounding is a stretched sigmoid, and its regularizer sharpens from BETA[0] to BETA[1].
-STRETCH = (-0.1, 1.1)
-BETA = (20.0, 2.0)
-REGULARIZER = 0.01
+# AdaRound (Nagel et al. 2020) learns each rounding as a stretched sigmoid with a regularizer that sharpens over time.
+STRETCH = (-0.1, 1.1)  # range of the sigmoid before it is clamped to 0 ... 1
+BETA = (20.0, 2.0)  # first and last exponent of the regularizer
+REGULARIZER = 0.01  # weight of the regularizer in the loss
 WARM_UP = 0.2  # share of the iterations without the regularizer
-SAMPLES = 32  # images a step
+SAMPLES = 32  # images per iteration
 
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-    """`model` itself, in eval mode, with batch-norm statistics that are the averages over `batches`. Source: ours.
+    """Replaces the batch-norm statistics of `model` by their averages over `batches`. Returns `model` in eval mode
+    (ours).
 
-    Quantized weights shift what batch norm sees; statistics taken with the weights as deployed undo the shift.
-    `batches` hold images [N, C, H, W], equally or nearly equally many. All but batch norm is in eval mode while
-    the statistics are taken: torch's update_bn would let dropout and stochastic depth draw.
+    Quantized weights shift the inputs of batch norm. Statistics taken with the quantized weights undo the shift. Each
+    batch holds images [N, C, H, W], and all batches should have about the same N. All other modules are in eval mode
+    meanwhile; with torch's update_bn, dropout and stochastic depth would be active.
 
     Raises ValueError for a network without batch-norm statistics, and if `batches` is empty.
     """
@@ -48,7 +50,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modu
         try:
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = None  # the average over batches
+                norm.momentum = None  # a plain average over the batches
                 norm.train()
             for batch in chain([first], batches):
                 model(images_of(batch))
@@ -62,11 +64,12 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modu
 def correct_bias(
     quantized: nn.Module, model: nn.Module, batches: Iterable[Batch], first_last: bool = True
 ) -> nn.Module:
-    """`quantized` itself, in eval mode, with a bias in every quantized layer that restores its mean output in `model`.
+    """Corrects the bias of every quantized layer so that the layer's mean output equals that in the float network
+    `model`. Returns `quantized` in eval mode.
 
-    Layer by layer, in the order in which they run, the mean of each output channel over `batches` is brought back to
-    that of the float network, the layers before being corrected already (bias correction, Nagel et al. 2019, with
-    images instead of batch-norm statistics). A convolution without a bias gets one.
+    The layers are corrected in the order in which they run, each after those before it. The mean is that of each output
+    channel over `batches`. A convolution without a bias gets one. Source: bias correction (Nagel et al. 2019), but with
+    images instead of batch-norm statistics.
     """
     batches = list(batches)
     with restored_on_error(quantized):
@@ -87,13 +90,17 @@ def adaround(
     lr: float = 0.01,
     seed: int = 0,
 ) -> nn.Module:
-    """`quantized` itself with each weight rounded up or down, as suits its layer's output best, not to the nearest.
+    """Rounds each weight of `quantized` up or down so that its layer's outputs change least from those in the float
+    network `model`. Returns `quantized` in eval mode.
 
-    Layer by layer, in the order in which they run, the roundings are learned by Adam: `iterations` steps on SAMPLES
-    images each, on the squared difference between the output of the float network's layer and that of the quantized
-    layer on its own, already quantized input (AdaRound, Nagel et al. 2020). Biases stay rounded to the nearest, as do
-    the weights of spectral_norm and its kin, and weights that are zero in `model`, as pruned ones are, stay zero. A
-    weight that layers share is learned in the first of them.
+    Adam learns the roundings layer by layer, in the order in which the layers run: `iterations` steps for each layer,
+    on SAMPLES images each, with learning rate `lr`. `seed` determines the choice of images. The loss is the squared
+    difference between the layer's outputs in `model` and those in `quantized`, where its inputs are quantized already.
+    Source: AdaRound (Nagel et al. 2020).
+
+    Biases stay rounded to the nearest grid point, and so do computed weights, as by spectral_norm. Weights that are
+    zero in `model`, such as pruned ones, stay zero. A weight that several layers share is learned in the first of them.
+    Raises ValueError for full precision.
     """
     batches = list(batches)
     grids = layer_grids(model, grid)
@@ -113,7 +120,7 @@ def adaround(
 
 
 class _Rounding:
-    """The roundings of one weight, down or up, as a stretched sigmoid of logits that start at the float weight."""
+    """The roundings of one weight tensor: a stretched sigmoid of logits that start at the float weights."""
 
     def __init__(self, weight: Tensor, grid: Grid) -> None:
         self.quant_max, self.kept = grid.quant_max, weight != 0
@@ -124,7 +131,7 @@ class _Rounding:
         self.logits = torch.logit(share).requires_grad_()
 
     def up(self) -> Tensor:
-        """How far each weight is rounded up, 0 to 1."""
+        """How far each weight is rounded up, from 0 (down) to 1 (up)."""
         low, high = STRETCH
         return (torch.sigmoid(self.logits) * (high - low) + low).clamp(0, 1)
 
@@ -134,7 +141,7 @@ class _Rounding:
     def learn(
         self, layer: nn.Module, inputs: Tensor, targets: Tensor, iterations: int, lr: float, generator: torch.Generator
     ) -> Tensor:
-        """The weight on its grid, each element rounded as brings the outputs of `layer` nearest to `targets`."""
+        """Learns the roundings that bring the outputs of `layer` closest to `targets`. Returns the rounded weights."""
         optimizer = torch.optim.Adam([self.logits], lr=lr)
         for step in range(iterations):
             chosen = torch.randint(len(inputs), (SAMPLES,), generator=generator).to(inputs.device)
@@ -153,14 +160,14 @@ class _Rounding:
 
 
 def capture(model: nn.Module, name: str, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """Input and output of the layer `name` for each time that it is called on `batches`, in eval mode."""
+    """The input and output of every call of the layer `name` while `model` runs `batches` in eval mode."""
     held: list[tuple[Tensor, Tensor]] = []
     watch(model, [name], batches, lambda _, layer_input, output: held.append((layer_input.clone(), output.clone())))
     return held
 
 
 def _mean_output(model: nn.Module, name: str, batches: list[Batch]) -> Tensor:
-    """Mean of each output channel of the layer `name` over `batches` [C]."""
+    """Mean of each output channel of the layer `name` over `batches`, shape [C]."""
     channel = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
     outputs = [output.movedim(channel, 0).flatten(1) for _, output in capture(model, name, batches)]
     sums = reduce(torch.add, [part.cpu().double().sum(1) for part in outputs])
@@ -168,10 +175,10 @@ def _mean_output(model: nn.Module, name: str, batches: list[Batch]) -> Tensor:
 
 
 def layers_in_order(model: nn.Module, batch: Batch, parameters: Iterable[str]) -> list[str]:
-    """Names of the layers that have `parameters` (state_dict names), in the order in which they run in eval mode.
+    """Names of the layers that own `parameters` (state_dict names), in the order in which they run in eval mode.
 
-    One warning names those that do not run, such as an auxiliary head, or a layer whose weights are used without a
-    call of it.
+    One warning names the layers that are not called, such as an auxiliary head or a layer whose weights are used
+    without calling it.
     """
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in parameters))
     order: dict[str, None] = {}

@@ -1,7 +1,7 @@
-"""Sparse training and pruning: parameter groups whose target is zero, and one-shot magnitude pruning.
+"""Sparse training and pruning: parameter groups with target "zero", and one-shot magnitude pruning.
 
-Only the weights of convolutions and linear layers are pruned; biases and normalisation never are. The first and the
-last layer are pruned like the others (first_last=True), or kept whole and left out of the count (first_last=False).
+Only the weights of convolutions and linear layers are pruned; biases and normalization layers never are. The first and
+last layers are pruned like the others by default; first_last=False keeps them whole and does not count their weights.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ SCOPES = ("global", "layer")
 
 
 def prunable_weights(model: nn.Module, first_last: bool = True) -> dict[str, nn.Parameter]:
-    """The weights that pruning may set to zero, by state_dict name: those that `layer_grids` names, without biases.
+    """The weights that pruning may set to zero, by state_dict name: those of `layer_grids` without the biases.
 
     Raises ValueError if there are none.
     """
@@ -29,17 +29,18 @@ def prunable_weights(model: nn.Module, first_last: bool = True) -> dict[str, nn.
 
 
 def sparse_param_groups(model: nn.Module, first_last: bool = True) -> list[dict[str, Any]]:
-    """Parameter groups for sparse training with PSGD: the prunable weights with target "zero", then all others.
+    """Parameter groups for sparse training with PSGD: one group of prunable weights with target "zero", then one
+    unscaled group with all other parameters.
 
-    Parameters that do not require a gradient are left out. Weights under an active pruning mask become zero
-    (`settle_masks`); a weight that is all zeros is named in a warning. Raises ValueError for a model with nothing to
-    prune, or of which all that can be pruned is frozen.
+    Parameters that do not require a gradient are left out. Pruned weights under an active mask are set to zero in
+    `model` (see `settle_masks`). A warning names the weights that are all zeros. Raises ValueError for a model without
+    prunable weights, and if all of them are frozen.
     """
     named = prunable_weights(model, first_last)
     settle_masks(model, named)
     scaled, others = split_parameters(model, named)
     if not scaled:
-        raise ValueError(f"{type(model).__name__} has no weights to scale: all that can be pruned are frozen")
+        raise ValueError(f"{type(model).__name__} has no weights to scale: all prunable weights are frozen")
     groups: list[dict[str, Any]] = [{"params": [*scaled.values()], "target": "zero"}]
     return groups + ([{"params": others}] if others else [])
 
@@ -48,13 +49,14 @@ def sparse_param_groups(model: nn.Module, first_last: bool = True) -> list[dict[
 def prune_weights(
     model: nn.Module, sparsity: float, scope: str = "global", first_last: bool = True, inplace: bool = False
 ) -> nn.Module:
-    """A copy of `model` whose prunable weights of the smallest magnitude are zero.
+    """A copy of `model` whose smallest prunable weights, by magnitude, are zero.
 
-    The share `sparsity`, 0 <= sparsity < 1, rounded to whole weights, is taken of all weights together (scope "global")
-    or of each layer by itself ("layer"). No fine-tuning. inplace=True changes `model` itself and returns it.
+    `sparsity`, 0 <= sparsity < 1, is the share of the weights that become zero, rounded to whole weights. It applies to
+    all prunable weights together (scope "global", the default) or to each layer separately (scope "layer"). There is no
+    fine-tuning. inplace=True changes `model` itself and returns it.
 
-    Raises ValueError for another sparsity or scope, and for a weight that is not finite.
-    Source: paper, section 4, which leaves the scope open.
+    Raises ValueError for any other sparsity or scope, and for a weight that is not finite. Source: paper, section 4,
+    which does not specify the scope.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be from 0 to less than 1, got {sparsity!r}")
@@ -79,13 +81,13 @@ def _prune_smallest(weights: Sequence[Tensor], sparsity: float) -> None:
 
 
 def nonzero_weights(model: nn.Module, first_last: bool = True) -> int:
-    """Number of prunable weights that are not zero."""
+    """Number of nonzero elements among the prunable weights of `model`."""
     return sum(int(weight_value(model, name).count_nonzero()) for name in prunable_weights(model, first_last))
 
 
 @torch.no_grad()
 def pruning_mse(model: nn.Module, sparsity: float, scope: str = "global", first_last: bool = True) -> float:
-    """Mean squared change of the prunable weights by `prune_weights`: of the whole it is the part that pruning cuts."""
+    """Mean of (w - pruned w)^2 over the prunable weights of `model`, where `prune_weights` gives the pruned w."""
     names, pruned = [*prunable_weights(model, first_last)], prune_weights(model, sparsity, scope, first_last)
     change = [weight_value(model, name) - pruned.get_parameter(name) for name in names]
     squares = sum(part.cpu().double().square().sum().item() for part in change)

@@ -1,8 +1,8 @@
-"""Ranges of activation quantizers: from images the largest value, a percentile or the least squared error, and without
-images what batch norm says.
+"""Ranges of activation quantizers, from calibration images or from batch norm.
 
-Take training images without augmentation, never test images. A batch is a tensor of images, or (images, labels) as a
-data loader gives it.
+Images give the largest value, a percentile, or the range with the smallest squared error; batch norm needs no images.
+Calibrate on training images without augmentation, never on test images. A batch is a tensor of images, or (images,
+labels) as a data loader yields it.
 """
 
 import math
@@ -22,11 +22,11 @@ from .tracing import called_module, check_same, is_sum, trace
 
 BINS = 2048
 RULES = ("minmax", "percentile", "mse")
-CANDIDATES = 100  # ranges that mse tries: k/100 of the largest value
+CANDIDATES = 100  # number of ranges that the rule mse tries: 1%, 2%, ..., 100% of the largest value
 
 
 class Histogram(NamedTuple):
-    """Values of one ReLU: float64 counts [BINS] over equal bins from 0 to `top`, the largest value seen."""
+    """The outputs of one ReLU: float64 counts [BINS] in equal bins from 0 to `top`, the largest output."""
 
     counts: Tensor
     top: float
@@ -35,10 +35,13 @@ class Histogram(NamedTuple):
 def calibrate(
     model: nn.Module, batches: Iterable[Batch], bits: int, rule: str = "mse", percentile: float = 99.99
 ) -> dict[str, float]:
-    """Ranges for `quantize_activations` at `bits` bits from `batches` of images, by one of RULES.
+    """Ranges for `quantize_activations`: the largest value x_max of each ReLU by module name, from `batches` of images.
 
-    A ReLU that eval mode never calls has none. Raises ValueError for another rule, bits outside 2..8, if `batches` is
-    empty, and for activations that are not finite.
+    `rule` is "mse" (default: smallest squared error at `bits` bits), "minmax" (largest output) or "percentile" (the
+    `percentile`, 0 to 100, of the outputs). A ReLU that eval mode never calls has no range.
+
+    Raises ValueError for any other rule, for bits outside 2..8, if `batches` is empty, for activations that are not
+    finite, and for a model without ReLU modules.
     """
     check_bits(bits)
     if rule not in RULES:
@@ -50,9 +53,9 @@ def calibrate(
 
 
 def relu_histograms(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Histogram]:
-    """Histogram of the outputs of every ReLU over `batches` of images, in two passes (so `batches` is held whole).
+    """Histogram of the outputs of every ReLU over `batches` of images, by module name.
 
-    Raises ValueError if `batches` is empty.
+    It takes two passes, so all of `batches` is held in memory. Raises ValueError as `minmax_ranges` does.
     """
     batches = list(batches)
     tops = minmax_ranges(model, batches)
@@ -68,23 +71,25 @@ def relu_histograms(model: nn.Module, batches: Iterable[Batch]) -> dict[str, His
 
 
 def minmax_ranges(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-    """Largest output of every ReLU over `batches` of images.
+    """Largest output of every ReLU over `batches` of images, by module name.
 
-    Raises ValueError if `batches` is empty, and naming a ReLU whose output is not finite.
+    Raises ValueError if `batches` is empty, for a model without ReLU modules, and, with its name, for a ReLU whose
+    output is not finite.
     """
     return _largest_outputs(model, relu_names(model), batches)
 
 
 def quantize_sums(model: nn.Module, batches: Iterable[Batch]) -> fx.GraphModule:
-    """A copy of `model`, as a torch.fx graph, with a `SumQuantizer` before each operand of a residual sum but ReLUs.
+    """A copy of `model` as a torch.fx graph with a `SumQuantizer` before each operand of a residual sum except the
+    outputs of ReLUs and of activation quantizers (ours).
 
-    With `quantize_activations` alone half of a residual network's convolutions give floats to a sum; with both a
-    runtime has integers from the second layer to the last sum. Ranges are the largest magnitudes on `batches` of
-    images, in eval mode. Parameters keep their names. The graph is that of eval mode: functions that depend on the
-    mode, such as F.dropout, do in it what they do there. Source: ours.
+    With only `quantize_activations`, half of the convolutions of a residual network pass floats to a sum. With both, a
+    runtime computes in integers from the second layer to the last sum. The ranges are the largest magnitudes over
+    `batches` of images, in eval mode. Parameters keep their names. The graph is that of eval mode, so functions that
+    depend on the mode, such as F.dropout, always behave as in eval mode.
 
-    Raises ValueError if `batches` is empty, and for a network that cannot be traced or whose graph computes something
-    else than it does on the first batch.
+    Raises ValueError if `batches` is empty, for a network that cannot be traced, and for a network whose graph computes
+    something else on the first batch than the network does.
     """
     batches = list(batches)
     source = copy_network(model)
@@ -105,7 +110,7 @@ def quantize_sums(model: nn.Module, batches: Iterable[Batch]) -> fx.GraphModule:
 
 
 def percentile_ranges(histograms: dict[str, Histogram], percentile: float) -> dict[str, float]:
-    """For each ReLU the upper edge of the bin that holds the `percentile` (0 to 100) of its values, zeros included."""
+    """For each ReLU, the upper edge of the bin that holds the `percentile` (0 to 100) of its outputs, with zeros."""
     ranges = {}
     for name, (counts, top) in histograms.items():
         share = counts.cumsum(0) / counts.sum()
@@ -114,21 +119,23 @@ def percentile_ranges(histograms: dict[str, Histogram], percentile: float) -> di
 
 
 def mse_ranges(histograms: dict[str, Histogram], bits: int) -> dict[str, float]:
-    """For each ReLU the range, of CANDIDATES equal parts of the largest value, with the least mean-squared error at
-    `bits` bits, every value standing at the centre of its bin. Raises ValueError for bits outside 2..8.
+    """For each ReLU, the range with the smallest mean squared error at `bits` bits.
+
+    The candidates are k / CANDIDATES of the largest output, for k = 1 ... CANDIDATES. Every output is taken to lie at
+    the center of its bin. Raises ValueError for bits outside 2..8.
     """
     quant_max = activation_quant_max(bits)
-    centres = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
+    centers = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
     parts = torch.arange(1, CANDIDATES + 1, dtype=torch.float64) / CANDIDATES
-    steps = (parts / quant_max)[:, None]
-    errors = ((centres / steps).round().clamp(max=quant_max) * steps - centres).square()
+    scales = (parts / quant_max)[:, None]
+    errors = ((centers / scales).round().clamp(max=quant_max) * scales - centers).square()
     return {name: top * parts[(errors @ counts).argmin()].item() for name, (counts, top) in histograms.items()}
 
 
 def _largest_outputs(model: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, float]:
-    """Largest magnitude that each of the modules `names` gives.
+    """Largest magnitude of the outputs of each of the modules `names` over `batches`.
 
-    Raises ValueError if `batches` is empty, or if one is not finite.
+    Raises ValueError if `batches` is empty, and for a magnitude that is not finite.
     """
     largest: dict[str, Tensor] = {}
 
@@ -146,7 +153,7 @@ def _largest_outputs(model: nn.Module, names: Iterable[str], batches: Iterable[B
 
 
 class ChannelStatistics(NamedTuple):
-    """Mean and variance of an activation, one value a channel (float tensors [C])."""
+    """Mean and variance of an activation, one value per channel (float tensors [C])."""
 
     mean: Tensor
     var: Tensor
@@ -154,15 +161,17 @@ class ChannelStatistics(NamedTuple):
 
 @torch.no_grad()
 def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[str, float]:
-    """Data-free range of every ReLU: the maximum over channels of mean + n * standard deviation of what feeds it.
+    """Data-free range of every ReLU by module name: the maximum over channels of mean + n * standard deviation of its
+    input (default n 6).
 
-    Batch norm says these statistics: its output has mean beta and standard deviation |gamma|. For a ReLU after a
-    residual sum, shortcut=True (ours) adds the mean and variance of the shortcut, taken as independent, an earlier
-    ReLU's output being a rectified normal variable; shortcut=False is the published rule, which looks at the batch
-    norm of the main branch (the first operand of the sum) only.
+    The statistics come from batch norm, whose output has mean beta and standard deviation |gamma|. For a ReLU after a
+    residual sum, shortcut=True (default, ours) adds the mean and variance of the shortcut, which is assumed to be
+    independent of the main branch. The output of an earlier ReLU is taken as a rectified normal variable.
+    shortcut=False is the published rule, which uses only the batch norm of the main branch (the first operand of the
+    sum).
 
-    Raises ValueError naming the ReLU that no batch norm feeds, or whose input cannot be followed to one, and for a
-    network that cannot be traced.
+    Raises ValueError, with the name, for a ReLU whose input cannot be traced back to a batch norm, and for a network
+    that cannot be traced.
     """
     statistics = _Statistics(model, shortcut)
     ranges: dict[str, float] = {}
@@ -179,14 +188,14 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
 
 
 class _Statistics:
-    """The statistics of the nodes of a traced graph, followed back to the batch norms that say them."""
+    """Channel statistics of the nodes of a traced graph, derived from the batch norms before them."""
 
     def __init__(self, model: nn.Module, shortcut: bool) -> None:
         self.model, self.shortcut = model, shortcut
         self.known: dict[fx.Node, ChannelStatistics] = {}
 
     def of(self, node: Argument) -> ChannelStatistics:
-        """Raises LookupError, naming the node, where no batch norm is found."""
+        """Statistics of the output of `node`. Raises LookupError, naming the node that is not understood."""
         if not isinstance(node, fx.Node):
             raise LookupError(str(node))
         if node not in self.known:
@@ -211,7 +220,7 @@ class _Statistics:
 
 
 def rectified(x: ChannelStatistics) -> ChannelStatistics:
-    """Statistics of max(0, x) for normal x, in closed form."""
+    """Statistics of max(0, x) for normally distributed x, in closed form."""
     std = x.var.sqrt().clamp_min(torch.finfo(x.var.dtype).tiny)
     ratio = x.mean / std
     density = torch.exp(-0.5 * ratio.square()) / (2 * torch.pi) ** 0.5

@@ -1,4 +1,4 @@
-"""torch.fx graphs of networks. A network that its graph would misrepresent is refused."""
+"""torch.fx graphs of networks. Networks that their graph would misrepresent are refused."""
 
 import inspect
 import operator
@@ -13,7 +13,7 @@ from torch.fx.proxy import TraceError
 from .hooks import Batch, eval_mode, images_of
 from .quantizers import Quantizer
 
-# Operations whose result may share memory with their first argument (dropout and its kin do in eval mode).
+# Operations whose result may share memory with their first argument. Dropout and the like do so in eval mode.
 VIEWS = {
     "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "float", "getattr", "getitem",
     "movedim", "moveaxis", "narrow", "permute", "ravel", "reshape", "reshape_as", "select", "split", "squeeze",
@@ -24,7 +24,7 @@ VIEWS = {
 }  # fmt: skip
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 VIEW_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten, *DROPOUTS)
-# `x += y` and the like. A proxy of torch.fx would make `x = x + y` of them, which other names of x do not see.
+# `x += y` and the like. torch.fx would record them as `x = x + y`, which leaves other references to x unchanged.
 IN_PLACE_OPERATORS = (
     "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv",
     "ixor",
@@ -32,7 +32,7 @@ IN_PLACE_OPERATORS = (
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that records operators in place as what they are."""
+    """A proxy that records in-place operators as such."""
 
 
 def _recorded(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -52,19 +52,21 @@ class _Tracer(fx.Tracer):
 
 
 class InPlaceError(TraceError):
-    """An operation in place whose operand is read again: a graph's readers take a node for a value that stays."""
+    """A network reads a tensor again after an in-place operation has overwritten it. Code that analyzes a graph assumes
+    that the value of a node does not change."""
 
 
 def trace(model: nn.Module) -> fx.Graph:
-    """The torch.fx graph of `model` in eval mode, in which an activation quantizer is one node.
+    """The torch.fx graph of `model` in eval mode. An activation quantizer is a single node.
 
-    Raises torch.fx's TraceError, a ValueError, for a network that torch.fx cannot trace and for a module that is called
-    without a positional argument, and of its kind InPlaceError.
+    Raises TraceError (of torch.fx, a ValueError) for a network that torch.fx cannot trace, and for a module that is
+    called without a positional argument. Raises its subclass InPlaceError for a network that reads a tensor again after
+    an in-place operation has overwritten it.
     """
     try:
         with eval_mode(model):
             graph = _Tracer().trace(model)
-    except Exception as error:  # a proxy makes code that expects a tensor raise anything
+    except Exception as error:  # code that expects a tensor may raise anything on a proxy
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TraceError(f"{type(model).__name__} cannot be traced by torch.fx ({reason})") from error
     for node in graph.nodes:
@@ -75,17 +77,17 @@ def trace(model: nn.Module) -> fx.Graph:
 
 
 def operation(node: fx.Node) -> str:
-    """Name of the function or method that `node` calls; of a module its path."""
+    """Name of the function or method that `node` calls, or path of the module."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def called_module(model: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module of `model` that `node` calls; None if it calls none."""
+    """The module of `model` that `node` calls, or None if it calls something else."""
     return model.get_submodule(operation(node)) if node.op == "call_module" else None
 
 
 def _written(model: nn.Module, node: fx.Node) -> fx.Node | None:
-    """The argument that `node` overwrites, if there is one."""
+    """The argument that `node` overwrites, or None."""
     if isinstance(out := node.kwargs.get("out"), fx.Node):
         return out
     first = next(iter([*node.args, *node.kwargs.values()]), None)
@@ -101,7 +103,7 @@ def _written(model: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Whether `node` is a size of a tensor, or computed from sizes: a number, which nothing rewrites."""
+    """Whether `node` is a size of a tensor or computed from sizes. It is then a number, which nothing overwrites."""
     if operation(node) in ("size", "dim", "len") or (operation(node) == "getattr" and node.args[1] == "shape"):
         return True
     inputs = node.all_input_nodes
@@ -110,7 +112,7 @@ def _is_size(node: fx.Node) -> bool:
 
 def _says_in_place(node: fx.Node) -> bool:
     """Whether a function such as relu is called with inplace=True, by name or by position."""
-    if isinstance(node.target, str):  # of a method or a module
+    if isinstance(node.target, str):  # the name of a method or a module
         return bool(node.kwargs.get("inplace"))
     try:
         arguments = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
@@ -126,10 +128,10 @@ def _shares_memory(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _check_in_place(model: nn.Module, graph: fx.Graph) -> None:
-    """Raises InPlaceError, naming both, if a node reads a value after another node has overwritten it."""
-    source: dict[fx.Node, fx.Node] = {}  # of a node that has its memory from another
-    attributes: dict[object, fx.Node] = {}
-    writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)  # by the node that first had the memory
+    """Raises InPlaceError, naming both nodes, if a node reads a value after another node has overwritten it."""
+    source: dict[fx.Node, fx.Node] = {}  # from a node to the node whose memory it shares
+    attributes: dict[object, fx.Node] = {}  # from a name to the first node that reads it
+    writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)  # by the first node with that memory
 
     def history(node: fx.Node) -> list[fx.Node]:
         names = [node]
@@ -144,8 +146,8 @@ def _check_in_place(model: nn.Module, graph: fx.Graph) -> None:
                 if writer not in names:
                     raise InPlaceError(
                         f"{operation(writer)} ({writer.name}) works in place, and {node.name} reads {operand.name}, "
-                        "which it has overwritten: this cannot be followed; let it return a new tensor "
-                        "(inplace=False) and use what it returns"
+                        "which it has overwritten: a graph cannot represent this; use an operation that returns a "
+                        "new tensor (inplace=False)"
                     )
         if node.op == "get_attr" and attributes.setdefault(node.target, node) is not node:
             source[node] = attributes[node.target]
@@ -159,7 +161,8 @@ def _check_in_place(model: nn.Module, graph: fx.Graph) -> None:
 
 @torch.no_grad()
 def check_same(model: nn.Module, rewritten: nn.Module, batches: Iterable[Batch]) -> None:
-    """Raises ValueError if `rewritten`, made from the graph of `model`, gives another tensor than it on `batches`."""
+    """Raises ValueError if the output of `rewritten`, made from the graph of `model`, differs on `batches` from that of
+    `model`. Outputs that are not tensors are not compared."""
     with eval_mode(model), eval_mode(rewritten):
         for batch in batches:
             images = images_of(batch)
@@ -170,16 +173,16 @@ def check_same(model: nn.Module, rewritten: nn.Module, batches: Iterable[Batch])
 
 
 def is_sum(node: fx.Node) -> bool:
-    """Whether `node` of a traced graph adds two activations, as they are (torch.add has an alpha)."""
+    """Whether `node` of a traced graph adds two activations without scaling one (torch.add can, by its alpha)."""
     operands = len(node.args) == 2 and all(isinstance(operand, fx.Node) for operand in node.args)
     return operation(node) in ("add", "iadd", "add_") and operands and not node.kwargs
 
 
 def conv_norm_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
-    """Calls of 2-d convolutions, each with the call of the batch norm with running statistics that alone follows it.
+    """Pairs of calls: a 2-d convolution, and the batch norm with running statistics that alone reads its output.
 
-    `graph` is `trace(model)`. Modules that the network calls more than once, and convolutions that compute their
-    weight, are left out.
+    `graph` is `trace(model)`. Modules that the network calls more than once are left out, and so are convolutions with
+    a computed weight, as by weight_norm.
     """
     calls = [node for node in graph.nodes if node.op == "call_module"]
     uses = Counter(node.target for node in calls)

@@ -1,4 +1,4 @@
-"""Copies of a float network with quantized weights, and what quantization does to its weights and size."""
+"""Copies of a float network with quantized weights, and measures of the quantization error and the packed size."""
 
 import torch
 from torch import nn
@@ -9,10 +9,10 @@ from .layers import WEIGHT_LAYERS, check_finite, copy_network, layer_grids, weig
 
 @torch.no_grad()
 def quantize_weights(model: nn.Module, grid: Grid | int, inplace: bool = False) -> nn.Module:
-    """A copy of `model` whose weights (see `layer_grids`) are the float values of their grid points.
+    """A copy of `model` whose weights (see `layer_grids`) are rounded to their grid points and stored in float.
 
-    At 32 bits nothing changes; inplace=True changes `model` itself and returns it. Raises ValueError for a weight that
-    is not finite.
+    At 32 bits the weights stay as they are. inplace=True changes `model` itself and returns it. Raises ValueError for a
+    weight that is not finite, and what `layer_grids` raises.
     """
     grid = as_grid(grid)
     grids = {} if grid.is_float else layer_grids(model, grid)
@@ -26,7 +26,7 @@ def quantize_weights(model: nn.Module, grid: Grid | int, inplace: bool = False) 
 
 @torch.no_grad()
 def weight_mse(model: nn.Module, grid: Grid | int) -> float:
-    """Mean of (w - Q(w))^2 over all quantized weights and biases (appendix table 1A); 0 at 32 bits."""
+    """Mean of (w - Q(w))^2 over all quantized weights and biases (paper, appendix, table 1A); 0 at 32 bits."""
     grid = as_grid(grid)
     if grid.is_float:
         return 0.0
@@ -40,9 +40,10 @@ def weight_mse(model: nn.Module, grid: Grid | int) -> float:
 
 @torch.no_grad()
 def grid_share(model: nn.Module, grid: Grid | int, tolerance: float = 0.1) -> float:
-    """Share (0 to 1) of the quantized weights that lie within `tolerance` steps of a point of their own grid.
+    """Share (0 to 1) of the quantized weights whose distance to their nearest grid point is at most tolerance * scale.
 
-    Weights spread evenly over the cells of the grid give 2 * tolerance (0.2 by default). Raises ValueError at 32 bits.
+    Weights that are spread evenly over the cells of the grid give 2 * tolerance, 0.2 by default. Raises ValueError at
+    32 bits.
     """
     near, count = 0.0, 0
     for name, own in layer_grids(model, grid).items():
@@ -54,10 +55,10 @@ def grid_share(model: nn.Module, grid: Grid | int, tolerance: float = 0.1) -> fl
 
 
 def packed_bytes(model: nn.Module, grid: Grid | int) -> int:
-    """Bytes of the convolution and linear layers' parameters, packed at their bit-width.
+    """Size in bytes of the parameters of convolutions and linear layers, packed at their bit-widths.
 
-    A quantized tensor takes ceil(numel * bits / 8) bytes and 4 for each scale; one left in float takes 4 an element.
-    Batch norm is not counted: it stays float at every bit-width.
+    A quantized tensor takes ceil(numel * bits / 8) bytes, and 4 bytes for each scale. A float tensor takes 4 bytes for
+    each element. Batch norm is not counted, since it stays in float at every bit-width.
     """
     grid = as_grid(grid)
     grids = {} if grid.is_float else layer_grids(model, grid)

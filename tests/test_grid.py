@@ -134,7 +134,7 @@ def test_grid_is_frozen_and_takes_any_whole_number():
 
 def test_old_keywords_end():
     with pytest.raises(TypeError, match="unexpected keyword argument 'per_channel'"):
-        fake_quantize_weight(torch.ones(3), Grid(4, per_channel=True))
+        fake_quantize_weight(torch.ones(3), 4, **{"per_channel": True})
 
 
 @pytest.mark.parametrize("weight_range", ["absmax", "mse"])

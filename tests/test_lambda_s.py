@@ -173,7 +173,7 @@ def test_no_start():
         auto_lambda_s([{"params": list(net.parameters())}])
     with pytest.raises(TypeError, match="params must be a list of tensors, got generator"):
         auto_lambda_s([{"params": net.parameters(), "bits": 4}])
-    with pytest.raises(ValueError, match='target "zero": lambda_s is found for grids alone'):
+    with pytest.raises(ValueError, match='target "zero": lambda_s is found only for grids'):
         auto_lambda_s(sparse_param_groups(net))
 
 

@@ -1,5 +1,7 @@
-"""Networks as files of integers: packed .safetensors and ONNX. The packages safetensors and onnx are imported when a
-function needs them."""
+"""Networks as files of integers: packed .safetensors and ONNX.
+
+The packages safetensors and onnx are imported only when a function needs them.
+"""
 
 from .exporter import export
 from .onnx_graph import to_onnx

@@ -1,4 +1,4 @@
-"""One call that writes a network as integers, by the suffix of the file: packed (.safetensors) or ONNX (.onnx)."""
+"""One function that writes a network as integers: to a packed file (.safetensors) or to ONNX (.onnx)."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from .packed_file import integer_weights, save_packed
 def export(
     model: nn.Module, path: str | Path, grid: Grid | int, image_size: int = 32, facts: dict[str, Any] | None = None
 ) -> None:
-    """Writes `model`, its weights on `grid`, to `path`.
+    """Writes `model` to `path`, with its weights quantized to `grid`. The suffix of `path` decides the format.
 
-    A .safetensors file holds packed integers and `facts` (plain values); `load_packed` reads it. An .onnx file takes
-    normalized float32 images [N, C, image_size, image_size]. They need the package safetensors or onnx. Raises
-    ValueError for another suffix, a weight that is not finite, or what `to_onnx` cannot express.
+    A .safetensors file holds packed integers and `facts` (values that JSON can hold); `load_packed` reads it. It needs
+    the package safetensors. An .onnx file takes normalized float32 images [N, C, image_size, image_size], with
+    image_size in pixels (default 32), and holds no facts. It needs the package onnx.
+
+    Raises ValueError for any other suffix, for a weight that is not finite, and as `save_packed` or `to_onnx` does.
     """
     suffix = Path(path).suffix
     if suffix == ".safetensors":

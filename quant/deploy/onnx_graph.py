@@ -1,9 +1,12 @@
-"""A network with integer weights as an ONNX graph: each quantized weight an INT8, INT4 or INT2 initializer behind a
-DequantizeLinear, each activation quantizer a QuantizeLinear and DequantizeLinear pair.
+"""A network with integer weights as an ONNX graph.
 
-Built from the torch.fx trace, node for node, but for batch norm behind a convolution with integer weights: it becomes
-that convolution's bias and one scale for each output channel, the integers staying as they are. Between a convolution
-and a QuantizeLinear it would keep runtimes from their integer kernels. Needs the package onnx.
+Each quantized weight is an INT8, INT4 or INT2 initializer followed by a DequantizeLinear. Each activation quantizer is
+a QuantizeLinear followed by a DequantizeLinear.
+
+The graph follows the torch.fx trace node for node, except for a batch norm after a convolution with integer weights.
+Such a batch norm is folded into the bias of the convolution and into one scale for each output channel; the integers
+keep their magnitudes. Left between a convolution and a QuantizeLinear, it would prevent runtimes from using integer
+kernels. The package onnx is needed.
 """
 
 from itertools import chain
@@ -22,7 +25,7 @@ from .packing import pack_bits
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
-OPSET, OPSET_INT2 = 21, 25  # INT4 came with the first, INT2 with the second
+OPSET, OPSET_INT2 = 21, 25  # the opsets that introduced INT4 and INT2
 IR_VERSION, IR_VERSION_INT2 = 10, 13
 
 
@@ -33,20 +36,22 @@ def to_onnx(
     normalize: tuple[Tensor, Tensor] | None = None,
     int8: bool = False,
 ) -> "ModelProto":
-    """The onnx.ModelProto of `model` in eval mode, with `integers`, as `integer_weights` gives them, for its weights.
+    """The onnx.ModelProto of `model` in eval mode, with `integers`, as `integer_weights` returns them, as its weights.
 
-    Input "images": float32 [batch, C, S, S], already normalized, C being what the first convolution takes; with
-    `normalize`, mean and std [C] in units of 0..255, uint8 [batch, S, S, C] as a file holds them. Output "logits":
-    float32 [batch, classes]. A bit-width without an ONNX type goes into the next wider one: 3 into INT4, 5 to 7 into
-    INT8. With `int8` all go into INT8: a larger file of the same numbers, which runtimes without 4-bit kernels
-    (onnxruntime on a CPU) can convolve as integers.
+    The input "images" is float32 [batch, C, S, S], already normalized; S is `image_size`, and C is what the first
+    convolution takes. With `normalize`, the mean and std [C] in units of 0..255, the input is uint8 [batch, S, S, C],
+    as in an image file, and the graph normalizes it. The output "logits" is float32 [batch, classes].
 
-    Raises ValueError naming the layer or operation that has no counterpart here, for a network that does not take one
-    batch of images and give one tensor, and for parameters that are not float32.
+    A bit-width without an ONNX type is stored in the next wider type: 3 bits in INT4, 5 to 7 bits in INT8. int8=True
+    stores every bit-width in INT8. The file is larger, but runtimes without 4-bit kernels, such as onnxruntime on a
+    CPU, can then compute convolutions in integers.
+
+    Raises ValueError, with its name, for a layer or operation that cannot be exported; for a network that does not take
+    one batch of images or does not return one tensor; and for parameters or buffers that are not float32.
     """
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         if value.dtype != torch.float32 and (value.is_floating_point() or value.is_complex()):
-            raise ValueError(f"{name} is {value.dtype}: ONNX files are of float32 networks (model.float())")
+            raise ValueError(f"{name} is {value.dtype}: ONNX files hold float32 networks (call model.float())")
     with eval_mode(model):
         return _Builder(model, integers, 8 if int8 else 2).build(image_size, normalize)
 
@@ -56,8 +61,8 @@ class _Builder:
         self.model, self.name = model, type(model).__name__
         self.integers = dict(integers)
         self.narrowest = narrowest  # bits of the narrowest integer type to use
-        self.biases: dict[str, str] = {}  # of convolutions, from batch norm
-        self.dequantized: dict[str, str] = {}
+        self.biases: dict[str, str] = {}  # names of the biases from folded batch norms, by convolution
+        self.dequantized: dict[str, str] = {}  # names of dequantized weights, by parameter
         self.nodes: list[NodeProto] = []
         self.initializers: list[TensorProto] = []
 
@@ -66,7 +71,7 @@ class _Builder:
 
         channels = self.image_channels()
         graph = trace(self.model)
-        if [node.op for node in graph.nodes].count("placeholder") == 1:  # `output_of` refuses more, by name
+        if [node.op for node in graph.nodes].count("placeholder") == 1:  # `output_of` refuses several, by name
             check_same(self.model, fx.GraphModule(self.model, graph), [self.sample(channels, image_size)])
         output = self.output_of(graph, normalize)
         if normalize:
@@ -74,11 +79,11 @@ class _Builder:
         return self.proto(output, TensorProto.FLOAT, [channels, image_size, image_size])
 
     def image_channels(self) -> int:
-        """Channels of the images, which are those that the first convolution takes."""
+        """Number of channels of the images, which is what the first convolution takes."""
         for module in self.model.modules():
             if isinstance(module, nn.Conv2d):
                 return module.in_channels
-        raise ValueError(f"{self.name} has no Conv2d, so that it takes no images: it cannot be exported to ONNX")
+        raise ValueError(f"{self.name} has no Conv2d, so it takes no images: it cannot be exported to ONNX")
 
     def output_of(self, graph: fx.Graph, normalize: tuple[Tensor, Tensor] | None) -> str:
         """Adds all nodes of `graph` and returns the name of its output."""
@@ -95,11 +100,11 @@ class _Builder:
             else:
                 names[node] = self.translate(node, [names[a] for a in node.args if isinstance(a, fx.Node)])
         if not isinstance(output.args[0], fx.Node):
-            raise ValueError(f"{self.name} gives more than one tensor: it cannot be exported to ONNX")
+            raise ValueError(f"{self.name} does not return a single tensor: it cannot be exported to ONNX")
         return names[output.args[0]]
 
     def proto(self, output: str, image_type: int, image_shape: list[int]) -> "ModelProto":
-        """The nodes so far as a checked ONNX model, whose output "logits" is their `output`."""
+        """The checked ONNX model of the nodes so far. Its output "logits" is the value named `output`."""
         from onnx import TensorProto, checker, helper, shape_inference
 
         graph = helper.make_graph(
@@ -124,7 +129,7 @@ class _Builder:
         return images.to(next(self.model.parameters()).device)
 
     def fold_batch_norms(self, graph: fx.Graph) -> set[fx.Node]:
-        """Folds each batch norm that alone follows a convolution with integer weights; returns the calls folded."""
+        """Folds every batch norm that alone reads a convolution with integer weights. Returns the folded calls."""
         folded = set()
         for call, following in conv_norm_pairs(self.model, graph):
             name, conv, norm = operation(call), called_module(self.model, call), called_module(self.model, following)
@@ -137,9 +142,10 @@ class _Builder:
         return folded
 
     def fold(self, weight: str, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-        """Takes `norm` into the scale of the integers of `weight` and into the bias of `conv`, which it returns.
+        """Folds `norm` into the integers and the scale of `weight`, and returns the new bias of `conv`, shape [C].
 
-        scale * |gamma| / sigma and beta + (bias - mean) * gamma / sigma; the sign of gamma goes to the integers.
+        The new scale is scale * |gamma| / sigma, the new bias is beta + (bias - mean) * gamma / sigma, and the integers
+        take the sign of gamma.
         """
         mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
         factor = (norm.weight / (var + norm.eps).sqrt()).detach()
@@ -159,7 +165,7 @@ class _Builder:
         return output
 
     def constant(self, name: str, value: Tensor) -> str:
-        """Adds a float initializer, once, and returns its name."""
+        """Adds an initializer, unless there is one of that name, and returns its name."""
         from onnx import numpy_helper
 
         if all(tensor.name != name for tensor in self.initializers):
@@ -168,18 +174,18 @@ class _Builder:
         return name
 
     def parameter(self, name: str) -> str:
-        """The parameter `name`: dequantized if it has integers, else in float."""
+        """Name of the value of the parameter `name`: dequantized if it has integers, otherwise in float."""
         from onnx import TensorProto, helper
 
         layer, _, key = name.rpartition(".")
         if key not in self.model.get_submodule(layer)._parameters:
             raise ValueError(
-                f"{name} is computed by its layer, as by weight_norm, spectral_norm or a pruning mask: it cannot be "
+                f"{name} is computed by its layer (weight_norm, spectral_norm or a pruning mask): it cannot be "
                 "exported to ONNX; make it a parameter first (remove_weight_norm, prune.remove, ...)"
             )
         if name not in self.integers:
             return self.constant(name, self.model.get_parameter(name))
-        if name in self.dequantized:  # by a layer that is called more than once
+        if name in self.dequantized:  # for a layer that is called more than once
             return self.dequantized[name]
         values, scale, bits = self.integers[name]
         bits = max(bits, self.narrowest)
@@ -197,8 +203,8 @@ class _Builder:
         from onnx import TensorProto
 
         values = self.emit("Cast", [images], to=TensorProto.FLOAT)
-        centred = self.emit("Sub", [values, self.constant("mean", mean.float())])
-        scaled = self.emit("Div", [centred, self.constant("std", std.float())])
+        centered = self.emit("Sub", [values, self.constant("mean", mean.float())])
+        scaled = self.emit("Div", [centered, self.constant("std", std.float())])
         return self.emit("Transpose", [scaled], perm=[0, 3, 1, 2])
 
     def translate(self, node: fx.Node, inputs: list[str]) -> str:
@@ -245,11 +251,14 @@ class _Builder:
         raise ValueError(f"{name}, a {type(module).__name__}, cannot be exported to ONNX")
 
     def quantizer(self, name: str, module: Quantizer, inputs: list[str]) -> str:
-        """A uint8 pair. A signed quantizer has its zero at 128: runtimes have no kernels that take both kinds."""
+        """A QuantizeLinear and DequantizeLinear pair in uint8.
+
+        A signed quantizer is uint8 too, with zero_point 128: runtimes have no kernels that mix signed and unsigned.
+        """
         offset = -module.quant_min
         zero = self.constant(f"zero_point_{offset}", torch.tensor(offset, dtype=torch.uint8))
         scale = self.constant(f"{name}.scale", module.scale)
-        if module.quant_max - module.quant_min < 255:  # a uint8 saturates by itself only at 8 bits
+        if module.quant_max - module.quant_min < 255:  # at 8 bits uint8 saturates by itself
             top = self.constant(f"{name}.top", module.scale * module.quant_max)
             bottom = self.constant(f"{name}.bottom", module.scale * module.quant_min)
             inputs = [self.emit("Clip", [*inputs, bottom, top])]

@@ -1,10 +1,10 @@
-"""Packed files: a network's integer weights at their true width, with scales and the rest in float, as .safetensors.
+"""Packed files (.safetensors): integer weights packed at their bit-width, and scales and all other tensors in float.
 
     save_packed("w4.safetensors", model, 4, {"arch": "ResNet32"})
     load_packed("w4.safetensors", ResNet32(100))    # outputs equal quantize_weights(model, 4), bit for bit
 
-Needs the package safetensors. Nothing in a file is executed, and nothing is allocated by what it merely claims: every
-length is checked against the network that it is loaded into.
+The package safetensors is needed. Loading executes nothing from the file and does not trust the sizes that it states:
+every length is checked against the network that is filled.
 """
 
 import json
@@ -23,7 +23,8 @@ FORMAT = "psgd-packed-1"
 
 
 class IntegerWeight(NamedTuple):
-    """A quantized parameter: int8 `values` of its shape, the `scale` (0-d, or one a channel) and its bit-width."""
+    """A quantized parameter: int8 `values` in its shape, its `scale` (0-d, or [C, 1, ..., 1] if per_channel), its
+    bit-width."""
 
     values: Tensor
     scale: Tensor
@@ -31,10 +32,10 @@ class IntegerWeight(NamedTuple):
 
 
 def integer_weights(model: nn.Module, grid: Grid | int) -> dict[str, IntegerWeight]:
-    """The integers of every parameter that `layer_grids` names.
+    """The integers of every parameter that `layer_grids` lists, by state_dict name.
 
-    values * scale are the weights of `quantize_weights`, bit for bit. Raises ValueError for a weight that is not
-    finite.
+    values * scale equals the weight of `quantize_weights`, bit for bit. Raises ValueError for a weight that is not
+    finite, and what `layer_grids` raises.
     """
     found = {}
     for name, own in layer_grids(model, grid).items():
@@ -47,10 +48,10 @@ def integer_weights(model: nn.Module, grid: Grid | int) -> dict[str, IntegerWeig
 
 
 def save_packed(path: str | Path, model: nn.Module, grid: Grid | int, facts: dict[str, Any] | None = None) -> None:
-    """Writes `model`, its weights packed at the bit-widths of `grid`, and `facts` (plain values).
+    """Writes `model`, with its weights packed at the bit-widths of `grid`, and `facts` (values that JSON can hold).
 
-    A tensor that layers share is stored once. Raises ValueError for weights that are not float32, for extra state that
-    is not a tensor, and for tensors that overlap in memory.
+    A tensor that several layers share is stored once. Raises ValueError for quantized weights that are not float32 or
+    not finite, for extra state that is not a tensor, and for different tensors that overlap in memory.
     """
     from safetensors.torch import save_file
 
@@ -63,7 +64,7 @@ def save_packed(path: str | Path, model: nn.Module, grid: Grid | int, facts: dic
         _check_tensor(name, value)
         if name in integers:
             if value.dtype != torch.float32:
-                raise ValueError(f"{name} is {value.dtype}: packed files are of float32 networks (model.float())")
+                raise ValueError(f"{name} is {value.dtype}: packed files hold float32 networks (call model.float())")
             values, scale, width = integers[name]
             tensors[f"{name}.packed"] = pack_bits(values.contiguous(), width)
             tensors[f"{name}.scale"] = scale.contiguous()
@@ -77,7 +78,7 @@ def save_packed(path: str | Path, model: nn.Module, grid: Grid | int, facts: dic
         reason = " ".join(str(error).split())
         if "memory" not in reason:
             raise
-        raise ValueError(f"a packed file holds tensors with memory of their own only ({reason})") from None
+        raise ValueError(f"a packed file cannot hold tensors that overlap in memory ({reason})") from None
 
 
 def _check_tensor(name: str, value: Any) -> None:
@@ -87,20 +88,20 @@ def _check_tensor(name: str, value: Any) -> None:
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """What `save_packed` was given as `facts`. Raises ValueError for a file that it did not write."""
+    """The `facts` given to `save_packed`. Raises ValueError for a file that `save_packed` did not write."""
     return _open(path)[1]
 
 
 def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
-    """Fills `model`, a network of the file's architecture, and returns it in eval mode.
+    """Fills `model` with the tensors of a packed file and returns it in eval mode.
 
-    A model on the meta device gets the file's tensors, on the CPU. Raises ValueError, naming the file and what is
-    wrong, for a file that is truncated, misshapen or foreign, or that does not fit the network; `model` is then
-    unchanged.
+    `model` must have the architecture of the network in the file. A model on the meta device moves to the CPU. Raises
+    ValueError, naming the file and the fault, for a file that is truncated, malformed or foreign, or that does not fit
+    `model`. `model` is then unchanged.
     """
     left = next((name for name, buffer in _unsaved_buffers(model) if buffer.is_meta), None)
     if left:
-        raise ValueError(f"{left} is on the meta device, and no file has its values: build the network on a real one")
+        raise ValueError(f"{left} is on the meta device, and no file has its values: build the network on the CPU")
     tensors, _, described = _open(path)
     stored = _stored_names(model, described)
     whole, state = model.state_dict(), {}
@@ -122,11 +123,11 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     if tensors:
         raise ValueError(f"{path} has {next(iter(tensors))}, which the network does not know")
     on_meta = any(value.is_meta for value in whole.values())
-    if on_meta:  # whose tensors are replaced: shared ones stay so if they are one parameter
+    if on_meta:  # assign=True replaces tensors; layers keep sharing one if it is a single Parameter
         for name, value in model.state_dict(keep_vars=True).items():
             if isinstance(value, nn.Parameter) and name in state:
                 state[name] = nn.Parameter(state[name], requires_grad=value.requires_grad)
-    whole.update({name: state[stored[name]] for name in stored})  # which keeps the versions of the modules
+    whole.update({name: state[stored[name]] for name in stored})  # in place, which keeps the modules' version numbers
     model.load_state_dict(whole, assign=on_meta)
     return model.eval()
 
@@ -137,7 +138,8 @@ def _unsaved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _stored_names(model: nn.Module, packed: Container[str]) -> dict[str, str]:
-    """For each name in the state_dict the one that its tensor is stored under: of several names a packed one."""
+    """Maps each name in the state_dict to the name under which its tensor is stored. Of several names for one tensor, a
+    name in `packed` has precedence."""
     state = model.state_dict(keep_vars=True)  # a shared tensor is the same object under all its names
     first: dict[int, str] = {}
     for name in sorted(state, key=lambda name: name not in packed):
@@ -146,13 +148,13 @@ def _stored_names(model: nn.Module, packed: Container[str]) -> dict[str, str]:
 
 
 def _open(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Tensors, facts and the description of the packed tensors."""
+    """Reads the tensors, the facts, and the description (bits and shape) of the packed tensors."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r} instead of {FORMAT!r}")
         facts, described = json.loads(metadata["facts"]), json.loads(metadata["tensors"])

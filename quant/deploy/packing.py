@@ -1,4 +1,4 @@
-"""Integers of 2 to 8 bits packed at their true width: two 4-bit values in a byte, eight 3-bit values in three."""
+"""Integers of 2 to 8 bits packed without padding: two 4-bit values per byte, eight 3-bit values per three bytes."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from ..grid import check_bits
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Whole numbers -2^(bits-1) ... 2^(bits-1)-1 of any shape and dtype -> uint8 [ceil(numel * bits / 8)].
+    """Packs integers -2^(bits-1) ... 2^(bits-1) - 1, of any shape and dtype, into uint8 [ceil(numel * bits / 8)].
 
-    Two's complement, in the order of the elements, lowest bit first; the last byte is filled up with zeros.
-    Raises ValueError for a value outside that range or bits outside 2..8.
+    The values are in two's complement, in the order of the elements, lowest bit first. Zeros pad the last byte. Raises
+    ValueError for a value outside that range and for bits outside 2..8.
     """
     limit = 2 ** (check_bits(bits) - 1)
     flat = values.reshape(-1)
@@ -24,9 +24,9 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """`count` values of `pack_bits` -> int8 [count].
+    """Unpacks `count` values that `pack_bits` packed, into int8 [count].
 
-    Raises ValueError if `packed` is not as long as they need, or for bits outside 2..8.
+    Raises ValueError if `packed` is not uint8 of the length that `count` values need, and for bits outside 2..8.
     """
     expected = (count * check_bits(bits) + 7) // 8
     if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != expected:
