@@ -43,7 +43,8 @@ def layer_rows(
         snapped = {key: snap(value, grids[f"{name}.{key}"]) for key, value in before.items()}
         inputs = [layer_input.aminmax() for layer_input, _ in capture(model, name, batches)]
         row = {
-            "layer": name, "bits": grids[f"{name}.weight"].bits, **_weight_figures(before["weight"], *snapped["weight"]),
+            "layer": name, "bits": grids[f"{name}.weight"].bits,
+            **_weight_figures(before["weight"], *snapped["weight"]),
             "input_min": min(low.item() for low, _ in inputs), "input_max": max(high.item() for _, high in inputs),
         }  # fmt: skip
         with torch.no_grad():

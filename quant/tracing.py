@@ -179,7 +179,7 @@ def is_sum(node: fx.Node) -> bool:
 
 
 def conv_norm_pairs(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
-    """Pairs of calls: a 2-d convolution, and the batch norm with running statistics that alone reads its output.
+    """Pairs of calls: a 2-d convolution, and a batch norm with running statistics, the only reader of its output.
 
     `graph` is `trace(model)`. Modules that the network calls more than once are left out, and so are convolutions with
     a computed weight, as by weight_norm.

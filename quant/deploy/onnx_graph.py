@@ -129,7 +129,7 @@ class _Builder:
         return images.to(next(self.model.parameters()).device)
 
     def fold_batch_norms(self, graph: fx.Graph) -> set[fx.Node]:
-        """Folds every batch norm that alone reads a convolution with integer weights. Returns the folded calls."""
+        """Folds each batch norm that follows a convolution with integer weights. Returns the folded calls."""
         folded = set()
         for call, following in conv_norm_pairs(self.model, graph):
             name, conv, norm = operation(call), called_module(self.model, call), called_module(self.model, following)
