@@ -1,0 +1,66 @@
+"""Data sets by name."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.cli import UserError
+from utils.data.in_memory import InMemorySplit
+from utils.data.sources import find_arrays
+from utils.data.specs import DATASETS, DataSpec
+from utils.data.split import Split
+
+
+@dataclass
+class Dataset:
+    name: str
+    train: Split
+    test: Split
+    classes: list[str]
+
+    @property
+    def spec(self) -> DataSpec:
+        return DATASETS[self.name]
+
+    def splits(self, val_split: int = 0) -> tuple[Split, Split, str]:
+        """What to train and to evaluate on, and the latter's name: the training and the test images, or with
+        `val_split` N the training images without the last N, and those ("validation"): views, no copy.
+
+        Raises UserError if no training image would be left.
+        """
+        if not val_split:
+            return self.train, self.test, "test"
+        if val_split >= len(self.train):
+            raise UserError(f"--val_split {val_split} leaves nothing of the {len(self.train)} training images")
+        border = len(self.train) - val_split
+        return self.train.part(slice(border)), self.train.part(slice(border, None)), "validation"
+
+    def in_order_of(self, classes: list[str]) -> "Dataset":
+        """The same images, with labels that count in `classes`, which are this set's own in any order."""
+        numbers = [classes.index(name) for name in self.classes]
+        train, test = self.train.relabeled(numbers), self.test.relabeled(numbers)
+        return replace(self, train=train, test=test, classes=list(classes))
+
+
+def load_dataset(name: str, data_dir: str | Path, device: torch.device, workers: int = 0) -> Dataset:
+    """The data set `name` (a key of DATASETS), checked: as uint8 on `device`, or of imagefolder the file names.
+
+    `workers` is the number of processes that read images of an imagefolder; 0: this one. Raises UserError for a file
+    that is not what utils/data/sources.py says, or if the set cannot be had.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: --dataset is one of {', '.join(DATASETS)}")
+    spec = DATASETS[name]
+    if name == "imagefolder":
+        from utils.data.folder import load_folder  # which imports torchvision
+
+        return Dataset(name, *load_folder(data_dir, spec, device, workers))
+    arrays = find_arrays(name, Path(data_dir))
+
+    def split(part: str) -> InMemorySplit:
+        images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"].astype(np.int64)
+        return InMemorySplit(torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device), spec)
+
+    return Dataset(name, split("train"), split("test"), [str(label) for label in arrays["classes"]])

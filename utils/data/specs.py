@@ -1,0 +1,46 @@
+"""What is known of each data set without its images. Imports no torch: the scripts' --help is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Facts of a data set.
+
+    `mean` and `std` are those of the training images for each channel, in units of 0..255. `flip` says whether a
+    mirrored image is valid. `size` is the number of pixels on a side of what a network is given. `classes` is their
+    number, None if the images' folders say it. `archives` are the names of what torchvision downloads and of the folder
+    that it makes of that.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flip: bool
+    size: int = 32
+    classes: int | None = None
+    archives: tuple[str, ...] = ()
+
+
+DATASETS = {
+    "cifar100": DataSpec(
+        (129.3, 124.1, 112.4), (68.2, 65.4, 70.4), flip=True, classes=100,
+        archives=("cifar-100-python.tar.gz", "cifar-100-python"),
+    ),
+    "cifar10": DataSpec(
+        (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), flip=True, classes=10,
+        archives=("cifar-10-python.tar.gz", "cifar-10-batches-py"),
+    ),
+    "digits": DataSpec((77.9, 77.9, 77.9), (87.3, 87.3, 87.3), flip=False, classes=10),
+    "imagefolder": DataSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), flip=True, size=224),
+}  # fmt: skip
+DEFAULT = "cifar100"  # of networks whose file does not name their data set, as the published files
+
+
+def at_hand(name: str, data_dir: str | Path) -> bool:
+    """Whether the data set `name` is there without a download."""
+    if name == "digits":
+        return True
+    if name == "imagefolder":
+        return all((Path(data_dir) / part).is_dir() for part in ("train", "val"))
+    return any((Path(data_dir) / file).exists() for file in (f"{name}.npz", *DATASETS[name].archives))
