@@ -1,8 +1,8 @@
 """Images in folders, a class a folder, with ImageNet's standard augmentation; for sets that do not fit a device.
 
 <data_dir>/train/<class>/*.jpg and <data_dir>/val/<class>/*.jpg. Files are decoded, cropped to 224 x 224 and flipped by
-worker processes; order, crops and flips of an epoch come from (seed, epoch) only. utils/data/images.py has what becomes of
-16-bit pixels and of EXIF orientations.
+worker processes; order, crops and flips of an epoch come from (seed, epoch) only. utils/data/images.py has what becomes
+of 16-bit pixels and of EXIF orientations.
 """
 
 import os

@@ -40,7 +40,7 @@ class Split(ABC):
     def shuffled(self, batch_size: int, seed: int, world: World = ALONE) -> "TrainBatches":
         """Shuffled, augmented batches for training, of which each process of `world` takes its part."""
 
-    def check_files(self, whole: bool, world: World = ALONE) -> None:
+    def check_files(self, whole: bool, world: World = ALONE) -> None:  # noqa: B027 - images in memory have no files
         """Raises UserError, naming the first, if there are image files that cannot be read.
 
         `whole` decodes each, as an evaluation does. Otherwise only their headers are read.
