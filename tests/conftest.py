@@ -13,6 +13,15 @@ from filelock import FileLock
 
 from tests.helpers import ROOT, SmallNet, copy_with_args
 
+SLOW = {"cli", "rejected", "digits_run", "channel_run", "installed"}  # fixtures that run commands
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that run commands are slow ones."""
+    for item in items:
+        if SLOW & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
 
 @dataclass
 class Outcome:
