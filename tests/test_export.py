@@ -213,10 +213,10 @@ class TwoInputs(Inputs):
 
 
 @pytest.mark.parametrize("model, message", [
-    (nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), "no Conv2d, so that it takes no images"),
+    (nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), "no Conv2d, so it takes no images"),
     (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(32, 2)), "cannot be exported to ONNX: .*Gemm"),
     (TwoInputs(lambda conv, x: conv(x)), "TwoInputs has a second input, mask"),
-    (Inputs(lambda conv, x: (conv(x), x)), "Inputs gives more than one tensor"),
+    (Inputs(lambda conv, x: (conv(x), x)), "Inputs does not return a single tensor"),
     (Inputs(lambda conv, x: conv(input=x)), "conv is called without a positional argument"),
 ])  # fmt: skip
 def test_a_network_of_another_kind_is_refused(model, message):
@@ -340,7 +340,7 @@ def test_computed_weights_and_other_precisions_are_refused_by_name():
             with pytest.raises(ValueError, match=f"{index}.weight is computed by its layer"):
                 to_onnx(model, {}, 8)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        with pytest.raises(ValueError, match=f"0.weight is {dtype}: ONNX files are of float32 networks"):
+        with pytest.raises(ValueError, match=f"0.weight is {dtype}: ONNX files hold float32 networks"):
             to_onnx(net().to(dtype), {}, 8)
 
 

@@ -148,7 +148,7 @@ def test_shared_weights_are_stored_once(tmp_path):
 
 
 def test_half_precision_is_refused(tmp_path, net):
-    with pytest.raises(ValueError, match="conv1.weight is torch.float16: packed files are of float32 networks"):
+    with pytest.raises(ValueError, match="conv1.weight is torch.float16: packed files hold float32 networks"):
         save_packed(tmp_path / "a.safetensors", net.half(), 4)
     assert not list(tmp_path.iterdir())
 
@@ -200,6 +200,6 @@ def test_state_that_a_file_cannot_hold(tmp_path):
     memory = torch.zeros(6)
     net.register_buffer("left", memory[:4])
     net.register_buffer("right", memory[2:])
-    with pytest.raises(ValueError, match="a packed file holds tensors with memory of their own only"):
+    with pytest.raises(ValueError, match="a packed file cannot hold tensors that overlap in memory"):
         save_packed(tmp_path / "c.safetensors", net, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]

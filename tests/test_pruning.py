@@ -113,7 +113,7 @@ def test_sparse_param_groups(net, first_last):
 def test_sparse_param_groups_of_a_frozen_network(net):
     for weight in prunable_weights(net).values():
         weight.requires_grad_(False)
-    with pytest.raises(ValueError, match="SmallNet has no weights to scale: all that can be pruned are frozen"):
+    with pytest.raises(ValueError, match="SmallNet has no weights to scale: all prunable weights are frozen"):
         sparse_param_groups(net)
 
 

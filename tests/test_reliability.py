@@ -160,7 +160,7 @@ def test_a_reader_of_images_that_is_killed_is_one_line(tmp_path, many_images):
     os.kill(processes[0], signal.SIGKILL)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2 and len(err.splitlines()) == 1, err
-    assert err.startswith("error: a process that reads images has ended (") and "try fewer --workers" in err
+    assert err.startswith("error: a process that reads images was killed (signal") and "try fewer --workers" in err
 
 
 def test_sigterm_in_an_evaluation(tmp_path, digits_run):
