@@ -208,7 +208,7 @@ def test_adaround_on_a_network(net):
     rounded = adaround(copy.deepcopy(nearest), net, images.split(64), 3, iterations=200)
     with torch.no_grad():
         errors = [(net(images) - other(images)).square().mean().item() for other in (nearest, rounded)]
-    assert errors[1] < errors[0]
+    assert errors[1] < 0.5 * errors[0]  # a quarter
     for name, bits in (("conv1.weight", 8), ("conv2.weight", 3), ("fc.weight", 8)):
         weight, scale = net.get_parameter(name), weight_scale(net.get_parameter(name), bits)
         steps = (rounded.get_parameter(name) - weight) / scale
