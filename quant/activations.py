@@ -8,7 +8,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.modules import activation
 
 from .grid import FLOAT_BITS
-from .layers import copy_network
+from .layers import copy_network, first_names
 from .quantizers import ActivationQuantizer
 from .tracing import InPlaceError, operation, trace
 
@@ -56,9 +56,9 @@ def _graph(model: nn.Module) -> fx.Graph | None:
 
 def _activations(model: nn.Module, graph: fx.Graph | None) -> list[tuple[str, str]]:
     """Name and kind of every activation that eval mode calls. Without a graph, all modules count as called."""
-    found = []
+    found, called = [], _called(graph)
     for name, module in model.named_modules():
-        if isinstance(module, ACTIVATION_LAYERS) and _is_called(name, graph):
+        if isinstance(module, ACTIVATION_LAYERS) and _is_called(name, called):
             found.append((name, "ReLU" if isinstance(module, nn.ReLU) else type(module).__name__))
         if isinstance(module, TRANSFORMER_LAYERS) and not isinstance(module.activation, nn.Module):
             found.append((f"{name}.activation", getattr(module.activation, "__name__", "function")))
@@ -69,11 +69,15 @@ def _activations(model: nn.Module, graph: fx.Graph | None) -> list[tuple[str, st
     return found
 
 
-def _is_called(name: str, graph: fx.Graph | None) -> bool:
-    if graph is None:
-        return True
-    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    return any(name == target or name.startswith(f"{target}.") for target in called)
+def _called(graph: fx.Graph | None) -> set[str] | None:
+    """Names of the modules that are called, or None if there is no graph to tell."""
+    return None if graph is None else {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+
+def _is_called(name: str, called: set[str] | None) -> bool:
+    """Whether the module `name`, or one that contains it, is in `called`. None stands for all modules."""
+    parts = name.split(".")
+    return called is None or any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1))
 
 
 def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], inplace: bool = False) -> nn.Module:
@@ -91,6 +95,7 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
     if bits == FLOAT_BITS:
         return model if inplace else copy_network(model)
     graph = _graph(model)
+    called = _called(graph)
     quantizers: dict[str, ActivationQuantizer] = {}
     for name in relu_names(model):
         if name in ranges:
@@ -98,7 +103,7 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
             # On the model's device: a GPU divides by a CPU scalar differently, which changes how ties round.
             quantizer = ActivationQuantizer(bits, ranges[name], in_place).to(next(model.parameters()).device)
             quantizers[name] = quantizer
-        elif graph and _is_called(name, graph):
+        elif called is not None and _is_called(name, called):
             raise ValueError(f"no activation range is given for {name}")
     _warn_of_floats(_activations(model, graph), quantizers)
     quantized = model if inplace else copy_network(model)
@@ -113,8 +118,7 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
 def _warn_of_floats(activations: Sequence[tuple[str, str]], quantizers: dict[str, ActivationQuantizer]) -> None:
     left = [f"{name} ({kind})" for name, kind in activations if name not in quantizers]
     if left:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        message = f"{len(left)} of {len(activations)} activations stay float: {', '.join(left[:3])}{more}"
+        message = f"{len(left)} of {len(activations)} activations stay float: {first_names(left)}"
         warnings.warn(message, stacklevel=3)
 
 

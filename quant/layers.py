@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,12 @@ def layer_grids(model: nn.Module, grid: Grid | int) -> dict[str, Grid]:
     if not result:
         raise ValueError(f"{type(model).__name__} has no weights to quantize in its convolution and linear layers")
     return result
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first three of `names`, and how many more there are: for a message."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def weight_value(model: nn.Module, name: str) -> Tensor:
@@ -131,9 +137,8 @@ def split_parameters(model: nn.Module, names: Collection[str]) -> tuple[dict[str
     scaled = {name_of[id(parameter)]: parameter for parameter in trained if id(parameter) in name_of}
     zeros = [name for name, parameter in scaled.items() if is_all_zeros(parameter)]
     if zeros:
-        more = f" and {len(zeros) - 3} more" if len(zeros) > 3 else ""
         warnings.warn(
-            f"all zeros, which PSG never moves: {', '.join(zeros[:3])}{more}; give PSGD an eps > 0, such as 0.01, "
+            f"all zeros, which PSG never moves: {first_names(zeros)}; give PSGD an eps > 0, such as 0.01, "
             "start from trained weights, or leave them out of the scaled groups",
             stacklevel=3,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from models import ResNet32
-from quant import PSGD, Grid, psg_param_groups
+from quant import PSGD, Grid, layer_grids, psg_param_groups
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.data.in_memory import InMemorySplit
 from utils.data.load import load_dataset
@@ -62,6 +62,13 @@ def twin_multiplier(weight, bits, lambda_s, eps=0.0):
     """The rule as one writes it down, a tensor at a time."""
     scale = weight.abs().max() / (2 ** (bits - 1) - 1)
     return lambda_s * (weight - torch.round(weight / scale) * scale).abs() + eps
+
+
+def scale_by_hand(net, bits, lambda_s):
+    """Scales the gradients of `net` by the rule."""
+    for name, grid in layer_grids(net, bits).items():
+        parameter = net.get_parameter(name)
+        parameter.grad *= twin_multiplier(parameter.detach(), grid.bits, lambda_s)
 
 
 def backward(net, seed=0):

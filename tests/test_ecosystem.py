@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 from quant import PSGD, auto_lambda_s, grid_share, layer_grids, psg_param_groups, weight_mse
-from tests.helpers import backward, fill_gradients, same, sgd, take_steps, twin_multiplier, weights
+from tests.helpers import backward, fill_gradients, same, scale_by_hand, sgd, take_steps, twin_multiplier, weights
 
 BASES = {
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True),
@@ -49,9 +49,7 @@ def test_any_base_steps_on_the_scaled_gradient(net, name):
         fill_gradients(net, step)
         optimizer.step()
         fill_gradients(reference, step)
-        for key, grid in layer_grids(reference, 4).items():
-            parameter = reference.get_parameter(key)
-            parameter.grad *= twin_multiplier(parameter.detach(), grid.bits, 50)
+        scale_by_hand(reference, 4, 50)
         plain.step()
     assert same(weights(net), weights(reference))
 
@@ -147,9 +145,7 @@ def test_round_a_wrapper_without_hooks(net):
         fill_gradients(net, step)
         optimizer.step()
         fill_gradients(reference, step)
-        for key, grid in layer_grids(reference, 4).items():
-            parameter = reference.get_parameter(key)
-            parameter.grad *= twin_multiplier(parameter.detach(), grid.bits, 50)
+        scale_by_hand(reference, 4, 50)
         plain.step()
     assert same(weights(net), weights(reference))
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quant import PSGD, Grid, fake_quantize_weight, layer_grids, psg_param_groups
-from tests.helpers import backward, fill_gradients, same, sgd, twin_multiplier, weights
+from tests.helpers import backward, fill_gradients, same, scale_by_hand, sgd, twin_multiplier, weights
 from utils.device import select_device
 
 # --- the rule -----------------------------------------------------------------------------------------------------
@@ -34,15 +34,12 @@ def test_whole_training_equals_a_plain_loop(net):
     """Steps of PSGD(SGD) = scale by hand, then SGD: momentum and weight decay see the scaled gradient."""
     reference = copy.deepcopy(net)
     plain = torch.optim.SGD(reference.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    grids = layer_grids(net, 4)
     optimizer = PSGD(sgd(net), lambda_s=150)
     for step in range(5):
         fill_gradients(net, step)
         optimizer.step()
         fill_gradients(reference, step)
-        for name, parameter in reference.named_parameters():
-            if name in grids:
-                parameter.grad *= twin_multiplier(parameter.detach(), grids[name].bits, 150)
+        scale_by_hand(reference, 4, 150)
         plain.step()
     assert same(weights(net), weights(reference))
 

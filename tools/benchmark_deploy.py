@@ -29,6 +29,7 @@ from utils.cli import Parser, UserError, bits, count, first_line, run
 from utils.data.split import Split
 from utils.deployment import check_activations
 from utils.device import autocast, machine, select_device
+from utils.exporting import check_packages
 from utils.files import check_output_file, command_line, git_commit, write_json
 from utils.opening import Datasets, OpenedNetwork, open_network
 from utils.training.evaluation import fold_batch_norm
@@ -191,11 +192,9 @@ def main() -> None:
     args = parse()
     if args.json:
         check_output_file("--json", args.json)
-    try:
-        import onnx  # noqa: F401 - looked for before anything is done
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(f"{first_line(error)}: pip install -r requirements-export.txt") from None
+    check_packages()
+    import onnxruntime
+
     device, _ = select_device(CPU.type, 0)
     hardware = machine(device)
     print(f"{hardware}, torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {args.rounds} rounds")

@@ -1,6 +1,7 @@
 """Exported networks that are read again, run and compared before their files get their names."""
 
 import hashlib
+import importlib
 import sys
 from argparse import Namespace
 from dataclasses import asdict, dataclass
@@ -48,17 +49,21 @@ class Exported:
         return f"W{self.grid.bits}" + (f"A{self.a_bit}" if self.a_bit != FLOAT_BITS else "")
 
 
+def check_packages() -> None:
+    """Raises UserError if a package that exports need is missing: look before the work."""
+    for name in ("onnx", "onnxruntime", "safetensors"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"{first_line(error)}: pip install -r requirements-export.txt") from None
+
+
 def export_checked(args: Namespace, size: int) -> None:
     """Writes the files that export.py's `args` ask for, of a network for images of size x size.
 
     Raises UserError if a package is missing, and if a file does not give the network's outputs: nothing is left then.
     """
-    try:
-        import onnxruntime  # noqa: F401 - looked for before anything is done
-        import safetensors  # noqa: F401
-        from onnx import checker  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{first_line(error)}: pip install -r requirements-export.txt") from None
+    check_packages()
     with output_folder("--out", args.out) as out:
         exported = prepare(args, size)
         write(args, exported, out)

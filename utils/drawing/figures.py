@@ -86,14 +86,12 @@ def one(results: list[str]) -> str:
 
 def dense_rows(paths: list[str], *numbers: str) -> list[dict[str, str]]:
     """The rows of results.csv files, with `numbers`, of networks neither pruned nor changed after training."""
-
     return [
         row for row in read_results(paths, numbers) if row["post"] == "none" and not float(row.get("sparsity") or 0)
     ]
 
 
 def bits_figures(args: Namespace) -> list[Picture]:
-
     rows = distinct(row for row in dense_rows(args.results, "weight_mse") if row["a_bit"] == "32")
     last = max((int(row["epoch"]) for row in rows if row["trained"] == "SGD" and row["epoch"].isdigit()), default=None)
     if last is None:
@@ -118,7 +116,6 @@ def bits_figures(args: Namespace) -> list[Picture]:
 
 
 def curve_figures(args: Namespace) -> list[Picture]:
-
     runs = {}
     for label, folder in zip(args.labels, args.runs, strict=True):
         path = Path(folder) / "metrics.csv"
@@ -132,7 +129,6 @@ def curve_figures(args: Namespace) -> list[Picture]:
 
 
 def grid_figures(args: Namespace) -> list[Picture]:
-
     groups: dict[str, dict[tuple[int, int], float]] = {}
     for row in dense_rows([one(args.results)]):
         name = f"{row['trained']} {row['epoch']}".strip() or row.get("model", "")
@@ -145,7 +141,6 @@ def grid_figures(args: Namespace) -> list[Picture]:
 
 
 def report_figures(args: Namespace) -> list[Picture]:
-
     numbers = ("sqnr", "top1_lost")
     rows = read_rows(one(args.results), ("model", "layer", "bits", *numbers), "layers.csv of eval.py --report", numbers)
     models: dict[str, list[dict[str, str]]] = {}
@@ -157,12 +152,10 @@ def report_figures(args: Namespace) -> list[Picture]:
 
 
 def warp_figures(args: Namespace) -> list[Picture]:
-
     return [("figure2", warped_space)]
 
 
 def sparse_figures(args: Namespace) -> list[Picture]:
-
     weights = {
         label: torch.cat([weight.detach().flatten() for weight in prunable_weights(network).values()])
         for label, (network, _) in load_networks(args).items()
@@ -171,7 +164,6 @@ def sparse_figures(args: Namespace) -> list[Picture]:
 
 
 def curvature_figures(args: Namespace) -> list[Picture]:
-
     folder = Path(one(args.results))
 
     def columns(name: str, by: str, *wanted: str) -> dict[str, list[list[float]]]:
@@ -191,8 +183,8 @@ def curvature_figures(args: Namespace) -> list[Picture]:
         names = {
             row["model"]: row["trained"] for row in read_rows(folder / "spectrum.csv", ("trained",), "spectrum.csv")
         }
-        distinct = all(names.values()) and len(set(names.values())) == len(names)
-        spectra = {names[path] if distinct else path: values for path, values in by_file.items()}
+        telling = all(names.values()) and len(set(names.values())) == len(names)
+        spectra = {names[path] if telling else path: values for path, values in by_file.items()}
     return [("figure4", partial(curvature, digits, spectra))]
 
 
