@@ -6,7 +6,7 @@ loader yields it.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import chain
 from typing import cast
@@ -69,11 +69,11 @@ def correct_bias(
 
     The layers are corrected in the order in which they run, each after those before it. The mean is that of each output
     channel over `batches`. A convolution without a bias gets one. Source: bias correction (Nagel et al. 2019), but with
-    images instead of batch-norm statistics.
+    images instead of batch-norm statistics. Raises ValueError if `batches` is empty.
     """
     batches = list(batches)
     with restored_on_error(quantized):
-        for name in layers_in_order(model, batches[0], layer_grids(model, Grid(8, first_last))):
+        for name in layers_in_order(model, batches, layer_grids(model, Grid(8, first_last))):
             layer = quantized.get_submodule(name)
             shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
             bias = cast(Tensor | None, layer.bias)
@@ -100,13 +100,13 @@ def adaround(
 
     Biases stay rounded to the nearest grid point, and so do computed weights, as by spectral_norm. Weights that are
     zero in `model`, such as pruned ones, stay zero. A weight that several layers share is learned in the first of them.
-    Raises ValueError for full precision.
+    Raises ValueError for full precision and if `batches` is empty.
     """
     batches = list(batches)
     grids = layer_grids(model, grid)
     generator = torch.Generator().manual_seed(seed)
     with restored_on_error(quantized):
-        for name in layers_in_order(model, batches[0], grids):
+        for name in layers_in_order(model, batches, grids):
             if f"{name}.weight" not in grids:
                 continue
             layer, weight = quantized.get_submodule(name), model.get_parameter(f"{name}.weight").detach()
@@ -174,15 +174,17 @@ def _mean_output(model: nn.Module, name: str, batches: list[Batch]) -> Tensor:
     return (sums / sum(part.shape[1] for part in outputs)).to(outputs[0])
 
 
-def layers_in_order(model: nn.Module, batch: Batch, parameters: Iterable[str]) -> list[str]:
+def layers_in_order(model: nn.Module, batches: Sequence[Batch], parameters: Iterable[str]) -> list[str]:
     """Names of the layers that own `parameters` (state_dict names), in the order in which they run in eval mode.
 
     One warning names the layers that are not called, such as an auxiliary head or a layer whose weights are used
-    without calling it.
+    without calling it. Raises ValueError if `batches` is empty.
     """
+    if not batches:
+        raise ValueError("the layers of a network are found by running it, which needs at least one batch of images")
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in parameters))
     order: dict[str, None] = {}
-    watch(model, names, [images_of(batch)[:1]], lambda name, *_: order.setdefault(name))
+    watch(model, names, [images_of(batches[0])[:1]], lambda name, *_: order.setdefault(name))
     silent = [name for name in names if name not in order]
     if silent:
         warnings.warn(f"not called in eval mode, and so left out: {', '.join(silent)}", stacklevel=3)

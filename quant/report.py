@@ -30,11 +30,11 @@ def layer_rows(
         input_min, input_max: range of the layer's inputs over `batches` of images
 
     A weight that several layers share has one row, that of the first of them. A computed weight, as by spectral_norm,
-    has none. Raises ValueError for full precision.
+    has none. Raises ValueError for full precision and if `batches` is empty.
     """
     batches = list(batches)
     grids = layer_grids(model, grid)
-    for name in layers_in_order(model, batches[0], grids):
+    for name in layers_in_order(model, batches, grids):
         if f"{name}.weight" not in grids:
             continue
         layer = model.get_submodule(name)

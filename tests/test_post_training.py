@@ -133,6 +133,17 @@ def test_the_projection_of_attention_is_a_layer_like_others():
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
+def test_no_batches_are_refused(net):
+    quantized = quantize_weights(net, 4)
+    for call in (
+        lambda: correct_bias(quantized, net, []),
+        lambda: adaround(quantized, net, [], 4),
+        lambda: next(iter(layer_rows(net, [], 4))),
+    ):
+        with pytest.raises(ValueError, match="needs at least one batch of images"):
+            call()
+
+
 def test_layers_that_do_not_run_are_named(net):
     net.aux = nn.Linear(8, 2)
     with pytest.warns(UserWarning, match="not called in eval mode, and so left out: aux"):
