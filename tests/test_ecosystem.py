@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 import pickle
 from itertools import product
 
@@ -323,6 +324,7 @@ def distributed(rank, ranks, store, wraps):
         compare_with_one_process(rank, ranks, wrap, per_channel)
     torch.distributed.barrier()  # a rank that leaves early may take the other down with it
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the group, and one that wakes while Python shuts down aborts the process
 
 
 def compare_with_one_process(rank, ranks, wrap, per_channel):
