@@ -62,7 +62,7 @@ def add_goal(p: Parser) -> None:
     p.add_argument("--sparsity", type=cli.sparsity, default=None, metavar="S",
                    help="share of zero weights with --target zero, by magnitude over all layers (default: 0.9)")
     p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=150.0,
-                   help="strength of the scaling; auto: from the weights, rising if few are near the grid")
+                   help="strength of the scaling; auto: each tensor's own, set by the length of the run")
     p.add_argument("--psg_acts_on", choices=["gradient", "update"], default="gradient",
                    help="what PSG scales: gradients, as published, or the optimizer's whole step, meant for --adam 1")
     p.add_argument("--eps", type=cli.non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
@@ -117,6 +117,8 @@ def parse() -> tuple[Namespace, RunFolder | None]:
             as_published = args.psg and args.arch == "ResNet32" and args.dataset == "cifar100"
             args.load_pretrained = PRETRAINED if as_published else ""
         resolve_target(args)
+        if args.lambda_s == "auto" and args.adam and args.psg and args.psg_acts_on == "gradient":
+            raise UserError("--lambda_s auto with --adam 1 needs --psg_acts_on update: Adam cancels it on gradients")
         if args.weights and args.load_pretrained:
             raise UserError(f"--weights {args.weights} and --load_pretrained {args.load_pretrained}: choose one")
         if args.w_decay is None:

@@ -8,7 +8,7 @@ scikit-learn's digits as sequences of eight rows.
 """
 
 import torch
-from psgd import PSGD, auto_lambda_s, grid_share, layer_grids, psg_param_groups, quantize_weights
+from psgd import PSGD, grid_share, layer_grids, psg_param_groups, quantize_weights
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -53,7 +53,7 @@ left_alone = [name for name, _ in model.named_parameters() if name not in layer_
 print(f"left alone: {', '.join(left_alone)}")
 groups = psg_param_groups(model, 4)
 base = torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.01)
-optimizer = PSGD(base, lambda_s=auto_lambda_s(groups), acts_on="update")
+optimizer = PSGD(base, lambda_s="auto", acts_on="update", steps=30 * 23)
 
 for _ in range(30):
     for chosen in torch.randperm(1437).split(64):

@@ -7,7 +7,7 @@ a user's tasks; the modules hold the functions behind them.
 from .activations import float_activations, quantize_activations
 from .deploy import export, load_packed, read_facts
 from .grid import Grid, fake_quantize_weight, weight_scale
-from .lambda_s import auto_lambda_s, steer_lambda_s
+from .lambda_s import Pace, expected_share
 from .layers import layer_grids, psg_param_groups
 from .penalties import penalize_l1
 from .post_training import adaround, correct_bias, reestimate_batch_norm
@@ -22,11 +22,12 @@ __version__ = "2.0.0"
 __all__ = [
     "PSGD",
     "Grid",
+    "Pace",
     "adaround",
-    "auto_lambda_s",
     "bn_ranges",
     "calibrate",
     "correct_bias",
+    "expected_share",
     "export",
     "fake_quantize_weight",
     "float_activations",
@@ -44,7 +45,6 @@ __all__ = [
     "read_facts",
     "reestimate_batch_norm",
     "sparse_param_groups",
-    "steer_lambda_s",
     "weight_mse",
     "weight_scale",
 ]

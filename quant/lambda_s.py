@@ -1,105 +1,236 @@
-"""lambda_s "auto": one setting for every model and bit-width (ours).
+"""The pace of PSG, and lambda_s "auto", which sets it (ours; docs/optimizer.md derives both).
 
-The share of weights near the grid and the training loss steer lambda_s during training.
+PSG moves the distance d of a weight to its grid point by a factor: d <- d * (1 - gain * lambda_s * g), where g is the
+gradient and gain = lr * (1 - dampening) / (1 - momentum). With noisy gradients log|d| is therefore a random walk, and
+
+    tau = sum over steps of (gain * lambda_s)^2 * mean(g^2)
+
+is its variance. tau alone decides how many weights are near the grid, whatever the network and the bits, so lambda_s
+"auto" chooses each tensor's lambda_s such that tau grows evenly to `tau_end` in the first part of the stage.
+
+With acts_on="update" the base optimizer's step / lr takes the place of g, and gain is lr. Momentum correlates such
+steps. A walk of correlated steps has a larger variance for the same tau but less drift towards the grid, and the two
+nearly cancel: the tau after which nine tenths of the weights are near the grid is 6.3 for independent steps, and
+between 4.7 and 7.3 for correlations up to those of momentum 0.9.
+
+Each scaled weight has a record in the optimizer's state, on its device: a float32 tensor of the RECORD fields.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from .grid import number
-from .psgd import is_scaled, psg_multipliers
+from .grid import is_sharded
+from .settings import AUTO
 
-AUTO_MULTIPLIER = 4.0  # mean PSG multiplier of the paper's run: lambda_s 150, ResNet-32, 4 bits
-AUTO_SHARE = (0.2, 0.95)  # planned shares at progress 0 (a network that was not trained for a grid) and at progress 1
-AUTO_RISE = 1.25  # factor of lambda_s after an epoch that is behind the plan
-AUTO_LIMIT = 20  # largest factor of lambda_s over all epochs
-AUTO_HARM = 1.1  # a rise is taken back if the loss grows by more than this factor
+PLAN_END = 0.75  # share of the stage in which tau grows; lambda_s is constant in the rest
+MEMORY = 100  # steps over which the mean square of the gradients is averaged
+STILL = 1e-15  # a smaller root mean square counts as none
+HARM = 1.1  # the pace is halved if the loss is larger than that of any epoch before by more than this factor
+
+State = MutableMapping[Tensor, dict[str, Any]]
+RECORD = ("steps", "tau", "mean_square", "lambda_s")
 
 
-@torch.no_grad()
-def mean_distance(weights: Iterable[Tensor], bits: int = 4) -> float:
-    """Mean of |w - Q(w)| over the elements of all `weights`. Each tensor has its own per-tensor grid of `bits` bits.
+def expected_share(tau: float) -> float:
+    """Share (0 to 1) of weights at most a tenth of the scale from a grid point after a walk of variance `tau` >= 0.
 
-    lambda_s times this mean is the mean PSG multiplier. Raises ValueError for bits outside 2..8 and if there are no
+    The weights begin evenly spread over their cells: 0.2 at tau = 0. A weight that crosses the middle between two grid
+    points is drawn to the other from there on, which reflects its walk. Raises ValueError for a negative tau.
+    """
+    if not tau >= 0:
+        raise ValueError(f"tau must be at least 0, got {tau!r}")
+    if tau < 1e-6:
+        return 0.2
+    # Z = log(0.5 / |d|), with d in units of the scale, is a Brownian motion of drift 1/2 that is reflected at 0. Its
+    # start is exponential. This is P(Z >= edge), from the known P(Z < edge | start) integrated over the starts.
+    edge = math.log(0.5 / 0.1)
+    far = _exp_ndtr(0, (edge - tau / 2) / math.sqrt(tau)) - _exp_ndtr(tau - edge, (edge - 1.5 * tau) / math.sqrt(tau))
+    turned = _exp_ndtr(edge, (-edge - tau / 2) / math.sqrt(tau))
+    turned -= _exp_ndtr(tau + 2 * edge, (-edge - 1.5 * tau) / math.sqrt(tau))
+    return 1 - far + turned
+
+
+def _exp_ndtr(exponent: float, x: float) -> float:
+    """exp(exponent) times the normal distribution at x, without overflow."""
+    return math.exp(exponent + torch.special.log_ndtr(torch.tensor(x, dtype=torch.float64)).item())
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far the scaled weights of an optimizer have come. Means over tensors are weighted by their numbers of
     weights.
+
+    Attributes:
+        steps: steps taken.
+        tau: mean tau.
+        expected_share: mean of `expected_share` over the tensors, to compare with `grid_share`.
+        lambda_s: mean lambda_s of the last step.
+        planned_tau: mean tau at the end of the plan, if the rest goes as planned; `tau` itself if lambda_s is a number.
     """
-    weights = list(weights)
-    count = sum(weight.numel() for weight in weights)
-    if not count:
-        raise ValueError("there are no weights to measure")
-    unit = {"target": "grid", "bits": bits, "per_channel": False, "lambda_s": 1.0, "psg_eps": 0.0}
-    return sum(number(psg_multipliers([weight], unit)[0].cpu().double().sum()) for weight in weights) / count
+
+    steps: int
+    tau: float
+    expected_share: float
+    lambda_s: float
+    planned_tau: float
 
 
-def auto_lambda_s(groups: list[dict[str, Any]]) -> float:
-    """The initial lambda_s, which makes the mean PSG multiplier at 4 bits equal to that of the paper's run (ours).
+def take_step(weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], state: State) -> list[Tensor]:
+    """Counts a step of the walk of `weights` and returns its lambda_s for each of them, float32 and 0-d.
 
-    `groups` are parameter groups such as `psg_param_groups` returns. The mean is taken on 4-bit per-tensor grids
-    whatever the bits and per_channel of the groups: for a given lambda_s a weight moves equally fast within its grid
-    cell at every bit-width, so distances to the groups' own grids are not informative.
-
-    Raises ValueError if no group is scaled, if a group has target "zero", which has no grid, and if all weights are on
-    the 4-bit grid. Raises TypeError if `groups` is not a list of groups (model.parameters(), for example), and for a
-    group whose params are not a list: an iterator would be exhausted here.
+    `moves` are the gradients of the weights or, with acts_on="update", the base optimizer's steps.
     """
-    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, dict) for group in groups):
-        got = type(groups).__name__
-        raise TypeError(
-            f"groups must be a list of parameter groups, as psg_param_groups(model, grid) returns, got a {got}"
-        )
+    records = Records(weights, state)
+    squares = mean_squares(moves)
+    if group["acts_on"] == "update":
+        rate = group["lr"]
+        rate = rate.clamp(min=STILL) if isinstance(rate, Tensor) else max(rate, STILL)
+        squares = squares / (rate * rate)
+    return _walk(records, squares, group)
+
+
+def mean_squares(tensors: list[Tensor]) -> Tensor:
+    """Mean square of each of `tensors`: float32, shape [len(tensors)]. That of a sharded tensor is over all
+    processes."""
+    if any(map(is_sharded, tensors)):
+        norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+        norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
+    else:
+        norms = list(torch._foreach_norm(tensors))
+    roots = torch._foreach_div(norms, [math.sqrt(tensor.numel()) for tensor in tensors])
+    return torch.stack(list(roots)).float().square()
+
+
+class Records:
+    """The records of `weights`, as columns [len(weights)] by field name. `write` puts them back into `state`."""
+
+    def __init__(self, weights: Sequence[Tensor], state: State) -> None:
+        self._tensors = [_record(weight, state) for weight in weights]
+        self.columns = dict(zip(RECORD, torch.stack(self._tensors).unbind(1)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def write(self, **columns: Tensor) -> None:
+        """Replaces these columns, in the state too."""
+        self.columns |= columns
+        torch._foreach_copy_(self._tensors, list(torch.stack([self.columns[name] for name in RECORD], 1).unbind()))
+
+
+def _record(weight: Tensor, state: State) -> Tensor:
+    own = state[weight]
+    if "psg_pace" not in own:
+        device = weight.to_local().device if is_sharded(weight) else weight.device
+        own["psg_pace"] = torch.zeros(len(RECORD), dtype=torch.float32, device=device)
+    record: Tensor = own["psg_pace"]
+    return record
+
+
+def _gain(group: dict[str, Any]) -> Any:
+    """What a gradient moves its weight by in the long run: a number, or a tensor if lr is one."""
+    if group["acts_on"] == "update":
+        return group["lr"]
+    return group["lr"] * (1 - group.get("dampening", 0)) / (1 - group.get("momentum", 0))
+
+
+def _walk(records: Records, squares: Tensor, group: dict[str, Any]) -> list[Tensor]:
+    """Counts one step of the walk and returns its lambda_s for each tensor, float32 and 0-d.
+
+    `squares` [number of tensors] are the mean squares of this step's gradients, or steps / lr.
+    """
+    steps = records["steps"] + 1
+    mean_square = records["mean_square"] + (squares - records["mean_square"]) / steps.clamp(max=MEMORY)
+    if group["lambda_s"] == AUTO:
+        spread, now = (_gain(group) * part.sqrt() for part in (mean_square, squares))
+        goes = spread >= STILL  # else the weights stand still, and no lambda_s would move them
+        spread, now = spread.clamp(min=STILL), now.clamp(min=STILL)
+        plan_end, limit = _plan_end(group), group["noise_limit"]
+        left = (group["tau_end"] - records["tau"]).clamp(min=0) / (plan_end - steps + 1).clamp(min=1)
+        ahead = (steps <= plan_end) & goes
+        held = torch.where(ahead, _even_noise(group) / spread, records["lambda_s"])
+        lambda_s = torch.where(ahead, left.sqrt() / spread, held)
+        # No single step exceeds the limit: near a loss of zero gradients are tiny for long, and then one is large.
+        lambda_s = torch.minimum(lambda_s, limit / now)
+    else:
+        lambda_s = held = torch.full_like(squares, group["lambda_s"])
+    tau = records["tau"] + (_gain(group) * lambda_s).square() * squares
+    records.write(steps=steps, tau=tau, mean_square=mean_square, lambda_s=held)
+    return list(lambda_s.unbind())
+
+
+def _plan_end(group: dict[str, Any]) -> int:
+    return math.ceil(PLAN_END * group["steps"])
+
+
+def _even_noise(group: dict[str, Any]) -> float:
+    """Root mean square of a step of log|d| if tau grows evenly through the plan, within the limit."""
+    return min(math.sqrt(group["tau_end"] / _plan_end(group)), float(group["noise_limit"]))
+
+
+def _tracked(groups: Iterable[dict[str, Any]], state: State) -> list[tuple[dict[str, Any], int, list[float]]]:
+    """Group, number of weights and record of each weight tensor that has one."""
+    return [
+        (group, weight.numel(), state[weight]["psg_pace"].tolist())
+        for group in groups
+        for weight in group["params"]
+        if "psg_pace" in state.get(weight, {})
+    ]
+
+
+def steps_taken(groups: Iterable[dict[str, Any]], state: State) -> int:
+    """The largest number of steps that any weight has taken."""
+    return max((int(record[0]) for _, _, record in _tracked(groups, state)), default=0)
+
+
+def measured_pace(groups: Iterable[dict[str, Any]], state: State) -> Pace:
+    """See `PSGD.pace`."""
+    groups = list(groups)
+    if not any("steps" in group for group in groups):
+        raise ValueError("the pace is measured only with steps: PSGD(base, lambda_s, steps=...)")
+    total, sums = 0, [0.0] * 4
+    for group, count, (steps, tau, _, lambda_s) in _tracked(groups, state):
+        planned = tau + _left(group, steps, tau)
+        total += count
+        for index, value in enumerate((tau, expected_share(tau), lambda_s, planned)):
+            sums[index] += count * value
+    return Pace(steps_taken(groups, state), *(value / max(total, 1) for value in sums))
+
+
+def _left(group: dict[str, Any], steps: float, tau: float) -> float:
+    """What the plan of a group has yet to add to a tau after `steps`."""
+    if group["lambda_s"] != AUTO:
+        return 0.0
+    remaining = max(_plan_end(group) - steps, 0)
+    return float(min(max(group["tau_end"] - tau, 0), remaining * group["noise_limit"] ** 2))
+
+
+def watch_loss(groups: Iterable[dict[str, Any]], state: State, loss: float) -> bool:
+    """See `PSGD.watch_loss`."""
+    halved = False
     for group in groups:
-        if group.get("target") == "zero":
-            raise ValueError('a group has target "zero": lambda_s is found only for grids')
-        if not isinstance(group["params"], (list, tuple)):
-            raise TypeError(f"a group's params must be a list of tensors, got {type(group['params']).__name__}")
-    weights = [weight for group in groups if is_scaled(group) for weight in group["params"]]
-    distance = mean_distance(weights)
-    if distance == 0:
-        raise ValueError("every weight is on the 4-bit grid: there is no lambda_s to find")
-    return AUTO_MULTIPLIER / distance
+        if group.get("lambda_s") != AUTO:
+            continue
+        most = group.get("psg_loss", math.inf)
+        group["psg_loss"] = loss if most == math.inf else max(loss, most)
+        if loss <= HARM * most:
+            continue
+        halved = True
+        group["noise_limit"] = _even_noise(group) / 2
+        for weight in group["params"]:
+            if "psg_pace" in state.get(weight, {}):
+                state[weight]["psg_pace"][RECORD.index("lambda_s")] /= 2
+    return halved
 
 
-def steer_lambda_s(optimizer: Optimizer, share: float, progress: float, loss: float) -> float:
-    """Adjusts lambda_s after one epoch and returns it (ours).
-
-    Build the PSGD optimizer with lambda_s=auto_lambda_s(groups) and call this function after each epoch. lambda_s rises
-    if too few weights are near the grid; the rises are taken back if they harm the loss.
-
-    The planned share of weights near the grid grows linearly with `progress`, from AUTO_SHARE[0] to AUTO_SHARE[1]. An
-    epoch that ends below the plan multiplies the lambda_s of every scaled group by AUTO_RISE, up to AUTO_LIMIT times
-    its initial value. If the loss of the next epoch is more than AUTO_HARM times as large, lambda_s returns to its
-    initial value for good. lambda_s does not rise once `progress` has reached 1.
-
-    Frozen layers keep `share` below the plan: give a network with frozen layers a fixed lambda_s. All state is in the
-    parameter groups, and is saved and restored with them.
-
-    Args:
-        optimizer: the PSGD optimizer, or any optimizer with its parameter groups.
-        share: share (0 to 1) of the weights near the grid, as `grid_share` returns it.
-        progress: how much (0 to 1) of the epochs before the first learning-rate decay has passed.
-        loss: mean training loss of the epoch, > 0.
-
-    Raises ValueError if the optimizer has no scaled group, and if `share` is not from 0 to 1.
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be from 0 to 1, got {share!r}")
-    groups = [group for group in optimizer.param_groups if is_scaled(group)]
-    if not groups:
-        raise ValueError("the optimizer has no parameter group with PSG settings to steer")
-    low, high = AUTO_SHARE
-    for group in groups:
-        start = group.setdefault("lambda_s_start", group["lambda_s"])
-        limit = group.setdefault("lambda_s_limit", AUTO_LIMIT * start)
-        before, group["lambda_s_loss"] = group.get("lambda_s_loss", math.inf), math.inf
-        if not loss <= AUTO_HARM * before:
-            group["lambda_s"] = group["lambda_s_limit"] = start
-        elif progress < 1 and share < low + (high - low) * progress and group["lambda_s"] < limit:
-            group["lambda_s"] = min(group["lambda_s"] * AUTO_RISE, limit)
-            group["lambda_s_loss"] = loss
-    lambda_s: float = groups[0]["lambda_s"]
-    return lambda_s
+def restore_records(groups: Iterable[dict[str, Any]], state: State, saved: dict[str, Any]) -> None:
+    """Puts the records of a state_dict back in float32: torch loads state in the dtype of its weight."""
+    for group, saved_group in zip(groups, saved["param_groups"]):
+        for weight, key in zip(group["params"], saved_group["params"]):
+            record = saved["state"].get(key, {}).get("psg_pace")
+            if record is not None:
+                state[weight]["psg_pace"] = record.to(state[weight]["psg_pace"].device, copy=True)

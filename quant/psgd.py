@@ -13,7 +13,7 @@ optimizer's step instead (ours):
     w <- w + (lambda_s * |w - Q(w)| + eps) * (the step that the base optimizer makes from w)
 """
 
-import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,40 +22,37 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .grid import check_bits, weight_scales
+from . import lambda_s as law
+from .grid import weight_scales
+from .settings import AUTO, PSG_KEYS, STAGE_KEYS, complete, is_scaled
 
-CHOICES = {"target": ("grid", "zero"), "acts_on": ("gradient", "update")}
 STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 SWITCHES = {"train", "eval"}  # methods of base optimizers that keep two sets of weights, such as those of schedule_free
-# Settings of a scaled group. The key is psg_eps because Adam and others have their own eps in the same dict.
-PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "acts_on"}
-PSG_KEYS |= {"lambda_s_start", "lambda_s_limit", "lambda_s_loss"}  # state of steer_lambda_s
 
 
-def is_scaled(group: dict[str, Any]) -> bool:
-    """Whether PSGD scales this parameter group, which means that it has `bits` or that its `target` is "zero"."""
-    return "bits" in group or group.get("target") == "zero"
-
-
-def psg_multipliers(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """The PSG multiplier lambda_s * |w - target(w)| + psg_eps, as a new tensor of its shape and dtype, for each weight.
+def distances(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """|w - target(w)|, as a new tensor of its shape and dtype, for each weight.
 
     All `weights` share one device and dtype, which the fast path of the foreach calls requires. (Division and
     multiplication by 0-d scales have no fast path.)
     """
     if group["target"] == "zero":
-        distances = list(torch._foreach_abs(weights))
-    else:
-        scales = weight_scales(weights, group["bits"], group["per_channel"])
-        # |round(w / s) * s - w|. No clamp is needed: max|w| / s is quant_max (approximately so in bfloat16).
-        distances = list(torch._foreach_div(weights, scales))
-        torch._foreach_round_(distances)
-        torch._foreach_mul_(distances, scales)
-        torch._foreach_sub_(distances, weights)
-        torch._foreach_abs_(distances)
-    torch._foreach_mul_(distances, group["lambda_s"])
-    if group["psg_eps"]:
-        torch._foreach_add_(distances, group["psg_eps"])
+        return list(torch._foreach_abs(weights))
+    scales = weight_scales(weights, group["bits"], group["per_channel"])
+    # |round(w / s) * s - w|. No clamp is needed: max|w| / s is quant_max (approximately so in bfloat16).
+    found = list(torch._foreach_div(weights, scales))
+    torch._foreach_round_(found)
+    torch._foreach_mul_(found, scales)
+    torch._foreach_sub_(found, weights)
+    torch._foreach_abs_(found)
+    return found
+
+
+def into_multipliers(distances: list[Tensor], lambda_s: float | list[Tensor], eps: float) -> list[Tensor]:
+    """The PSG multipliers lambda_s * distance + eps, in place. `lambda_s` is one number, or a 0-d tensor for each."""
+    torch._foreach_mul_(distances, lambda_s)
+    if eps:
+        torch._foreach_add_(distances, eps)
     return distances
 
 
@@ -71,8 +68,9 @@ class PSGD(Optimizer):
         optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 4), lr=0.01, momentum=0.9), lambda_s=150)
 
     PSGD is a torch Optimizer. Its `param_groups` and `state` are the base optimizer's own objects, and its state_dict
-    is the base optimizer's, key for key. `step` makes no host synchronization. It leaves the scaled gradients in
-    `.grad`, so clear them before the next backward pass. With a closure, gradients are scaled after each evaluation.
+    is the base optimizer's, key for key. With `steps`, the state of each scaled weight also has "psg_pace". `step`
+    makes no host synchronization. It leaves the scaled gradients in `.grad`, so clear them before the next backward
+    pass. With a closure, gradients are scaled after each evaluation.
 
     With acts_on="update" the gradients stay unscaled, and the whole change that the base optimizer makes to a weight is
     scaled: momentum, preconditioning, weight decay and penalties. Use it with base optimizers that normalize gradients.
@@ -81,10 +79,14 @@ class PSGD(Optimizer):
         base: an optimizer instance. `bits` (2..8) or `target="zero"` in a parameter group marks the group as scaled;
             the other groups pass through untouched.
         lambda_s: strength, > 0, of the scaled groups that do not set their own (default 150, the paper's value for
-            4 bits). It is written into the groups, so groups that are used again keep the first lambda_s.
+            4 bits). It is written into the groups, so groups that are used again keep the first lambda_s. "auto" (ours)
+            gives each tensor its own, in each step, such that 96 % of the weights are near the grid after three
+            quarters of the stage. It then stays as it is.
         eps: constant, >= 0, added to the multiplier of the scaled groups that do not set a `psg_eps` (default 0, as
             published).
         acts_on: "gradient" (default, as published) or "update", for the scaled groups that do not set their own.
+        steps: number of steps of the stage, >= 1, which "auto" needs. With a lambda_s that is a number, steps only
+            have the pace measured, see `pace`. By default it is not measured, and the state is the base optimizer's.
 
     A weight on a grid point does not move unless eps > 0. That holds for all-zero tensors and for the largest weight of
     each tensor, which defines the grid.
@@ -93,15 +95,27 @@ class PSGD(Optimizer):
     method of the base optimizer on `optimizer.base`; its changes to the weights are not scaled.
 
     Raises TypeError if `base` is not an optimizer instance or is itself a PSGD. Raises ValueError for a setting out of
-    range, for complex weights, for PSG settings in a group that is not marked, and if no group is marked.
+    range, for complex weights, for PSG settings in a group that is not marked, and if no group is marked. Raises
+    ValueError for "auto" without steps, for "auto" with target "zero", which has no grid, and for steps with
+    acts_on="gradient" around a base other than torch.optim.SGD.
     """
 
-    def __init__(self, base: Optimizer, lambda_s: float = 150.0, eps: float = 0.0, acts_on: str = "gradient") -> None:
+    def __init__(
+        self,
+        base: Optimizer,
+        lambda_s: float | str = 150.0,
+        eps: float = 0.0,
+        acts_on: str = "gradient",
+        steps: int | None = None,
+    ) -> None:
         if not isinstance(base, Optimizer) or isinstance(base, PSGD):
             raise TypeError(f"base must be an instance of another torch optimizer, got {base!r}")
-        self.psg_defaults = dict(target="grid", lambda_s=lambda_s, psg_eps=eps, per_channel=False, acts_on=acts_on)
+        self.psg_defaults = {
+            "target": "grid", "lambda_s": lambda_s, "psg_eps": eps, "per_channel": False, "acts_on": acts_on,
+            "steps": steps,
+        }  # fmt: skip
         for group in base.param_groups:
-            self._complete(group)
+            complete(group, self.psg_defaults, base)
         if not any(map(is_scaled, base.param_groups)):
             raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, grid)')
         if SWITCHES & set(dir(base)) and any(group.get("acts_on") == "update" for group in base.param_groups):
@@ -130,29 +144,7 @@ class PSGD(Optimizer):
         self.param_groups = self.base.param_groups
         self.state = self.base.state
         self.defaults = self.base.defaults
-
-    def _complete(self, group: dict[str, Any]) -> None:
-        """Checks the settings of a scaled group, then fills in the missing ones. Other groups stay as they are."""
-        if not is_scaled(group):
-            if stray := PSG_KEYS & group.keys():
-                key = min(stray)
-                raise ValueError(f'a group with {key}={group[key]!r} needs "bits", or target "zero", to be scaled')
-            return
-        settings = {key: group.get(key, default) for key, default in self.psg_defaults.items()}
-        for key, choices in CHOICES.items():
-            if settings[key] not in choices:
-                raise ValueError(f"{key} must be one of {choices}, got {settings[key]!r}")
-        params = group["params"] if isinstance(group["params"], (list, tuple)) else ()
-        if any(isinstance(parameter, Tensor) and parameter.is_complex() for parameter in params):
-            raise ValueError("a scaled group has complex weights: only real ones have a grid")
-        if settings["target"] == "grid":
-            check_bits(group["bits"])
-        for key, least in (("lambda_s", "> 0"), ("psg_eps", ">= 0")):
-            value = settings[key]
-            number = isinstance(value, (int, float)) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and key == "lambda_s"):
-                raise ValueError(f"{key} must be a finite number {least}, got {value!r}")
-        group.update(settings)
+        self._taken = law.steps_taken(self.param_groups, self.state)
 
     def _alike(self, acts_on: str) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
         """Lists of scaled weights with this `acts_on`, each list from one group and of one device and dtype."""
@@ -171,22 +163,69 @@ class PSGD(Optimizer):
         for weights, group in self._alike("gradient"):
             moving, gradients = with_gradients(weights)
             if moving:
-                torch._foreach_mul_(gradients, psg_multipliers(moving, group))
+                lambda_s = self._lambda_s(moving, gradients, group)
+                multipliers = into_multipliers(distances(moving, group), lambda_s, group["psg_eps"])
+                torch._foreach_mul_(gradients, multipliers)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one scaled step of the base optimizer. Returns the loss if there is a closure."""
         with torch.no_grad():
             starts = [
-                (weights, [weight.clone() for weight in weights], psg_multipliers(weights, group))
+                (weights, group, [weight.clone() for weight in weights], distances(weights, group))
                 for weights, group in self._alike("update")
             ]
         loss = self._base_step(closure)
         with torch.no_grad():
-            for weights, before, multipliers in starts:
-                torch._foreach_sub_(weights, before)
-                torch._foreach_mul_(weights, multipliers)
-                torch._foreach_add_(weights, before)
+            for start in starts:
+                self._scale_update(*start)
+        self._warn_once_after_the_plan()
         return loss
+
+    def _scale_update(
+        self, weights: list[Tensor], group: dict[str, Any], before: list[Tensor], apart: list[Tensor]
+    ) -> None:
+        """Scales the base optimizer's changes to `weights`, which were `before` and `apart` from their grid."""
+        # No weight without a gradient or state has moved, and the base optimizer expects its state to be empty.
+        moved = [i for i, weight in enumerate(weights) if weight.grad is not None or self.state.get(weight)]
+        if not moved:
+            return
+        weights, before, apart = ([tensors[i] for i in moved] for tensors in (weights, before, apart))
+        torch._foreach_sub_(weights, before)
+        lambda_s = self._lambda_s(weights, [weight.detach() for weight in weights], group)
+        torch._foreach_mul_(weights, into_multipliers(apart, lambda_s, group["psg_eps"]))
+        torch._foreach_add_(weights, before)
+
+    def _lambda_s(self, weights: list[Tensor], moves: list[Tensor], group: dict[str, Any]) -> float | list[Tensor]:
+        """lambda_s of this step: one for all weights, or one for each. `moves` are their gradients, or the base
+        optimizer's steps."""
+        own = law.take_step(weights, moves, group, self.state) if "steps" in group else []
+        number: float = group["lambda_s"]
+        return own if group["lambda_s"] == AUTO else number
+
+    def _warn_once_after_the_plan(self) -> None:
+        """Counts the step. Replays of a CUDA graph and compiled steps are not counted here."""
+        planned = [group["steps"] for group in self.param_groups if group.get("lambda_s") == AUTO]
+        if not planned or torch.compiler.is_compiling():
+            return
+        self._taken += 1
+        if self._taken == max(planned) + 1:
+            warnings.warn(
+                f"step {self._taken} of a stage of {max(planned)}: lambda_s stays as it is from here on", stacklevel=3
+            )
+
+    def pace(self) -> "law.Pace":
+        """How far the scaled weights have come. Reads from the device: call it once an epoch, not every step.
+
+        Raises ValueError if no scaled group has `steps`, without which the pace is not measured.
+        """
+        return law.measured_pace(self.param_groups, self.state)
+
+    def watch_loss(self, loss: float) -> bool:
+        """Halves the pace of lambda_s "auto", for good, if `loss` is more than 1.1 times that of any call before.
+
+        Call it after each epoch with the mean training loss. Returns whether the pace was halved.
+        """
+        return law.watch_loss(self.param_groups, self.state, loss)
 
     def _base_step(self, closure: Callable[[], Any] | None) -> Any:
         if not closure:
@@ -205,7 +244,7 @@ class PSGD(Optimizer):
         if "base" not in self.__dict__:  # Optimizer.__init__ passes the groups that the base already has
             super().add_param_group(param_group)
             return
-        self._complete(param_group)
+        complete(param_group, self.psg_defaults, self.base)
         self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,12 +256,15 @@ class PSGD(Optimizer):
 
         PSG settings that `state_dict` lacks keep their present values.
         """
-        before = [{key: group[key] for key in PSG_KEYS & group.keys()} for group in self.param_groups]
+        before = [{key: group[key] for key in (PSG_KEYS | STAGE_KEYS) & group.keys()} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         self._share()
         for group, settings in zip(self.base.param_groups, before, strict=True):
-            for key, value in settings.items():
-                group.setdefault(key, value)
+            # A lambda_s that was saved belongs to its own stage, whether or not that was of a known length.
+            keys = PSG_KEYS if "lambda_s" in group else PSG_KEYS | STAGE_KEYS
+            for key in keys & settings.keys():
+                group.setdefault(key, settings[key])
+        law.restore_records(self.param_groups, self.state, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "psg_defaults": self.psg_defaults}

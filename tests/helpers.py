@@ -81,7 +81,7 @@ def fill_gradients(net, seed):
     """Equal gradients for equal seeds, bit for bit, which two backward passes do not promise."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in net.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 def sgd(net, bits=4, lr=0.01, per_channel=False, **settings):

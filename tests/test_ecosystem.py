@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
-from quant import PSGD, auto_lambda_s, grid_share, layer_grids, psg_param_groups, weight_mse
+from quant import PSGD, grid_share, layer_grids, psg_param_groups, weight_mse
 from tests.helpers import backward, fill_gradients, same, scale_by_hand, sgd, take_steps, twin_multiplier, weights
 
 BASES = {
@@ -243,9 +243,10 @@ def test_reduce_on_plateau(net):
     assert optimizer.base.param_groups[0]["lr"] < 0.01
 
 
-def test_grad_scaler(net):
+@pytest.mark.parametrize("stage", [{}, {"lambda_s": "auto", "steps": 9}])
+def test_grad_scaler(net, stage):
     reference = copy.deepcopy(net)
-    optimizer, plain = PSGD(sgd(net)), PSGD(sgd(reference))
+    optimizer, plain = PSGD(sgd(net), **stage), PSGD(sgd(reference), **stage)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     images = torch.randn(4, 3, 8, 8)
     scaler.scale(net(images).square().sum()).backward()
@@ -300,9 +301,10 @@ def test_moving_average_of_the_weights(net):
     assert torch.allclose(average.module.conv2.weight, expected, atol=1e-7)
 
 
-def test_compiled_step(net):
+@pytest.mark.parametrize("stage", [{}, {"lambda_s": "auto", "steps": 9}])
+def test_compiled_step(net, stage):
     reference = copy.deepcopy(net)
-    optimizer, other = PSGD(sgd(net)), PSGD(sgd(reference))
+    optimizer, other = PSGD(sgd(net), **stage), PSGD(sgd(reference), **stage)
     compiled = torch.compile(optimizer.step, backend="aot_eager")
     for step in range(2):
         fill_gradients(net, step)
@@ -310,10 +312,6 @@ def test_compiled_step(net):
         take_steps(reference, other, 1, step)
     for a, b in zip(net.parameters(), reference.parameters()):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
-
-
-def auto_of_model(model, bits):
-    return auto_lambda_s(psg_param_groups(model, bits))
 
 
 def distributed(rank, ranks, store, wraps):
@@ -328,7 +326,7 @@ def distributed(rank, ranks, store, wraps):
 
 
 def compare_with_one_process(rank, ranks, wrap, per_channel):
-    """Six steps of `wrap`ped training, every rank on its part of the batch, against the same in one process.
+    """Steps of `wrap`ped training, every rank on its part of the batch, against the same in one process.
 
     On 3 ranks the last holds nothing of the second layer, if the weights are sharded.
     """
@@ -336,12 +334,14 @@ def compare_with_one_process(rank, ranks, wrap, per_channel):
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     reference = copy.deepcopy(model)
     wrapped = wrap(model)
-    for figure in (auto_of_model, grid_share, weight_mse):
+    for figure in (grid_share, weight_mse):
         assert figure(model, 4) == pytest.approx(figure(reference, 4)), figure
-    for step in range(6):
-        if step in (0, 3):
+    stages = product((50, "auto"), ("gradient", "update"))
+    for step in range(12):
+        if step % 3 == 0:
+            lambda_s, acts_on = next(stages)
             bases = [sgd(net, per_channel=per_channel) for net in (model, reference)]
-            optimizer, other = (PSGD(base, lambda_s=50, acts_on="update" if step else "gradient") for base in bases)
+            optimizer, other = (PSGD(base, lambda_s, acts_on=acts_on, steps=400) for base in bases)
         images = torch.randn(4 * ranks, 6, generator=torch.Generator().manual_seed(step))
         for net, batch, chosen in ((wrapped, images[4 * rank : 4 * rank + 4], optimizer), (reference, images, other)):
             chosen.zero_grad()
@@ -350,6 +350,7 @@ def compare_with_one_process(rank, ranks, wrap, per_channel):
     for parameter, expected in zip(model.parameters(), reference.parameters()):
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         assert torch.allclose(whole, expected, rtol=1e-5, atol=1e-7)
+    assert optimizer.pace().tau == pytest.approx(other.pace().tau, rel=1e-4) and other.pace().tau > 0
 
 
 def sharded(model):

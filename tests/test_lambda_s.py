@@ -1,193 +1,349 @@
-"""lambda_s "auto": the plan, its limits, and a real run that is steered and resumed."""
+"""The law of the pace against walks that are simulated, and lambda_s "auto", which sets the pace."""
 
-import csv
+import copy
+import io
 import math
-import shutil
 
 import pytest
 import torch
-import torchvision
 from torch import nn
+from torch.optim import lr_scheduler
 
-from models import ResNet32
-from quant import (
-    PSGD,
-    auto_lambda_s,
-    fake_quantize_weight,
-    grid_share,
-    layer_grids,
-    psg_param_groups,
-    quantize_weights,
-    sparse_param_groups,
-    steer_lambda_s,
-)
-from quant.lambda_s import AUTO_MULTIPLIER, mean_distance
-from quant.psgd import psg_multipliers
-from tests.helpers import ROOT
-from utils.checkpoint import load_checkpoint
+from quant import PSGD, expected_share, psg_param_groups
+from quant.lambda_s import PLAN_END, RECORD
+from quant.settings import STAGE_DEFAULTS
+from tests.helpers import same, sgd, take_steps, weights
+
+SCHEDULES = {
+    "constant": lambda o, steps: lr_scheduler.LambdaLR(o, lambda _: 1.0),
+    "steps": lambda o, steps: lr_scheduler.MultiStepLR(o, [steps // 2, 3 * steps // 4]),
+    "cosine": lambda o, steps: lr_scheduler.CosineAnnealingLR(o, steps),
+    "one cycle": lambda o, steps: lr_scheduler.OneCycleLR(o, 0.1, steps),
+    "warm-up": lambda o, steps: lr_scheduler.LinearLR(o, 0.01, 1.0, steps // 4),
+}
 
 
-def test_parameters_are_not_groups(net):
-    for wrong in (net.parameters(), [*net.parameters()], net):
-        with pytest.raises(TypeError, match="groups must be a list of parameter groups, as psg_param_groups"):
-            auto_lambda_s(wrong)
+class Walk:
+    """Weights spread evenly over the cells of a 4-bit grid, with gradients of pure noise."""
 
+    def __init__(self, sizes=(4000,), spreads=(1.0,), seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.weights = [
+            nn.Parameter(torch.cat([torch.tensor([7.0]), 13 * torch.rand(n - 1, generator=self.generator) - 6.5]))
+            for n in sizes
+        ]
+        self.spreads = spreads
 
-@pytest.fixture
-def optimizer(net):
-    return PSGD(torch.optim.SGD(psg_param_groups(net, 3), lr=0.01), lambda_s=150)
+    def groups(self, **settings):
+        return [{"params": self.weights, "bits": 4} | settings]
 
-
-def scaled(optimizer):
-    return [group["lambda_s"] for group in optimizer.param_groups if "bits" in group]
-
-
-def test_rises_below_the_plan_only(optimizer):
-    assert steer_lambda_s(optimizer, share=0.58, progress=0.5, loss=2.0) == 150  # the plan is 0.575
-    assert steer_lambda_s(optimizer, share=0.57, progress=0.5, loss=1.0) == 187.5
-    assert scaled(optimizer) == [187.5, 187.5]  # the groups of 3 and of 8 bits
-    assert "lambda_s" not in optimizer.param_groups[2]
-    assert steer_lambda_s(optimizer, share=0.99, progress=0.6, loss=1.09) == 187.5  # above the plan it does not fall
-    assert steer_lambda_s(optimizer, share=0.1, progress=0.6, loss=2.0) == 234.375  # two epochs after a rise
-
-
-def test_stays_after_the_decay_and_below_its_limit(optimizer):
-    assert steer_lambda_s(optimizer, share=0.1, progress=1, loss=1.0) == 150
-    for _ in range(30):
-        steer_lambda_s(optimizer, share=0.1, progress=0.9, loss=1.0)
-    assert scaled(optimizer) == [3000, 3000]
-
-
-def test_rises_that_the_loss_does_not_bear_are_taken_back_for_good(net):
-    def make():
-        return PSGD(torch.optim.SGD(psg_param_groups(net, 3), lr=0.01), lambda_s=150)
-
-    optimizer = make()
-    for loss, expected in ((1.0, 187.5), (1.09, 234.375), (1.2, 150), (0.9, 150), (0.9, 150)):  # 1.2 > 1.1 * 1.09
-        assert steer_lambda_s(optimizer, share=0.1, progress=0.5, loss=loss) == expected
-        saved, optimizer = optimizer.state_dict(), make()  # as resumed after each epoch
-        optimizer.load_state_dict(saved)
-    assert scaled(optimizer) == [150, 150]
-
-
-def test_a_loss_that_is_no_number_is_harm(optimizer):
-    assert steer_lambda_s(optimizer, share=0.1, progress=0.5, loss=1.0) == 187.5
-    assert steer_lambda_s(optimizer, share=0.1, progress=0.5, loss=math.nan) == 150
-
-
-def test_a_weight_that_cannot_follow_the_plan_does_not_diverge():
-    """Trained by PSGD. It wants to stay in mid-cell, so that its share of the grid never rises and lambda_s does, until
-    its steps overshoot. Without a look at the loss it jumps further with each rise, up to 43 and a loss of 1,800.
-
-    The other weight is the largest, and so the grid, of steps of 1, never moves. The loss cannot fall below 0.09.
-    """
-    layer = nn.Linear(2, 1, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[7.0, 0.4]]))
-    groups = psg_param_groups(layer, 4)
-    optimizer = PSGD(torch.optim.SGD(groups, lr=0.1), lambda_s=auto_lambda_s(groups))
-    losses, used = [], []
-    for _ in range(12):
-        steps = []
-        for shift in (0.01, -0.01, 0.01, -0.01):
-            wanted = torch.tensor([[0.8], [0.2]]) + shift
-            loss = (layer(torch.tensor([[0.0, 1.0]] * 2)) - wanted).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
+    def steps(self, optimizer, count, schedule=None, loss_scale=1.0):
+        for _ in range(count):
+            for weight, spread in zip(self.weights, self.spreads):
+                noise = torch.randn(weight.shape, generator=self.generator)
+                noise[0] = 0  # the largest weight makes the grid
+                weight.grad = loss_scale * spread * noise
             optimizer.step()
-            steps.append(loss.item())
-        losses.append(sum(steps) / 4)
-        used.append(steer_lambda_s(optimizer, grid_share(layer, 4), 0.5, losses[-1]))
-    assert used == pytest.approx([25, 31.25] + 10 * [20]) and max(losses) < 0.14 and losses[-1] < 0.1
+            if schedule:
+                schedule.step()
+
+    def share(self):
+        """Share of weights at most a tenth of the scale from a grid point. The scale is 1."""
+        apart = torch.cat([(weight - weight.round()).abs() for weight in self.weights])
+        return (apart <= 0.1).float().mean().item()
 
 
-def transformer():
-    return nn.Sequential(nn.Linear(8, 32), nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), nn.Linear(32, 10))
+@pytest.mark.parametrize("tau", [1e-7, 0.3, 1.2, 3.0, 5.4, 9.4, 14.0, 300.0])
+def test_expected_share_is_that_of_walks(tau):
+    """Against 40,000 walks of 2,000 small steps, each reflected in the middle between two grid points."""
+    generator = torch.Generator().manual_seed(0)
+    apart = torch.rand(40_000, generator=generator) / 2
+    for _ in range(2000):
+        apart *= 1 - (tau / 2000) ** 0.5 * torch.randn(apart.shape, generator=generator)
+        apart = (apart - apart.round()).abs()
+    assert expected_share(tau) == pytest.approx((apart <= 0.1).float().mean().item(), abs=0.012)
 
 
-@pytest.mark.parametrize("build", [torchvision.models.resnet18, transformer])
-@pytest.mark.parametrize("bits", [4, 2])
-def test_start_on_other_networks(build, bits):
-    torch.manual_seed(0)
-    model = build()
-    groups = psg_param_groups(model, bits)
-    start = auto_lambda_s(groups)
-    assert start > 300  # their weights are smaller than ResNet-32's, and 150 would hardly move them
-    # Stated layer by layer, at 4 bits: the mean over all weights is the target.
-    names = layer_grids(model, bits)
-    layers = {name: start * mean_distance([model.get_parameter(name)]) for name in names}
-    sizes = {name: model.get_parameter(name).numel() for name in names}
-    mean = sum(layers[name] * sizes[name] for name in names) / sum(sizes.values())
-    assert mean == pytest.approx(AUTO_MULTIPLIER)
-    if bits == 4:  # and so it is what PSGD does in its first step
-        optimizer = PSGD(torch.optim.SGD(groups, lr=0.1), lambda_s=start)
+@pytest.mark.parametrize("tau", [-0.1, math.nan])
+def test_expected_share_of_no_tau(tau):
+    with pytest.raises(ValueError, match=f"tau must be at least 0, got {tau}"):
+        expected_share(tau)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_auto_keeps_to_its_plan_whatever_the_rate_does(schedule, momentum):
+    walk = Walk()
+    base = torch.optim.SGD(walk.groups(), lr=0.01, momentum=momentum)
+    optimizer = PSGD(base, "auto", steps=4000)
+    scheduler = SCHEDULES[schedule](optimizer, 4000)
+    rises = schedule == "one cycle"
+    planned = STAGE_DEFAULTS["tau_end"] / PLAN_END
+    for quarter in (0.25, 0.5, 0.75):
+        walk.steps(optimizer, 1000, scheduler)
+        assert optimizer.pace().tau == pytest.approx(quarter * planned, rel=0.02)
+        # While the rate rises, gradients in the momentum act at later, larger rates than those of their own steps.
+        assert walk.share() == pytest.approx(optimizer.pace().expected_share, abs=0.07 if rises else 0.03)
+    walk.steps(optimizer, 1000, scheduler)
+    assert walk.share() > 0.93
+
+
+@pytest.mark.parametrize("loss_scale", [1e-3, 1e3])
+def test_the_scale_of_the_loss_and_of_each_tensor_does_not_matter(loss_scale):
+    walk = Walk(sizes=(2000, 3000), spreads=(1.0, 30.0))
+    optimizer = PSGD(torch.optim.SGD(walk.groups(), lr=0.01), "auto", steps=2000)
+    walk.steps(optimizer, 1500, loss_scale=loss_scale)
+    first, second = (optimizer.state[weight]["psg_pace"] for weight in walk.weights)
+    tau, lambda_s = RECORD.index("tau"), RECORD.index("lambda_s")
+    assert first[tau].item() == pytest.approx(10, rel=0.03) and second[tau].item() == pytest.approx(10, rel=0.03)
+    assert (first[lambda_s] / second[lambda_s]).item() == pytest.approx(30, rel=0.1)
+
+
+def test_tau_of_a_fixed_lambda_s_is_the_closed_form():
+    """Groups of different rates, momentum and lambda_s, and steps at which a weight has no gradient."""
+    walk = Walk(sizes=(500, 700), spreads=(1.0, 2.0))
+    groups = [
+        {"params": walk.weights[:1], "bits": 4, "lr": 0.01, "momentum": 0.5, "lambda_s": 3.0},
+        {"params": walk.weights[1:], "bits": 3, "lr": 0.02, "momentum": 0.9, "dampening": 0.9},
+    ]
+    optimizer, expected = PSGD(torch.optim.SGD(groups, lr=1.0), 2.0, steps=10), [0.0, 0.0]
+    for step in range(5):
+        for index, (weight, factor) in enumerate(zip(walk.weights, (0.01 / 0.5 * 3, 0.02 * 2))):
+            weight.grad = torch.full_like(weight, step + index + 1.0) if (step + index) % 2 else None
+            if weight.grad is not None:
+                expected[index] += (factor * (step + index + 1)) ** 2
+        optimizer.step()
+    found = [optimizer.state[weight]["psg_pace"][RECORD.index("tau")].item() for weight in walk.weights]
+    assert found == pytest.approx(expected)
+    pace = optimizer.pace()
+    assert pace.steps == 3 and pace.tau == pace.planned_tau
+    assert pace.tau == pytest.approx((500 * expected[0] + 700 * expected[1]) / 1200)
+    assert pace.lambda_s == pytest.approx((500 * 3 + 700 * 2) / 1200)
+
+
+def test_measuring_the_pace_changes_no_weight(net):
+    other = copy.deepcopy(net)
+    for acts_on in ("gradient", "update"):
+        take_steps(net, PSGD(sgd(net), 20, acts_on=acts_on), 3)
+        take_steps(other, PSGD(sgd(other), 20, acts_on=acts_on, steps=3), 3)
+        assert same(weights(net), weights(other))
+
+
+def test_lambda_s_by_hand():
+    """One weight tensor: even noise until the plan's end, then a constant; bursts are cut to the limit."""
+    walk = Walk(sizes=(3,))
+    weight, steps = walk.weights[0], 8
+    optimizer = PSGD(torch.optim.SGD(walk.groups(tau_end=0.06, noise_limit=0.2), lr=0.5), "auto", steps=steps)
+    tau, mean, held = 0.0, 0.0, 0.0
+    for step, size in enumerate((1.0, 1.0, 20.0, 1.0, 0.0, 3.0, 2.0, 9.0)):
+        weight.grad = torch.tensor([0.0, size, -size])
+        square = 2 * size**2 / 3
+        mean += (square - mean) / (step + 1)
+        held = math.sqrt(0.06 / 6) / (0.5 * math.sqrt(mean)) if step < 6 else held
+        used = math.sqrt((0.06 - tau) / (6 - step)) / (0.5 * math.sqrt(mean)) if step < 6 else held
+        used = min(used, 0.2 / (0.5 * math.sqrt(square))) if square else used
+        tau += (0.5 * used) ** 2 * square
+        before = weight.detach().clone()
+        optimizer.step()
+        apart = (before - before.round()).abs()
+        assert torch.allclose(weight, before - 0.5 * used * apart * weight.new_tensor([0.0, size, -size])), step
+        record = dict(zip(RECORD, optimizer.state[weight]["psg_pace"].tolist()))
+        assert (record["tau"], record["lambda_s"]) == pytest.approx((tau, held), rel=1e-4), step
+
+
+def test_more_tau_than_the_limit_bears_is_not_planned():
+    walk = Walk()
+    optimizer = PSGD(torch.optim.SGD(walk.groups(), lr=0.01), "auto", steps=400)
+    walk.steps(optimizer, 100)
+    assert optimizer.pace().planned_tau == pytest.approx(3.0, rel=0.02)  # 300 steps of 0.1^2, instead of 10
+    walk.steps(optimizer, 200)
+    assert optimizer.pace().tau == pytest.approx(3.0, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda groups: torch.optim.SGD(groups, lr=0.01),
+        lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+        lambda groups: torch.optim.AdamW(groups, lr=1e-3),
+        lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(1e-3), foreach=False),
+    ],
+)
+def test_auto_on_updates_whether_or_not_they_are_correlated(base):
+    walk = Walk()
+    optimizer = PSGD(base(walk.groups()), "auto", acts_on="update", steps=4000)
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 4000)
+    walk.steps(optimizer, 3000, scheduler)
+    assert optimizer.pace().tau == pytest.approx(10, rel=0.02)
+    assert 0.9 < walk.share() < 0.99
+
+
+@pytest.mark.parametrize("acts_on", ["gradient", "update"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_stage_goes_on_exactly(net, dtype, acts_on):
+    def build(model):
+        optimizer = PSGD(sgd(model), "auto", acts_on=acts_on, steps=40)
+        return optimizer, lr_scheduler.StepLR(optimizer, 10)
+
+    net.to(dtype)
+    twin = copy.deepcopy(net)
+    optimizer, _ = build(net)
+    take_steps(net, optimizer, 7)
+    file = io.BytesIO()
+    torch.save([optimizer.state_dict(), net.state_dict()], file)
+    file.seek(0)
+    saved, values = torch.load(file, weights_only=True)
+    twin.load_state_dict(values)
+    resumed, _ = build(twin)
+    resumed.load_state_dict(saved)
+    copied = copy.deepcopy(optimizer)
+    for chosen, model in ((optimizer, net), (resumed, twin)):
+        take_steps(model, chosen, 30, first=7)
+        assert chosen.pace().steps == 37
+    assert same(weights(net), weights(twin)) and optimizer.pace() == resumed.pace()
+    assert all(
+        own["psg_pace"].dtype == torch.float32 for own in resumed.state.values() if "psg_pace" in own
+    )  # bfloat16 would count no further than 256
+    assert copied.pace().steps == 7
+
+
+def test_what_a_loaded_stage_brings(net):
+    """Settings that were saved win, with or without steps; a bare optimizer's state leaves the new stage's alone."""
+    auto, fixed, bare = PSGD(sgd(net), "auto", steps=40), PSGD(sgd(net), 20), sgd(net)
+    stages = {}
+    for name, saved in {"auto": auto, "fixed": fixed, "bare": torch.optim.SGD(bare.param_groups, lr=0.1)}.items():
+        optimizer = PSGD(sgd(net), "auto", steps=99)
+        state = saved.state_dict()
+        if name == "bare":
+            state = {"state": {}, "param_groups": [
+                {key: value for key, value in group.items() if key in ("lr", "momentum", "params")}
+                for group in state["param_groups"]
+            ]}  # fmt: skip
+        optimizer.load_state_dict(copy.deepcopy(state))
         group = optimizer.param_groups[0]
-        multipliers = torch.cat([m.flatten() for m in psg_multipliers(group["params"], group)])
-        assert multipliers.mean().item() == pytest.approx(AUTO_MULTIPLIER, rel=1e-4)
+        stages[name] = group["lambda_s"], group.get("steps")
+    assert stages == {"auto": ("auto", 40), "fixed": (20, None), "bare": ("auto", 99)}
 
 
-def test_start_on_the_papers_network():
-    model = ResNet32(100)
-    model.load_state_dict(load_checkpoint(ROOT / "models/ResNet82.pth")["state_dict"])
-    assert 130 < auto_lambda_s(psg_param_groups(model, 4)) < 170  # the paper took 150
-    weight = model.layer1[0].conv1.weight
-    expected = (weight - fake_quantize_weight(weight, 3)).abs().mean().item()
-    assert mean_distance([weight], 3) == pytest.approx(expected, rel=1e-5)
+def test_steps_beyond_the_stage_warn_once_and_keep_lambda_s(net, recwarn):
+    optimizer = PSGD(sgd(net), "auto", steps=4)
+    take_steps(net, optimizer, 4)
+    held = optimizer.pace().lambda_s
+    assert not [w for w in recwarn if "of a stage of" in str(w.message)]
+    take_steps(net, optimizer, 3, first=4)
+    told = [str(w.message) for w in recwarn if "of a stage of" in str(w.message)]
+    assert told == ["step 5 of a stage of 4: lambda_s stays as it is from here on"]
+    assert optimizer.pace().lambda_s == held
 
 
-def test_no_start():
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    for parameter in net.parameters():
-        nn.init.zeros_(parameter)
-    with pytest.raises(ValueError, match="every weight is on the 4-bit grid"):
-        auto_lambda_s(psg_param_groups(net, 4))
-    with pytest.raises(ValueError, match="no weights"):
-        auto_lambda_s([{"params": list(net.parameters())}])
-    with pytest.raises(TypeError, match="params must be a list of tensors, got generator"):
-        auto_lambda_s([{"params": net.parameters(), "bits": 4}])
-    with pytest.raises(ValueError, match='target "zero": lambda_s is found only for grids'):
-        auto_lambda_s(sparse_param_groups(net))
+def test_the_shortest_stage():
+    walk = Walk(sizes=(50,))
+    optimizer = PSGD(torch.optim.SGD(walk.groups(), lr=0.01), "auto", steps=1)
+    walk.steps(optimizer, 1)
+    assert optimizer.pace().tau == pytest.approx(0.01)  # one step at the limit
 
 
-def test_nothing_to_steer(net):
-    with pytest.raises(ValueError, match="no parameter group with PSG settings"):
-        steer_lambda_s(torch.optim.SGD(net.parameters(), lr=0.1), 0.5, 0.5, 1.0)
-    with pytest.raises(ValueError, match="share must be from 0 to 1, got 93.7"):  # in percent
-        steer_lambda_s(torch.optim.SGD(net.parameters(), lr=0.1), 93.7, 0.5, 1.0)
+def test_gradients_of_zero_and_nearly_zero_break_nothing():
+    walk = Walk(sizes=(50, 50, 50), spreads=(0.0, 1e-30, 1.0))
+    optimizer = PSGD(torch.optim.SGD(walk.groups(), lr=0.01), "auto", steps=40)
+    before = [weight.detach().clone() for weight in walk.weights]
+    walk.steps(optimizer, 35)
+    assert torch.equal(walk.weights[0], before[0]) and torch.equal(walk.weights[1], before[1])
+    assert all(optimizer.state[weight]["psg_pace"].isfinite().all() for weight in walk.weights)
+    walk.spreads = (1.0, 1.0, 1.0)  # and then they come to life
+    walk.steps(optimizer, 5)
+    assert all(weight.isfinite().all() and weight.abs().max() <= 7.5 for weight in walk.weights)
 
 
-def test_a_network_on_its_grid_has_no_start(cli, tmp_path, digits_run):
-    checkpoint = load_checkpoint(digits_run)
-    model = ResNet32(10)
-    model.load_state_dict(checkpoint["state_dict"])
-    torch.save(checkpoint | {"state_dict": quantize_weights(model, 4).state_dict()}, tmp_path / "a.pth")
-    outcome = cli("train.py", "--dataset", "digits", "--load_pretrained", "a.pth", "--lambda_s", "auto")
-    assert outcome.code == 2 and "--lambda_s auto: every weight is on the 4-bit grid" in outcome.err
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
+@pytest.mark.parametrize("acts_on", ["gradient", "update"])
+def test_a_rate_of_zero_breaks_nothing(rate, acts_on):
+    walk = Walk(sizes=(50,))
+    optimizer = PSGD(torch.optim.SGD(walk.groups(), lr=rate, foreach=False), "auto", acts_on=acts_on, steps=40)
+    walk.steps(optimizer, 2)
+    optimizer.param_groups[0]["lr"] = 0.01
+    walk.steps(optimizer, 3)
+    pace = optimizer.pace()
+    assert pace.steps == 5 and 0.02 < pace.tau < 0.1 and walk.weights[0].isfinite().all()
 
 
-def test_a_steered_run_is_resumed_as_it_was(cli, tmp_path, few_digits):
-    flags = ["--dataset", "cifar10", "--batch_size", "100", "--lr", "1e-4", "--deterministic", "--device", "cpu"]
-    flags += ["--arch", "squeezenet1_1", "--lambda_s", "auto", "--decay_epoch", "4"]
-    assert cli("train.py", *flags, "--epoch", 4, "--save_epochs", 2, "--exp_name", "whole").code == 0
-    cut = shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/cut")
-    (cut / "epoch_2.pth").replace(cut / "last.pth")
-    assert cli("train.py", "--exp_name", "cut", "--resume").code == 0
-    columns = {}
-    for name in ("whole", "cut"):
-        with open(tmp_path / f"runs/{name}/metrics.csv", newline="") as file:
-            columns[name] = [(row["grid_share"], row["lambda_s"]) for row in csv.DictReader(file)]
-    assert columns["whole"] == columns["cut"]
-    # A small learning rate leaves the weights where they were: epochs 1 and 2 fall behind the plan, which ends with 3.
-    used = [float(used) for _, used in columns["whole"]]
-    assert used == pytest.approx([used[0] * 1.25**rises for rises in (0, 1, 2, 2)])
+def test_a_loss_that_does_not_bear_the_pace_halves_it():
+    walk = Walk()
+    optimizer = PSGD(torch.optim.SGD(walk.groups(), lr=0.01), "auto", steps=4000)
+    walk.steps(optimizer, 500)
+    assert not any(optimizer.watch_loss(loss) for loss in (1.0, 0.5, 1.09))
+    before = optimizer.pace()
+    assert optimizer.watch_loss(1.2) and not optimizer.watch_loss(1.3)
+    assert optimizer.pace().lambda_s == pytest.approx(before.lambda_s / 2)
+    resumed = PSGD(torch.optim.SGD(walk.groups(), lr=0.01), "auto", steps=4000)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    walk.steps(resumed, 500)
+    assert resumed.pace().tau - before.tau == pytest.approx(500 * 10 / 3000 / 4, rel=0.05)
+    assert resumed.watch_loss(math.nan)
+    fixed = PSGD(torch.optim.SGD(Walk().groups(), lr=0.01), 150)
+    assert not fixed.watch_loss(1.0) and not fixed.watch_loss(9.0)
 
 
-def test_the_plan_ends_with_the_run_where_no_decay_comes_before(cli, tmp_path, few_digits):
-    flags = ["--dataset", "cifar10", "--batch_size", "100", "--lr", "1e-4", "--device", "cpu", "--epoch", 2]
-    flags += ["--decay_epoch", 100_000]
-    assert cli("train.py", *flags, "--arch", "squeezenet1_1", "--lambda_s", "auto", "--exp_name", "a").code == 0
-    with open(tmp_path / "runs/a/metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert float(rows[0]["grid_share"]) > 0.2 + 0.75 / 100_000  # more than a plan to that decay would ask for
-    assert float(rows[1]["lambda_s"]) == pytest.approx(1.25 * float(rows[0]["lambda_s"]))
+@pytest.mark.parametrize("seed", [0, 1, 3, 5])
+def test_perceptrons_bear_auto(seed):
+    """A multilayer perceptron on the digits, trained to a loss near zero: neither NaN nor a standstill, at 2 bits."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.data, dtype=torch.float32) / 16
+    labels = torch.tensor(digits.target)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def epochs(optimizer, count):
+        for _ in range(count):
+            losses = []
+            for chosen in torch.randperm(len(labels)).split(64):
+                loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            if isinstance(optimizer, PSGD):
+                optimizer.watch_loss(sum(losses) / len(losses))
+        return sum(losses) / len(losses)
+
+    start = epochs(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), 20)
+    optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, 2), lr=0.05, momentum=0.9), "auto", steps=30 * 29)
+    end = epochs(optimizer, 30)
+    assert start < 0.05 and end < 0.1 and all(weight.isfinite().all() for weight in model.parameters())
+    assert 0.2 < optimizer.pace().tau < 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(lambda_s="auto"), 'lambda_s "auto" needs steps'),
+        (dict(lambda_s="auto", steps=0), "steps must be a whole number of at least 1, got 0"),
+        (dict(lambda_s="auto", steps=2.5), "steps must be a whole number of at least 1, got 2.5"),
+        (dict(lambda_s=150, steps=True), "steps must be a whole number of at least 1, got True"),
+        (dict(lambda_s="fast", steps=9), "lambda_s must be a finite number > 0 or \"auto\", got 'fast'"),
+    ],
+)
+def test_settings_that_are_refused(net, settings, message):
+    with pytest.raises(ValueError, match=message):
+        PSGD(sgd(net), **settings)
+
+
+@pytest.mark.parametrize("key", ["tau_end", "noise_limit"])
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, "9"])
+def test_stage_settings_out_of_range(key, value):
+    groups = Walk(sizes=(5,)).groups(**{key: value})
+    with pytest.raises(ValueError, match=f"{key} must be a finite number > 0, got"):
+        PSGD(torch.optim.SGD(groups, lr=0.1), "auto", steps=9)
+
+
+def test_bases_and_targets_without_a_law():
+    weight = Walk(sizes=(5,)).weights[0]
+    for lambda_s in ("auto", 150):
+        with pytest.raises(ValueError, match='Adam may normalize gradients, which cancels lambda_s; use acts_on="upd'):
+            PSGD(torch.optim.Adam([{"params": [weight], "bits": 4}]), lambda_s, steps=9)
+    with pytest.raises(ValueError, match='"auto" needs a grid'):
+        PSGD(torch.optim.SGD([{"params": [weight], "target": "zero"}], lr=0.1), "auto", steps=9)
+    with pytest.raises(ValueError, match="the pace is measured only with steps"):
+        PSGD(torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.1)).pace()

@@ -145,12 +145,16 @@ def test_zero_grad(net):
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize("lambda_s", [150, "auto"])
 @pytest.mark.parametrize("acts_on", ["gradient", "update"])
-def test_no_host_synchronisation(acts_on):
+def test_no_host_synchronization(acts_on, lambda_s):
     """Tensors on the meta device have no values: anything that read one back would raise."""
     weight = nn.Parameter(torch.empty(8, 8, device="meta"))
-    weight.grad = torch.empty(8, 8, device="meta")
-    PSGD(torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.1, momentum=0.9), acts_on=acts_on).step()
+    base = torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.1, momentum=0.9)
+    optimizer = PSGD(base, lambda_s, acts_on=acts_on, steps=10)
+    for _ in range(3):
+        weight.grad = torch.empty(8, 8, device="meta")
+        optimizer.step()
 
 
 @needs_cuda

@@ -158,12 +158,12 @@ class RunFolder:
 
     def log(self, row: dict[str, float]) -> None:
         """Appends an epoch's row, whose first key is "epoch", to metrics.csv and TensorBoard."""
-        new = not self.metrics_path.exists()
-        with open(self.metrics_path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        rows: list[dict[str, Any]] = [row]
+        if self.metrics_path.exists():
+            with open(self.metrics_path, newline="") as file:
+                rows = [*csv.DictReader(file), row]
+        empty = {key: "" for known in rows for key in known}  # an older version may have begun with fewer columns
+        write_csv(self.metrics_path, [empty | known for known in rows])
         for key, value in row.items():
             if key != "epoch":
                 self._writer.add_scalar(key, value, row["epoch"])

@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
-from quant import steer_lambda_s
 from quant.penalties import gradient_penalty
 from utils.checkpoint import (
     known_arch,
@@ -35,6 +34,7 @@ from utils.training.epochs import Training
 from utils.training.evaluation import evaluate_goal
 from utils.training.goals import Goal
 from utils.training.loop import NonFiniteError
+from utils.training.pace import PaceWatch
 from utils.training.setup import build_goal, build_optimizer, described
 
 
@@ -76,7 +76,6 @@ def train(args: Namespace, resumed: RunFolder | None) -> None:
     if args.deterministic:
         set_deterministic()
     torch.manual_seed(args.seed)
-    begun = resumed.settings()["args"] if resumed else vars(args)
     run = prepare(args, resumed, device, world)
     if resumed and run.done >= args.epoch:
         print(f"{resumed.path} has all {run.done} epochs: nothing left to do (a larger --epoch goes on)")
@@ -85,7 +84,7 @@ def train(args: Namespace, resumed: RunFolder | None) -> None:
     print(f"{args.arch} on {args.dataset} {described(args, run.goal, run.optimizer)}")
     images = f"{len(run.held)} {run.held_name} images"
     print(f"epochs {run.done + 1} to {args.epoch}; accuracy is on the {images}", flush=True)
-    train_epochs(run, folder, begun["epoch"])
+    train_epochs(run, folder)
     leave(world)
 
 
@@ -110,7 +109,8 @@ def prepare(args: Namespace, resumed: RunFolder | None, device: torch.device, wo
     if args.psg and not args.eps and not resumed:
         check_moves(model, bool(args.first_last_quant))
     goal = build_goal(args)
-    optimizer = build_optimizer(args, model, goal, device)
+    planned_epoch = resumed.settings()["args"]["epoch"] if resumed else args.epoch
+    optimizer = build_optimizer(args, model, goal, device, (planned_epoch - first_epoch + 1) * len(batches))
     scheduler = MultiStepLR(optimizer, [epoch - first_epoch for epoch in decays(args)], gamma=0.1)
     done = load_run(source, start, model, optimizer, scheduler) if resumed else first_epoch - 1
     if done < args.epoch:
@@ -163,18 +163,15 @@ def open_folder(run: Run, resumed: RunFolder | None, device_line: str) -> RunFol
     return folder
 
 
-def train_epochs(run: Run, folder: RunFolder | None, planned_epoch: int) -> None:
-    """The epochs that are left, each logged and saved in `folder` by the first process.
-
-    `planned_epoch` is the last epoch that the run had when it was begun: --lambda_s auto plans for it.
-    """
+def train_epochs(run: Run, folder: RunFolder | None) -> None:
+    """The epochs that are left, each logged and saved in `folder` by the first process."""
     args = run.args
     penalty = gradient_penalty(run.model, args.grad_l1, bool(args.first_last_quant))
     use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
     training = Training(
         run.model, run.optimizer, run.batches, args.precision, penalty, run.world, use_graph, stop, bool(args.compile)
     )
-    steer_epochs = min([*decays(args), planned_epoch + 1]) - run.first_epoch
+    pace = PaceWatch(run.optimizer, run.first_epoch, args.epoch, decays(args))
     stop.advice = "no epoch is whole yet: the same command begins anew"
     first, loop = run.done + 1, ""
     for epoch in range(first, args.epoch + 1):
@@ -185,13 +182,12 @@ def train_epochs(run: Run, folder: RunFolder | None, planned_epoch: int) -> None
             loop = training.loop
             print(f"step: {loop}", flush=True)
         run.scheduler.step()
-        if "lambda_s" in row:
-            progress = (epoch - run.first_epoch + 1) / steer_epochs
-            steer_lambda_s(run.optimizer, row["grid_share"], progress, row["train_loss"])
+        columns, remarks = pace.after_epoch(epoch, row["train_loss"])
+        row |= columns
         if folder:
             folder.log(row)
             save(run, folder, row)
-            print(summary(run.goal, row), flush=True)
+            print("\n".join([summary(run.goal, row), *remarks]), flush=True)
 
 
 def train_epoch_and_evaluate(run: Run, training: Training, epoch: int) -> dict[str, float]:
@@ -208,9 +204,8 @@ def train_epoch_and_evaluate(run: Run, training: Training, epoch: int) -> dict[s
         raise UserError(
             f"{error} of epoch {epoch}; last good checkpoint: {run.last_good}; try a smaller --lr or --lambda_s"
         ) from None
-    steered = {"lambda_s": run.optimizer.param_groups[0]["lambda_s"]} if args.lambda_s == "auto" and args.psg else {}
     return {
-        "epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1, **figures, **steered,
+        "epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1, **figures,
         "train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at,
     }  # fmt: skip
 

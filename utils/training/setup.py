@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from quant import PSGD, Grid, auto_lambda_s, penalize_l1
-from utils.cli import UserError, first_line
+from quant import PSGD, Grid, penalize_l1
 from utils.training.goals import Goal, GridGoal, SparseGoal
 
 
@@ -19,14 +18,11 @@ def build_goal(args: Namespace) -> Goal:
     return GridGoal(Grid(args.w_bit, first_last, per_channel=args.granularity == "channel"))
 
 
-def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch.device) -> Optimizer:
-    """SGD with momentum or Adam, inside PSGD with --psg 1. Raises UserError where --lambda_s auto finds none."""
+def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch.device, steps: int) -> Optimizer:
+    """SGD with momentum or Adam, inside PSGD with --psg 1, for a run of `steps` steps."""
     groups = goal.param_groups(model) if args.psg else [{"params": [*model.parameters()]}]
-    try:
-        lambda_s = auto_lambda_s(groups) if args.lambda_s == "auto" and args.psg else args.lambda_s
-    except ValueError as error:
-        raise UserError(f"--lambda_s auto: {first_line(error)}") from None
-    lr = args.lr * (0.01 * lambda_s if args.adam and args.psg and args.psg_acts_on == "gradient" else 1)
+    normalized = bool(args.adam) and args.psg_acts_on == "gradient"
+    lr = args.lr * (0.01 * args.lambda_s if normalized and args.psg else 1)
     fused = device.type in ("cpu", "cuda")
     base: Optimizer = (
         torch.optim.Adam(groups, lr=lr, weight_decay=args.w_decay, fused=fused)
@@ -34,14 +30,16 @@ def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch
         else torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=args.w_decay, fused=fused)
     )
     penalize_l1(base, model, args.l1, bool(args.first_last_quant))
-    return PSGD(base, lambda_s, args.eps, args.psg_acts_on) if args.psg else base
+    if not args.psg:
+        return base
+    has_pace = args.target == "grid" and not normalized
+    return PSGD(base, args.lambda_s, args.eps, args.psg_acts_on, steps if has_pace else None)
 
 
 def described(args: Namespace, goal: Goal, optimizer: Optimizer) -> str:
     """From where, for what and how: for the log."""
     start = f"torchvision's weights {args.weights}" if args.weights else args.load_pretrained or "scratch"
-    auto = "auto, now " if args.lambda_s == "auto" else ""
-    method = f"PSG for {goal.name}, lambda_s {auto}{optimizer.param_groups[0]['lambda_s']:g}" if args.psg else "no PSG"
+    method = f"PSG for {goal.name}, lambda_s {optimizer.param_groups[0]['lambda_s']}" if args.psg else "no PSG"
     method += f" on the {args.psg_acts_on}" if args.psg else ""
     method += "".join(f", {flag} {getattr(args, flag):g}" for flag in ("l1", "grad_l1") if getattr(args, flag))
     why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
