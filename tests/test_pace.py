@@ -1,0 +1,113 @@
+"""The pace of real runs: what train.py plans, logs and says, and how a run is resumed."""
+
+import csv
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from quant import PSGD, expected_share
+from utils.training.pace import PaceWatch
+
+QUICK = ["--dataset", "cifar10", "--batch_size", "32", "--device", "cpu", "--arch", "squeezenet1_1"]  # 4 steps an epoch
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_with_auto_is_resumed_as_it_was(cli, tmp_path, few_digits):
+    flags = [*QUICK, "--lambda_s", "auto", "--deterministic", "--lr", "1e-4", "--decay_epoch", "3"]
+    assert cli("train.py", *flags, "--epoch", 4, "--save_epochs", 2, "--exp_name", "whole").code == 0
+    cut = shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/cut")
+    (cut / "epoch_2.pth").replace(cut / "last.pth")
+    assert cli("train.py", "--exp_name", "cut", "--resume").code == 0
+    whole, again = (rows_of(tmp_path / f"runs/{name}/metrics.csv") for name in ("whole", "cut"))
+    keys = ["train_loss", "grid_share", "tau", "expected_share", "lambda_s"]
+    assert [[row[key] for key in keys] for row in whole] == [[row[key] for key in keys] for row in again]
+    # 16 steps: the first 12 at the limit of 0.1, which a step never exceeds, the last 4 as fast at a tenth of the rate
+    taus = [float(row["tau"]) for row in whole]
+    assert 0.02 < taus[0] <= 0.0401 and taus[1] <= 0.0801 and taus[2] <= 0.1201 and taus[3] > taus[2]
+    assert float(whole[0]["expected_share"]) == pytest.approx(expected_share(taus[0]), abs=0.001)
+
+
+def test_the_middle_of_a_run_says_where_it_will_end(cli, few_digits):
+    short = cli("train.py", *QUICK, "--lr", "1e-4", "--lambda_s", "auto", "--epoch", 3, "--exp_name", "a")
+    told = [line for line in short.out.splitlines() if "will be near the grid" in line]
+    # 1334 of the 1000 / 0.75 steps, 4 an epoch
+    assert told == ["about 22 % of the weights will be near the grid at the end: train for 334 epochs or more"]
+    assert short.out.index(told[0]) > short.out.index("epoch   2")
+    weak = cli("train.py", *QUICK, "--lr", "1e-4", "--lambda_s", "1e-3", "--epoch", 2, "--exp_name", "b")
+    assert "about 20 % of the weights will be near the grid at the end: use --lambda_s auto, a larger" in weak.out
+
+
+def test_a_run_of_an_older_version_gets_the_new_columns(cli, tmp_path, few_digits):
+    """Its optimizer kept no record of the pace, so there is none to show; --lambda_s and the log stay as they were."""
+    assert cli("train.py", *QUICK, "--epoch", 1, "--exp_name", "old").code == 0
+    path = tmp_path / "runs/old/last.pth"
+    saved = torch.load(path, weights_only=True)
+    for group in saved["optimizer"]["param_groups"]:
+        group.pop("steps", None)
+    saved["optimizer"]["state"] = {
+        key: {k: v for k, v in own.items() if k != "psg_pace"} for key, own in saved["optimizer"]["state"].items()
+    }
+    torch.save(saved, path)
+    outcome = cli("train.py", "--exp_name", "old", "--resume", "--epoch", 2)
+    assert outcome.code == 0, outcome.err
+    first, second = rows_of(tmp_path / "runs/old/metrics.csv")
+    assert first["tau"] and second["tau"] == "" and second["grid_share"] and None not in second
+
+
+def test_columns_that_came_later_are_added(cli, tmp_path, few_digits):
+    assert cli("train.py", *QUICK, "--epoch", 1, "--exp_name", "old").code == 0
+    path = tmp_path / "runs/old/metrics.csv"
+    rows = rows_of(path)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, [key for key in rows[0] if key != "tau"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert cli("train.py", "--exp_name", "old", "--resume", "--epoch", 2).code == 0
+    first, second = rows_of(path)
+    assert first["tau"] == "" and float(second["tau"]) > 0 and None not in second
+    assert first["train_loss"] == rows[0]["train_loss"] and first["epoch"] == "1" and second["epoch"] == "2"
+
+
+def test_auto_needs_a_walk(rejected, few_digits):
+    error = rejected("train.py", *QUICK, "--adam", 1, "--lambda_s", "auto")
+    assert "--lambda_s auto with --adam 1 needs --psg_acts_on update" in error
+
+
+def test_adam_on_updates_has_a_pace(cli, tmp_path, few_digits):
+    flags = ["--adam", 1, "--psg_acts_on", "update", "--lambda_s", "auto", "--lr", "1e-4", "--epoch", 1]
+    assert cli("train.py", *QUICK, *flags, "--exp_name", "a").code == 0
+    assert float(rows_of(tmp_path / "runs/a/metrics.csv")[0]["tau"]) == pytest.approx(0.03, abs=0.011)
+    assert cli("train.py", *QUICK, "--adam", 1, "--lr", "1e-4", "--epoch", 1, "--exp_name", "b").code == 0
+    assert "tau" not in rows_of(tmp_path / "runs/b/metrics.csv")[0]  # Adam cancels lambda_s on gradients
+
+
+def test_a_loss_that_rises_is_said_and_slows_auto():
+    weight = nn.Parameter(torch.tensor([7.0, 0.3, 0.4]))
+    optimizer = PSGD(torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.1), "auto", steps=100)
+    pace = PaceWatch(optimizer, 1, 10, [])
+    said = []
+    for epoch, loss in enumerate((1.0, 0.8, 1.05, 1.2, 1.2), 1):
+        weight.grad = torch.tensor([0.0, 1.0, -1.0])
+        optimizer.step()
+        said.append(pace.after_epoch(epoch, loss)[1])
+    assert said[:3] == [[], [], []] and said[3] == ["the loss rose to 1.2: lambda_s auto goes on at half the pace"]
+    assert len(said[4]) == 1 and "of the weights will be near the grid at the end" in said[4][0]
+
+
+@pytest.mark.parametrize(("decays", "silent"), [([], True), ([5], False)])
+def test_a_decay_that_stops_the_walk_is_foreseen(decays, silent):
+    """Each epoch adds 0.9 to tau at the first rate: 9 in ten epochs, or 4.5 where the rate falls for the last five."""
+    weight = nn.Parameter(torch.tensor([7.0, 0.3, 0.4]))
+    base = torch.optim.SGD([{"params": [weight], "bits": 4}], lr=0.1)
+    pace = PaceWatch(PSGD(base, 1.0, steps=10), 0, 9, decays)
+    for epoch in range(5):
+        weight.grad = 9.5 * torch.tensor([0.0, 1.225, -1.225])  # mean square 90
+        pace.optimizer.step()
+        _, lines = pace.after_epoch(epoch, 1.0)
+    assert bool(lines) != silent
