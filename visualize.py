@@ -18,6 +18,9 @@ Top-1 over weight and activation bit-widths, and what each layer contributes, fr
   python visualize.py --figure grid --results results/activations/mse/results.csv --out fig
   python visualize.py --figure report --results results/report/layers.csv --out fig
 
+The law of the pace beside recorded runs, from tools.pace
+  python visualize.py --figure pace --results results/pace/pace.csv --out fig
+
 The paper's figures 2 (a toy loss in the warped space), 3 (a sparse network's weights) and 4 (curvature)
   python visualize.py --figure 2 --out fig
   python visualize.py --figure 3 --model_path models/ResNet150.pth runs/sparse/last.pth --labels SGD PSGD
@@ -33,8 +36,12 @@ from argparse import Namespace
 from utils import flags
 from utils.cli import Parser, UserError, bits, run, sparsity
 
-FIGURES = ["layers", "1a", "curves", "grid", "report", "2", "3", "4"]
-RESULTS = {"report": "results/report/layers.csv", "4": "results/hessian"}  # default of --results by figure
+FIGURES = ["layers", "1a", "curves", "grid", "report", "pace", "2", "3", "4"]
+RESULTS = {
+    "report": "results/report/layers.csv",
+    "pace": "results/pace/pace.csv",
+    "4": "results/hessian",
+}  # default of --results by figure
 
 
 def parse() -> Namespace:
@@ -42,7 +49,8 @@ def parse() -> Namespace:
     # fmt: off
     p.add_argument("--figure", choices=FIGURES, default="layers",
                    help="layers: weight histograms; 1a: errors over bit-widths; curves: runs over epochs; grid: top-1 "
-                   "over weight and activation bit-widths; report: layer by layer; 2, 3, 4: the paper's")
+                   "over weight and activation bit-widths; report: layer by layer; pace: runs beside the law; "
+                   "2, 3, 4: the paper's")
     p.add_argument("--model_path", nargs="+", metavar="FILE",
                    default=["models/ResNet150.pth", "models/W4_ResNet.pth"], help="layers, 3: checkpoints")
     p.add_argument("--w_bit", type=bits, default=4, help="layers: bit-width of the quantized histograms and the grid")
@@ -51,7 +59,7 @@ def parse() -> Namespace:
                    help="layers: state_dict names (default: all weights)")
     p.add_argument("--results", nargs="+", default=None, metavar="FILE",
                    help="1a, grid: results.csv of eval.py (of 1a one or several); report: layers.csv of eval.py "
-                   "--report; 4: folder of tools.hessian")
+                   "--report; pace: pace.csv of tools.pace; 4: folder of tools.hessian")
     p.add_argument("--sparsity", type=sparsity, default=0.9, metavar="S", help="3: share of weights to mark")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
                    help="curves: run folders, or any folders with a metrics.csv")

@@ -164,7 +164,8 @@ def _walk(records: Records, squares: Tensor, group: dict[str, Any]) -> list[Tens
 
 
 def _plan_end(group: dict[str, Any]) -> int:
-    return math.ceil(PLAN_END * group["steps"])
+    steps: int = group["steps"]
+    return math.ceil(PLAN_END * steps)
 
 
 def _even_noise(group: dict[str, Any]) -> float:

@@ -23,6 +23,7 @@ from utils.drawing.result_figures import (
     errors_over_bits,
     layer_bars,
     layer_histograms,
+    pace_of_runs,
     target_column,
     training_curves,
 )
@@ -188,12 +189,26 @@ def curvature_figures(args: Namespace) -> list[Picture]:
     return [("figure4", partial(curvature, digits, spectra))]
 
 
+def pace_figures(args: Namespace) -> list[Picture]:
+    numbers = ("tau", "grid_share")
+    runs: dict[str, tuple[list[float], list[float]]] = {}
+    for row in read_rows(one(args.results), ("run", *numbers), "pace.csv of tools.pace", numbers):
+        for values, key in zip(runs.setdefault(row["run"], ([], [])), numbers):
+            values.append(float(row[key]))
+            if not math.isfinite(values[-1]):
+                raise UserError(f"{args.results[0]}: {key} is {row[key]}, which has no place in a figure")
+    if not any(tau > 0 for taus, _ in runs.values() for tau in taus):
+        raise UserError(f"{args.results[0]} has no tau above 0: nothing has moved")
+    return [("pace", partial(pace_of_runs, runs))]
+
+
 BUILDERS: dict[str, Callable[[Namespace], list[Picture]]] = {
     "layers": layer_figures,
     "1a": bits_figures,
     "curves": curve_figures,
     "grid": grid_figures,
     "report": report_figures,
+    "pace": pace_figures,
     "2": warp_figures,
     "3": sparse_figures,
     "4": curvature_figures,

@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from quant import Grid
+from quant import Grid, expected_share
 from quant.grid import snap
 from utils.drawing.text import add_legend, as_written
 
@@ -248,4 +248,27 @@ def layer_bars(models: dict[str, list[dict[str, str]]]) -> Figure:
     bottom.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
     add_legend(top, handles, [*models], fontsize="small")
     top.axhline(0, color="0.3", linewidth=0.8)
+    return figure
+
+
+@as_written
+def pace_of_runs(runs: dict[str, tuple[list[float], list[float]]]) -> Figure:
+    """Share of weights near the grid over tau, a point an epoch, beside the curve of `expected_share`.
+
+    `runs` holds tau and the measured share of each epoch by label.
+    """
+    figure, axis = pyplot.subplots(figsize=(8.4, 4.8), layout="constrained")
+    highest = max(max(taus) for taus, _ in runs.values())
+    lowest = min(tau for taus, _ in runs.values() for tau in taus if tau > 0)
+    grid = numpy.geomspace(lowest / 1.5, 1.5 * highest, 200)
+    axis.plot(grid, [100 * expected_share(tau) for tau in grid], color="0.2", label="the law")
+    palette = seaborn.color_palette("husl", len(runs))
+    for color, marker, (label, (taus, shares)) in zip(palette, "osD^vP*X" * len(runs), runs.items()):
+        axis.plot(taus, [100 * share for share in shares], marker, color=color, markersize=4, alpha=0.7, label=label)
+    axis.set_xscale("log")
+    axis.set_ylim(0, 102)
+    axis.grid(alpha=0.3)
+    axis.set_xlabel("tau: variance of the logarithm of a weight's distance to its grid point")
+    axis.set_ylabel("weights within a tenth of\na step of the grid, percent")
+    add_legend(figure, *axis.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return figure

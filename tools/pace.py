@@ -1,0 +1,127 @@
+"""The pace of recorded runs beside the law: pace.csv, a row for each epoch, for `visualize.py --figure pace`.
+
+    python -m tools.pace --runs results/runs/w4_psgd_seed1 results/runs/w8_psgd_seed1 --out results/pace
+
+A run that logged its own tau keeps it. For other runs tau is what the law makes of their learning rates and lambda_s,
+with the gradients of the network that the run began with (--load_pretrained of its args.json): their mean square in
+each weight tensor, over --steps batches that the network is not trained on in between.
+"""
+
+from argparse import Namespace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from quant import Grid, expected_share, psg_param_groups
+from quant.lambda_s import mean_squares
+from utils import flags
+from utils.cli import Parser, UserError, count, run
+from utils.device import select_device
+from utils.files import command_line, git_commit, output_folder, write_csv, write_json
+from utils.opening import Datasets, open_network
+from utils.results import read_rows
+from utils.runs import RunFolder
+
+MOMENTUM = 0.9  # train.py's
+COLUMNS = ("epoch", "lr", "grid_share")
+Row = dict[str, str | float]
+Squares = list[tuple[int, float]]  # number of weights, and mean square of their gradients, of each tensor
+
+
+def parse() -> Namespace:
+    p = Parser(__doc__)
+    p.add_argument("--runs", nargs="+", required=True, metavar="DIR", help="run folders with args.json and metrics.csv")
+    p.add_argument(
+        "--labels", nargs="+", metavar="NAME", help="names of the runs in the picture (default: the folders)"
+    )
+    p.add_argument("--steps", type=count, default=25, metavar="N", help="batches to measure gradients on")
+    flags.add_data_dir(p, None)
+    flags.add_device(p)
+    p.add_argument("--out", default="results/pace", metavar="DIR", help="folder for pace.csv and pace.json")
+    args = p.parse_args()
+    args.labels = args.labels or [Path(path).name for path in args.runs]
+    if len(args.labels) != len(args.runs):
+        raise UserError(f"{len(args.labels)} --labels for {len(args.runs)} --runs: give one for each")
+    return args
+
+
+def settings_of(path: str) -> dict[str, Any]:
+    """The args of a run with PSG on gradients, or with a logged tau. Raises UserError for another run."""
+    settings: dict[str, Any] = RunFolder(Path(path)).settings()["args"]
+    if not settings.get("psg") or settings.get("target", "grid") != "grid":
+        raise UserError(f"{path} is not a run of PSG for a grid: leave it out")
+    return settings
+
+
+def rows_of(path: str, label: str, measure: Any) -> list[Row]:
+    """The rows of one run. `measure` is `gradient_squares` of a run's first network."""
+    settings = settings_of(path)
+    rows = read_rows(Path(path) / "metrics.csv", COLUMNS, "metrics.csv of a run with PSG", COLUMNS)
+    same: Row = {"run": label, "bits": settings["w_bit"], "granularity": settings.get("granularity") or "tensor"}
+    if rows[0].get("tau"):
+        return [same | {"epoch": r["epoch"], "tau": r["tau"], "expected_share": r["expected_share"],
+                        "grid_share": r["grid_share"], "tau_from": "run"} for r in rows]  # fmt: skip
+    if settings.get("adam"):
+        raise UserError(f"{path} is of Adam, which normalizes the gradients that PSG scales: the law is not for it")
+    squares, images = measure(settings["load_pretrained"], settings["batch_size"], settings["w_bit"])
+    steps = -(-(images - (settings.get("val_split") or 0)) // settings["batch_size"])
+    taus, result = [0.0] * len(squares), []
+    total = sum(size for size, _ in squares)
+    for row in rows:
+        lambda_s = float(row.get("lambda_s") or settings["lambda_s"])
+        factor = steps * (float(row["lr"]) / (1 - MOMENTUM) * lambda_s) ** 2
+        taus = [tau + factor * square for tau, (_, square) in zip(taus, squares)]
+        tau, share = (
+            sum(size * value for (size, _), value in zip(squares, values)) / total
+            for values in (taus, map(expected_share, taus))
+        )
+        result.append(same | {"epoch": row["epoch"], "tau": tau, "expected_share": share,
+                              "grid_share": row["grid_share"], "tau_from": "law"})  # fmt: skip
+    return result
+
+
+def gradient_squares(path: str, batch_size: int, bits: int, args: Namespace, datasets: Datasets) -> tuple[Squares, int]:
+    """Mean square of the gradients in each scaled tensor of the checkpoint `path`, and the number of its images."""
+    opened = open_network(path, datasets)
+    network, batches = opened.model, opened.data.train.shuffled(batch_size, seed=1)
+    groups = psg_param_groups(network, Grid(bits))
+    weights = [weight for group in groups if "bits" in group for weight in group["params"]]
+    network.train()
+    sums = torch.zeros(len(weights))
+    taken = 0
+    for images, labels in batches.epoch(1):
+        network.zero_grad()
+        cross_entropy(network(images), labels).backward()
+        sums += mean_squares([weight.grad for weight in weights if weight.grad is not None]).cpu()
+        taken += 1
+        if taken == args.steps:
+            break
+    return [(w.numel(), square) for w, square in zip(weights, (sums / taken).tolist())], len(opened.data.train)
+
+
+def main() -> None:
+    args = parse()
+    device, line = select_device(args.device, args.cu_num)
+    print(line)
+    datasets = Datasets(args.data_dir, device)
+
+    @cache
+    def measure(path: str, batch_size: int, bits: int) -> tuple[Squares, int]:
+        return gradient_squares(path, batch_size, bits, args, datasets)
+
+    with output_folder("--out", args.out) as out:
+        rows = []
+        for path, label in zip(args.runs, args.labels):
+            own = rows_of(path, label, measure)
+            last = own[-1]
+            print(f"{label}: tau {float(last['tau']):.2f}, share {last['grid_share']}, law {last['expected_share']}")
+            rows += own
+        write_csv(out / "pace.csv", rows)
+        write_json(out / "pace.json", {"command": command_line(), "commit": git_commit(), "batches": args.steps})
+
+
+if __name__ == "__main__":
+    run(main)
