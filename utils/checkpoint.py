@@ -19,7 +19,7 @@ from torch import nn
 from models import build_model, check_arch
 from quant import Grid
 from utils.checkpoint_files import read_file, unwrapped
-from utils.cli import UserError, first_line
+from utils.cli import UserError, first_line, warn
 from utils.data.specs import DEFAULT
 from utils.files import atomic_write
 
@@ -76,7 +76,7 @@ def warn_if_changed(path: Path) -> None:
     lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else []
     listed = {name.lstrip(" *"): digest for digest, _, name in (line.partition(" ") for line in lines)}
     if path.name in listed and hashlib.sha256(path.read_bytes()).hexdigest() != listed[path.name]:
-        print(f"warning: {path} is not the published file: its sha256 is not the one in {sums}", file=sys.stderr)
+        warn(f"{path} is not the published file: its sha256 is not the one in {sums}")
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:

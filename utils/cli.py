@@ -82,7 +82,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         with stoppable(), warnings.catch_warnings():
-            warnings.showwarning = _warn
+            warnings.showwarning = _show_warning
             try:
                 main()
             except (RuntimeError, ConnectionError, EOFError) as error:
@@ -102,9 +102,14 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Shows a warning of a library as scripts show theirs: in one line, without the place in the code."""
-    print(f"{SPEAKER}warning: {' '.join(str(message).split())}", file=sys.stderr)
+def warn(text: str, speaker: str = "") -> None:
+    """Prints a warning on stderr, after the name of its `speaker`."""
+    print(f"{speaker}warning: {text}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Prints a library's warning like the scripts' own: in one line, without its place in the code."""
+    warn(" ".join(str(message).split()), SPEAKER)
 
 
 def _explained(error: Exception) -> str | None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import sys
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from quant import Grid, calibrate, quantize_activations, quantize_sums, quantize
 from quant.deploy import integer_weights, load_packed, save_packed, to_onnx
 from quant.grid import FLOAT_BITS
 from utils.checkpoint import grid_of
-from utils.cli import UserError, first_line
+from utils.cli import UserError, first_line, warn
 from utils.data.in_memory import InMemorySplit, normalize
 from utils.deployment import check_activations
 from utils.files import output_folder, replacing
@@ -131,7 +130,7 @@ def write(args: Namespace, exported: Exported, out: Path) -> None:
         quantized = percent_right(exported.expected, exported.labels)
         print(f"top-1 on these test images: {in_float:.2f} % in float, {quantized:.2f} % at {exported.kind}")
     if found := mismatches(exported.opened.checkpoint, exported.grid):
-        print(f"warning: {path} was not made for how it is exported: {'; '.join(found)}", file=sys.stderr)
+        warn(f"{path} was not made for how it is exported: {'; '.join(found)}")
 
 
 def write_packed(exported: Exported, packed: Path, name: str) -> None:

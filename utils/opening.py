@@ -1,6 +1,5 @@
 """Opening a trained network with its data set, whose labels then count as the network's outputs do."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint
-from utils.cli import RANK, UserError
+from utils.cli import RANK, UserError, warn
 from utils.data.load import Dataset, load_dataset
 from utils.data.specs import DATASETS, DataSpec, at_hand
 
@@ -34,7 +33,7 @@ def matched(dataset: Dataset, checkpoint: dict[str, Any], path: str | Path | Non
     if not transfer:
         raise UserError(f"{told}; give the classes the names that they had in training")
     if RANK == "0":
-        print(f"warning: {told}; training goes on with those of the data set", file=sys.stderr)
+        warn(f"{told}; training goes on with those of the data set")
     return dataset
 
 

@@ -1,7 +1,6 @@
 """The rows of eval.py: every network at every setting of a sweep, on screen and in files."""
 
 import math
-import sys
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from quant import layer_rows, packed_bytes, weight_mse
 from quant.grid import FLOAT_BITS
 from quant.pruning import nonzero_weights
 from utils.checkpoint import grid_of, training_facts
-from utils.cli import UserError, first_line
+from utils.cli import UserError, first_line, warn
 from utils.data.split import Split
 from utils.deployment import BN_RANGES, Deployment, Setting, check_activations
 from utils.device import machine, resolve_precision, select_device
@@ -161,7 +160,7 @@ def check_outputs(loss: float, model: str, deployed: str = "") -> None:
     what = f"{model}: the network's outputs are not finite (loss {loss})"
     if not deployed:
         raise UserError(f"{what}: take the file of an earlier epoch, or train with a smaller --lr")
-    print(f"warning: {what} {deployed}: its top-1 means nothing", file=sys.stderr)
+    warn(f"{what} {deployed}: its top-1 means nothing")
 
 
 def clipping_range(args: Namespace, deployment: Deployment, setting: Setting) -> float:

@@ -1,13 +1,12 @@
 """Images with labels that give their own batches: what splits in memory and in folders have in common."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from utils.cli import Default, UserError
+from utils.cli import Default, UserError, warn
 from utils.data.specs import DataSpec
 from utils.distributed import ALONE, World
 
@@ -66,7 +65,7 @@ class Split(ABC):
             return count
         if not isinstance(count, Default):
             raise UserError(f"{flag} {count} is more than the {len(self)} training images")
-        print(f"warning: all {len(self)} training images are taken: {flag} {count} would be more", file=sys.stderr)
+        warn(f"all {len(self)} training images are taken: {flag} {count} would be more")
         return len(self)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
+
+from utils.cli import warn
 
 LAST_RESORT = "Last Resort"  # matplotlib's font with a box for every character
 _told: set[str] = set()  # characters that a warning has named
@@ -77,7 +78,7 @@ def _find_fonts(texts: list[Text]) -> None:
             _told.update(missing)
             shown = "".join(sorted(missing))
             advice = "boxes are drawn instead; give other names, or install a font"
-            print(f"warning: no font here has {shown} of {text.get_text()!r}: {advice}", file=sys.stderr)
+            warn(f"no font here has {shown} of {text.get_text()!r}: {advice}")
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import math
-import sys
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from quant.layers import copy_network
 from quant.tracing import conv_norm_pairs, trace
+from utils.cli import warn
 from utils.data.split import LabelledBatch, Split
 from utils.device import autocast
 from utils.distributed import ALONE, World
@@ -102,7 +102,7 @@ def evaluate_goal(model: nn.Module, goal: Goal, split: Split, world: World = ALO
         raise NonFiniteError(f"the network's outputs were not finite (loss {full.loss}) in the evaluation")
     low = evaluate(fold_batch_norm(goal.deployed(model)), split, world=world)
     if not math.isfinite(low.loss) and world.is_main:
-        print(f"warning: the network's outputs are not finite (loss {low.loss}) at {goal.name}", file=sys.stderr)
+        warn(f"the network's outputs are not finite (loss {low.loss}) at {goal.name}")
     name = goal.name.lower()
     return {
         "fp_loss": full.loss, "fp_top1": full.top1, f"{name}_loss": low.loss, f"{name}_top1": low.top1,
