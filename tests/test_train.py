@@ -291,7 +291,7 @@ def test_checkpoint_of_another_class_count(rejected, digits_run, tmp_path):
 def test_resume_with_other_settings(cli, tmp_path):
     assert cli("train.py", *QUICK, *SMALL, "--psg", "0", "--epoch", "1", "--exp_name", "a").code == 0
     outcome = cli("train.py", "--exp_name", "a", "--resume", "--lr", "0.2", "--epoch", "2")
-    assert outcome.code == 2 and "begun with other settings: --lr 0.2 (was 0.05)" in outcome.err
+    assert outcome.code == 2 and "started with other settings: --lr 0.2 (was 0.05)" in outcome.err
     assert load_checkpoint(tmp_path / "runs/a/last.pth")["epoch"] == 1
 
 
