@@ -275,8 +275,8 @@ DIGITS = [str(number) for number in range(10)]
 @pytest.mark.parametrize("classes, message", [
     ([*DIGITS[:9], "nine"], "its 'nine' is not in the data set, '9' of the data set is not in the file"),
     ([*DIGITS[:9], "8"], "'9' of the data set is not in the file"),
-    (DIGITS[:9], "a.pth has 9 classes, the data set has 10: '9' of the data set is not in the file"),
-    ([*DIGITS, "ten"], "a.pth has 11 classes, the data set has 10: its 'ten' is not in the data set"),
+    (DIGITS[:9], "a.pth has 9 classes, but the data set has 10: '9' of the data set is not in the file"),
+    ([*DIGITS, "ten"], "a.pth has 11 classes, but the data set has 10: its 'ten' is not in the data set"),
 ])  # fmt: skip
 def test_other_classes_are_named(capsys, classes, message):
     with pytest.raises(UserError) as error:
