@@ -236,7 +236,7 @@ def test_splits():
     assert torch.equal(torch.cat([kept.images, held.images]), dataset.train.images)
     assert kept.images.data_ptr() == dataset.train.images.data_ptr()  # a view: the data set is held once
     assert torch.equal(dataset.splits(400)[1].labels, held.labels)
-    with pytest.raises(UserError, match="--val_split 1437 leaves nothing"):
+    with pytest.raises(UserError, match="--val_split 1437 leaves none"):
         dataset.splits(1437)
 
 
@@ -346,7 +346,7 @@ def test_a_download_that_succeeds_is_put_in_place(tmp_path, monkeypatch):
 def test_fewer_images_than_the_default(capsys):
     data = split(45)
     assert data.count_for(commands.Default(1024)) == 45
-    assert "warning: all 45 training images are taken: --calib_images 1024 would be more" in capsys.readouterr().err
+    assert "warning: all 45 training images are taken: there are fewer than --calib_images" in capsys.readouterr().err
     assert data.count_for(commands.Default(40)) == data.count_for(40) == 40
     with pytest.raises(UserError, match="--calib_images 1024 is more than the 45 training images"):
         data.count_for(1024)

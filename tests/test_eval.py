@@ -393,5 +393,5 @@ def test_fewer_training_images_than_the_default(cli, tmp_path, digits_run, few_d
     copy_with_args(digits_run, tmp_path / "a.pth", dataset="cifar10")
     outcome = cli("eval.py", "--model_path", "a.pth", "a.pth", "--a_bit", "8", "--out", "out")
     assert outcome.code == 0
-    assert outcome.err == "warning: all 128 training images are taken: --calib_images 1024 would be more\n"
+    assert outcome.err == "warning: all 128 training images are taken: there are fewer than --calib_images 1024\n"
     assert json.loads((tmp_path / "out/results.json").read_text())["settings"]["calib_images"] == 128

@@ -98,7 +98,7 @@ def check_writable(flag: str, path: str | Path, folder: Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise UserError(f"{flag} {path} cannot be written to ({reason}): name another, or allow writing") from None
+        raise UserError(f"{flag} {path} cannot be written to ({reason}): name another, or make it writable") from None
 
 
 def _in_the_way(folder: Path, error: OSError) -> str:

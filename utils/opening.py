@@ -66,7 +66,7 @@ class Datasets:
         return saved if isinstance(saved, str) and at_hand(name, saved) else DATA_DIR
 
     def of(self, checkpoint: dict[str, Any], path: str | Path, name: str | None = None) -> Dataset:
-        """The data set `name`, or the checkpoint's own for None, with labels in its order; see `matched`.
+        """The data set `name`, or the checkpoint's own for None, with labels in the checkpoint's order (`matched`).
 
         Raises UserError if it cannot be loaded, or has other classes.
         """

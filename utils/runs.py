@@ -24,7 +24,7 @@ def default_exp_name(args: Namespace) -> str:
 
 
 class RunFolder:
-    """One folder under runs/. `create` never reuses a folder that has an epoch in it; `reopen` is for such a one."""
+    """One folder under runs/. `create` never reuses a folder that has an epoch in it; `reopen` continues in one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Text in figures as it is written: labels, paths and names of layers are the user's, not for matplotlib to read."""
+"""Text in figures as it is written: matplotlib must not interpret the user's labels, paths and layer names."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ _told: set[str] = set()  # characters that a warning has named
 
 def as_written(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Decorator of a drawing function: no text of its figure is read as mathematics, and characters that its font lacks
-    are taken from other fonts of this machine. Those that none has are named on stderr, once."""
+    are taken from other fonts of this machine. A warning names those that no font has, once."""
 
     @functools.wraps(draw)
     def drawn(*args, **kwargs) -> Figure:
@@ -30,7 +30,7 @@ def as_written(draw: Callable[..., Figure]) -> Callable[..., Figure]:
         texts = [text for text in figure.findobj(Text) if text not in powers]
         for text in texts:
             text.set_parse_math(False)
-            text.set_text(text.get_text().encode(errors="replace").decode())  # bytes of a path that are no UTF-8
+            text.set_text(text.get_text().encode(errors="replace").decode())  # a path may have bytes that are not UTF-8
         _find_fonts(texts)
         return figure
 
@@ -53,13 +53,13 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def _power_labels(figure: Figure) -> set[Text]:
-    """The numbers at logarithmic axes, which are matplotlib's own and set as powers."""
+    """The numbers at logarithmic axes, which are matplotlib's own and written as powers."""
     sides = [side for axis in figure.axes for side in (axis.xaxis, axis.yaxis) if side.get_scale() == "log"]
     return {text for side in sides for text in side.findobj(Text) if text is not side.label}
 
 
 def _lacks(path: str, characters: Iterable[str]) -> set[str]:
-    """Those of `characters` that the font at `path` has not; all, if it cannot be read."""
+    """Those of `characters` that the font at `path` lacks; all of them if it cannot be read."""
     with contextlib.suppress(OSError, RuntimeError):
         font = font_manager.get_font(path)
         return {character for character in characters if not font.get_char_index(ord(character))}
@@ -83,7 +83,7 @@ def _find_fonts(texts: list[Text]) -> None:
 
 @functools.cache
 def _other_fonts(missing: frozenset[str]) -> tuple[list[str], set[str]]:
-    """Families that together have most of the characters `missing`, and those that none has."""
+    """Font families that together have as many of the characters `missing` as possible, and those that none has."""
     names, left = [], set(missing)
     by_name = {font.name: font.fname for font in font_manager.fontManager.ttflist if LAST_RESORT not in font.name}
     for name, path in by_name.items():

@@ -45,8 +45,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 def collected_at_once() -> Iterator[None]:
     """Frees the reference cycles that the block leaves behind when it ends.
 
-    The garbage collector comes to objects that have survived a while only after tens of megabytes of them, and a trace
-    is made for every evaluation.
+    Every evaluation makes a trace. The garbage collector frees objects that have survived a while only after tens of
+    megabytes of them.
     """
     enabled = gc.isenabled()
     gc.disable()  # what is made in the block stays in the youngest generation
@@ -59,7 +59,7 @@ def collected_at_once() -> Iterator[None]:
 
 
 def evaluate(model: nn.Module, split: Split, precision: str = "fp32", world: World = ALONE) -> Result:
-    """Loss and top-1 of `model` in eval mode on every image of `split`, shared out to the processes of `world`."""
+    """Loss and top-1 of `model` in eval mode on every image of `split`, divided among the processes of `world`."""
     part = split.part(slice(world.rank, None, world.size)) if world.size > 1 else split
     batches = part.batches(part.eval_batch_size)
     steps = -(-len(part) // part.eval_batch_size)
@@ -94,8 +94,8 @@ def evaluate_batches(
 def evaluate_goal(model: nn.Module, goal: Goal, split: Split, world: World = ALONE) -> dict[str, float]:
     """Loss and top-1 of `model` as it is and as `goal` deploys it, and how far its weights are from that; by column.
 
-    In float32, as eval.py: bfloat16 is off by up to a tenth of a point. Raises NonFiniteError if the loss of `model` as
-    it is is not a number. As deployed, that is a warning on stderr of the first process.
+    In float32, like eval.py: bfloat16 is off by up to a tenth of a point. Raises NonFiniteError if the loss of `model`
+    as it is is not finite. If that of the deployed copy is not, the first process prints a warning.
     """
     full = evaluate(fold_batch_norm(copy_network(model)), split, world=world)
     if not math.isfinite(full.loss):

@@ -20,7 +20,7 @@ def build_goal(args: Namespace) -> Goal:
 
 
 def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch.device) -> Optimizer:
-    """SGD with momentum or Adam, inside PSGD with --psg 1. Raises UserError where --lambda_s auto finds none."""
+    """SGD with momentum or Adam, inside PSGD with --psg 1. Raises UserError if --lambda_s auto finds no value."""
     groups = goal.param_groups(model) if args.psg else [{"params": [*model.parameters()]}]
     try:
         lambda_s = auto_lambda_s(groups) if args.lambda_s == "auto" and args.psg else args.lambda_s
@@ -38,7 +38,7 @@ def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch
 
 
 def described(args: Namespace, goal: Goal, optimizer: Optimizer) -> str:
-    """From where, for what and how: for the log."""
+    """Start, goal and method, in words for the log."""
     start = f"torchvision's weights {args.weights}" if args.weights else args.load_pretrained or "scratch"
     auto = "auto, now " if args.lambda_s == "auto" else ""
     method = f"PSG for {goal.name}, lambda_s {auto}{optimizer.param_groups[0]['lambda_s']:g}" if args.psg else "no PSG"
