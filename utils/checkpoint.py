@@ -28,10 +28,10 @@ PUBLISHED_EXTRAS = (".scale_value", ".wscale_value", ".bscale_value")
 RUN_STATE = ("optimizer", "scheduler")
 # Types of what a file holds beside its weights.
 KINDS = {"epoch": int, "arch": str, "args": dict, "averaged_epochs": list, "classes": list, "deployed": dict}
-MOST_CLASSES = 10**6  # the most that a file may claim before its network is built
+MOST_CLASSES = 10**6  # a file that claims so many is refused before a network is built
 OPTIONAL = "num_batches_tracked"  # old files lack it, and batch norm with a momentum does not use it
 COUNTER = "n_averaged"  # of torch's AveragedModel, beside the weights
-HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias"}  # its length is the number of classes
+HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias"}  # the length of these is the number of classes
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:

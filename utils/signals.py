@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 DEFAULTS = (signal.default_int_handler, signal.SIG_DFL)
-LATE = 1.0  # seconds that a signal may come after the end of another process to which it was sent too
+LATE = 1.0  # seconds that a signal sent to two processes may come after the end of the other one
 
 
 class Stopped(BaseException):

@@ -36,7 +36,7 @@ def grid_mismatches(args: dict[str, Any], grid: Grid, trained_by_channel: bool) 
 
 
 def norm_mismatches(checkpoint: dict[str, Any], bits: int, others: bool) -> list[str]:
-    """How the weights differed when batch norm was re-estimated; `others`: something else differs already."""
+    """How the weights that batch norm was re-estimated with differ from these; `others`: something else differs."""
     if not checkpoint.get("averaged_epochs"):
         return []
     deployed, target = checkpoint.get("deployed"), checkpoint.get("args", {}).get("target")

@@ -10,7 +10,7 @@ from PIL import Image
 from utils.cli import UserError, first_line
 
 STEP = 257  # 16-bit steps in an 8-bit step: 65535 = 255 * 257
-ORIENTATION = 0x0112  # its EXIF tag
+ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
