@@ -1,16 +1,16 @@
 # make quickstart   the whole path on the embedded digits: train, train with PSG, evaluate, draw
 # make test         the tests
-# make portable     the tests with 1, 2 and 4 threads, then as on older processors; stops at the first setting that fails
+# make portable     the tests with 1, 2 and 4 threads, then as on older processors; stops at the first failure
 # make reproduce    CIFAR-100 from nothing to table and figures: vanilla, PSGD for each bit-width, Adam, evaluation,
-#                   figures. 898 epochs, of 75 to 104 seconds each on 2 cores, of a few on a GPU (README.md, Performance).
-#                   Goes on where it was cut off, and make -j4 runs four at a time.
+#                   figures. 898 epochs of 75 to 104 seconds on 2 cores, or a few on a GPU (README.md, Performance).
+#                   Resumes where it was interrupted; make -j4 runs four at a time.
 #                   SEEDS="1 2 3" and TARGETS="4bits 3bits" choose the runs.
-# make check        lint, types and the unit tests of quant/, in a minute: for the loop while writing
+# make check        lint, types and the unit tests of quant/, in a minute: for quick checks while you write
 # make lint         ruff and mypy
 # make oldest       the tests with the oldest versions that requirements.txt allows, in .venv-oldest
-# Each sets up .venv by itself, from requirements-dev.txt.
+# Each sets up its virtual environment by itself, from requirements-dev.txt.
 
-# pip is told to leave out bytecode (all of it takes a minute), so Python must write that of what it imports.
+# pip compiles no bytecode (all of it takes a minute), so Python must be free to write it for what it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
 PYTHON ?= python3
@@ -41,8 +41,8 @@ quickstart: $(READY)
 		--layers layer1.0.conv1.weight layer2.0.conv2.weight layer3.4.conv1.weight --out $(RUN)/histograms
 	@echo
 	@echo "Compare weight_mse of the two networks at 3 bits, PSGD's target, and look at $(RUN)/histograms/*.png:"
-	@echo "PSGD's float weights gather at the points of the 3-bit grid. Digits are too easy to show what that is worth;"
-	@echo "on CIFAR-100 the gap in accuracy opens: the results table in README.md."
+	@echo "PSGD's float weights gather at the points of the 3-bit grid. Digits are too easy to show the gain in accuracy;"
+	@echo "for CIFAR-100, see the results table in README.md."
 
 # --- make reproduce
 
@@ -54,7 +54,7 @@ PSGD_RUNS := $(foreach seed,$(SEEDS),$(foreach target,$(TARGETS),runs/cifar100/$
 ADAM_RUNS := runs/cifar100/adam_seed1 runs/cifar100/adam_4bits_seed1
 RUNS := runs/vanilla $(PSGD_RUNS) $(ADAM_RUNS)
 
-# $(call train,run folder,last epoch,flags): go on with the run if it has an epoch to go on from, else start it
+# $(call train,run folder,last epoch,flags): resume the run if it has a checkpoint, else start it
 train = if [ -f $(1)/last.pth ]; then $(BIN)/python train.py --exp_name $(1:runs/%=%) --resume --epoch $(2); \
 	else rm -rf $(1) && $(BIN)/python train.py $(3) --epoch $(2) --exp_name $(1:runs/%=%); fi
 
@@ -71,8 +71,8 @@ runs/cifar100/adam_4bits_seed1/epoch_150.pth: | $(VANILLA)
 	$(call train,$(@D),150,$(STAGE) --adam 1 --lr 1e-4 --w_bit 4)
 
 bits = $(firstword $(subst bits, ,$(1)))
-# lambda_s: 150 at 4 bits, as published, at 5 and 6, and at 3 with grids of channels; else 600 (docs/results.md, The
-# choice of lambda_s)
+# lambda_s: 150 at 4 bits, as published, at 5 and 6 bits, and at 3 bits with a grid for each channel; else 600
+# (docs/results.md, The choice of lambda_s)
 lambda_s = $(if $(filter 4bits% 5bits% 6bits% 3bits_channel,$(1)),150,600)
 granularity = $(if $(filter %_channel,$(1)),channel,tensor)
 
@@ -94,7 +94,7 @@ reproduce: $(PSGD_RUNS:%=%/bn.pth) $(RUNS:%=%/epoch_150.pth)
 	$(BIN)/python visualize.py --figure curves --runs runs/vanilla $(PSGD_RUNS) \
 		--labels SGD $(PSGD_RUNS:runs/cifar100/%=%) --out results/reproduce
 
-# a process a core, of one thread each, is quicker than one process with all threads
+# one process per core, each with one thread, is faster than one process with all threads
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal tests
 

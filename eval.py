@@ -18,7 +18,7 @@ One-shot magnitude pruning, by itself and with quantized weights
   python eval.py --model_path models/ResNet150.pth --sparsity 0.5 0.7 0.8 0.9 0.95 0.98 --out results/pruning
   python eval.py --sparsity 0.5 0.7 --w_bit 32 4 --prune layer
 
-What each layer contributes, at the first --w_bit, to results/report/layers.csv
+What each layer contributes at the first --w_bit, written to results/report/layers.csv
   python eval.py --w_bit 4 --report --out results/report
 
 Ranges, scales, bit-widths and roundings are never fitted to test images. A bit-width of 32 stands for full precision,
@@ -37,25 +37,25 @@ SEARCHED = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0]  # values of --cli
 
 
 def add_networks(p: Parser) -> None:
-    """What is evaluated on what, and its weights."""
+    """Networks, data and weights."""
     # fmt: off
     p.add_argument("--arch", default=None,
-                   help="network (default: the one the file names, ResNet32 if it names none)")
+                   help="architecture (default: the one that the file names, ResNet32 if it names none)")
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
     p.add_argument("--dataset", default=None, choices=list(DATASETS),
-                   help="data set (default: the one the file was trained on, cifar100 if it names none)")
+                   help="data set (default: the one that the file was trained on, cifar100 if it names none)")
     flags.add_data_dir(p)
     flags.add_workers(p)
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
                    help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
     p.add_argument("--sparsity", type=cli.sparsity, nargs="+", default=[0.0], metavar="S",
-                   help="shares of zero weights: those of the smallest magnitude, cut before --w_bit is applied")
+                   help="shares of weights to prune, smallest magnitudes first, before --w_bit is applied")
     p.add_argument("--prune", choices=["global", "layer"], default="global",
-                   help="the share is one of all weights together, or of each layer by itself")
+                   help="prune this share of all weights together, or of each layer separately")
     p.add_argument("--w_bit", type=cli.bits_or_float, nargs="+", default=None, metavar="B",
                    help="weight bit-widths (default: 4, or 32 with --sparsity)")
     p.add_argument("--weight_range", choices=["absmax", "mse"], default="absmax",
-                   help="grid of the weights: up to the largest, or the range of the least squared error")
+                   help="range of the weights' grid: up to the largest magnitude, or the one of least squared error")
     flags.add_granularity(p)
     flags.add_first_last_quant(p)
     # fmt: on
@@ -69,27 +69,30 @@ def add_deployment(p: Parser) -> None:
     p.add_argument("--act_quant", type=int, choices=[0, 1], default=None,
                    help="1: quantize activations; 0: ignore --a_bit (default: 1 if --a_bit is given)")
     p.add_argument("--act_range", choices=ACT_RANGES, default=None,
-                   help="range of activations: bn: mean + n standard deviations by batch norm, shortcuts included; "
-                   "bn_published: the same without shortcuts; on training images minmax: largest value, percentile: "
-                   "that of --percentile, mse: least squared error "
+                   help="range of activations; bn: mean + n standard deviations, from batch norm, shortcuts included; "
+                   "bn_published: the same without shortcuts; from training images: minmax: the largest value, "
+                   "percentile: the value at --percentile, mse: the one of least squared error "
                    "(default: bn_published with --act_clipping 1, else minmax)")
-    p.add_argument("--act_clipping", type=int, choices=[0, 1], default=0, help="1: the published name of bn_published")
+    p.add_argument("--act_clipping", type=int, choices=[0, 1], default=0, help="1: the published flag for bn_published")
     p.add_argument("--clipping_range", type=cli.positive_or("search"), nargs="+", default=[6.0], metavar="N",
-                   help="n of the bn ranges; of several, or of search, the one of least loss on training images")
-    p.add_argument("--percentile", type=cli.percent, default=99.99, help="of the values of a ReLU, zeros included")
+                   help="n of the bn ranges; several, or search: the one of least loss on training images is taken")
+    p.add_argument("--percentile", type=cli.percent, default=99.99,
+                   help="percentile of a ReLU's values, zeros included")
     p.add_argument("--post", nargs="+", choices=POST, default=["none"],
-                   help="after quantization, on training images: bn_reestimate: batch-norm statistics anew; "
-                   "bias_correct: mean outputs brought back; adaround: roundings learned layer by layer")
-    p.add_argument("--iterations", type=cli.count, default=1000, metavar="N", help="of adaround, for each layer")
+                   help="methods applied after quantization, on training images; bn_reestimate: re-estimate batch-norm "
+                   "statistics; bias_correct: restore mean outputs; adaround: learn roundings layer by layer")
+    p.add_argument("--iterations", type=cli.count, default=1000, metavar="N",
+                   help="iterations of adaround for each layer")
     flags.add_calib_images(p, 1024, "calibration and --post")
-    p.add_argument("--seed", type=cli.seed, default=1, help="of the choice of calibration images")
+    p.add_argument("--seed", type=cli.seed, default=1, help="seed for the choice of calibration images")
     p.add_argument("--report", action="store_true",
-                   help="also a row for each layer of each model, at the first --w_bit, to --out DIR/layers.csv")
-    p.add_argument("--lambda_s", type=cli.positive, default=150.0, help="for the record in results.json; no effect")
+                   help="also write a row for each layer of each model, at the first --w_bit, to layers.csv in --out")
+    p.add_argument("--lambda_s", type=cli.positive, default=150.0, help="recorded in results.json; no effect")
     p.add_argument("--out", default=None, metavar="DIR", help="folder for results.csv and results.json")
-    p.add_argument("--exp_name", default=None, help="the published name of --out results/<exp_name>")
+    p.add_argument("--exp_name", default=None, help="the published flag for --out results/<exp_name>")
     flags.add_device(p)
-    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="of the forward pass")
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32",
+                   help="precision of the forward pass")
     # fmt: on
 
 
@@ -108,7 +111,7 @@ def parse() -> Namespace:
     if args.report and not args.out:
         raise UserError("--report writes layers.csv: name a folder with --out DIR")
     if args.report and args.w_bit[0] == 32:
-        raise UserError("--report is about the first --w_bit, and 32 is full precision: begin with the one it is for")
+        raise UserError("--report is for the first --w_bit, and 32 is full precision: put another bit-width first")
     return args
 
 

@@ -1,4 +1,4 @@
-"""Write a trained network as real integers: packed .safetensors, and .onnx for other runtimes.
+"""Write a trained network with integer weights: packed .safetensors, and .onnx for other runtimes.
 
 The 4-bit network, into deploy/W4_ResNet_w4.safetensors and .onnx
   python export.py --model_path models/W4_ResNet.pth --w_bit 4 --out deploy
@@ -6,8 +6,8 @@ The 4-bit network, into deploy/W4_ResNet_w4.safetensors and .onnx
 With 8-bit activations, ranges calibrated on training images, and uint8 images as the input; built for speed
   python export.py --model_path models/W4_ResNet.pth --w_bit 4 --a_bit 8 --integer_kernels --with_normalize --out deploy
 
-Both files are read again and run before they get their names: outputs that are not those of the quantized network are
-an error, and nothing is left behind. Needs: pip install -r requirements-export.txt
+Both files are read back and run before they get their names. If their outputs are not those of the quantized network,
+that is an error, and no file is left behind. Needs: pip install -r requirements-export.txt
 """
 
 from argparse import Namespace
@@ -16,7 +16,7 @@ from utils import flags
 from utils.cli import Parser, UserError, bits, bits_or_float, run, seed
 from utils.data.specs import DATASETS
 
-SIZE = 32  # pixels on a side of the images that exported networks are for
+SIZE = 32  # pixels per side of the images that exported networks take
 CHOICES = [name for name, spec in DATASETS.items() if spec.size == SIZE]
 
 
@@ -29,14 +29,14 @@ def parse() -> Namespace:
     flags.add_first_last_quant(p)
     p.add_argument("--a_bit", type=bits_or_float, default=32, help="bit-width of the activations in the .onnx file")
     p.add_argument("--integer_kernels", action="store_true",
-                   help="with --a_bit, for speed: .onnx weights as INT8 whatever their bit-width, and what residual "
-                   "sums take at 8 bits too, so that a runtime has integers from the second layer to the last sum")
+                   help="with --a_bit, for speed: .onnx weights as INT8 at any bit-width, and the inputs of residual "
+                   "sums at 8 bits too, so that a runtime computes in integers from the second layer to the last sum")
     flags.add_calib_images(p, 1024, "the activations' ranges (least squared error)")
-    p.add_argument("--seed", type=seed, default=1, help="of the choice of these images")
+    p.add_argument("--seed", type=seed, default=1, help="seed for the choice of these images")
     p.add_argument("--with_normalize", action="store_true",
-                   help="the .onnx file takes uint8 [N, 32, 32, 3] and normalizes inside")
+                   help="the .onnx file takes uint8 images [N, 32, 32, 3] and normalizes them itself")
     p.add_argument("--dataset", default=None, choices=CHOICES,
-                   help="data set (default: the one the file was trained on, cifar100 if it names none)")
+                   help="data set (default: the one that the file was trained on, cifar100 if it names none)")
     flags.add_data_dir(p)
     p.add_argument("--out", default="deploy", metavar="DIR", help="folder to write to")
     # fmt: on
@@ -46,7 +46,7 @@ def parse() -> Namespace:
 def main() -> None:
     args = parse()
     if args.integer_kernels and args.a_bit == 32:
-        raise UserError("--integer_kernels needs --a_bit: float activations have none")
+        raise UserError("--integer_kernels needs --a_bit: there are none for float activations")
 
     from utils.exporting import export_checked
 

@@ -17,7 +17,7 @@ ImageNet on all GPUs of a machine, from torchvision's weights
   torchrun --nproc_per_node 8 train.py --dataset imagefolder --data_dir imagenet --arch resnet18 --weights DEFAULT \\
                                        --batch_size 256 --lr 0.001 --epoch 30 --decay_epoch 20 --w_bit 4
 
-Go on with a run that was cut off; its settings come from its folder
+Resume an interrupted run; its settings come from its folder
   python train.py --exp_name vanilla --resume
 
 Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth and the epochs of --save_epochs.
@@ -33,7 +33,7 @@ from utils.runs import RunFolder, default_exp_name
 PRETRAINED = "models/ResNet82.pth"
 DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
 GRID_ONLY = {"lambda_s": "auto", "granularity": "channel"}  # settings that have no meaning with --target zero
-# Settings that a resumed run may change: where it runs, in which precision and how long, but not what it computes.
+# Settings that a resumed run may change: where, how long and in which precision it runs, but not what it computes.
 FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "workers", "epoch", "save_epochs"}
 FREE_ON_RESUME |= {"precision", "cuda_graph", "compile"}
 
@@ -46,25 +46,25 @@ def parser() -> Parser:
 
 
 def add_goal(p: Parser) -> None:
-    """Network, data and what the weights are trained for."""
+    """Network, data and the goal of training."""
     # fmt: off
     p.add_argument("--arch", default="ResNet32", help="ResNet32, vgg16_bn, or a classification network of torchvision")
-    p.add_argument("--weights", default="", metavar="NAME", help="torchvision's weights to start from, as DEFAULT")
+    p.add_argument("--weights", default="", metavar="NAME", help="torchvision weights to start from, such as DEFAULT")
     p.add_argument("--dataset", default="cifar100", choices=list(DATASETS), help="data set")
     flags.add_data_dir(p, "data")
     flags.add_workers(p)
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N", help="evaluate on N held-out training images")
-    p.add_argument("--seed", type=cli.seed, default=1, help="of initial weights, data order and augmentation")
+    p.add_argument("--seed", type=cli.seed, default=1, help="seed for initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
     p.add_argument("--target", choices=["grid", "zero"], default="grid",
-                   help="what the weights are trained for and evaluated at: --w_bit bits, or pruning to --sparsity")
+                   help="what to train for and evaluate at; grid: --w_bit bits; zero: pruning to --sparsity")
     p.add_argument("--w_bit", type=cli.bits, default=None, help="target bit-width of the weights, 2 to 8 (default: 4)")
     p.add_argument("--sparsity", type=cli.sparsity, default=None, metavar="S",
-                   help="share of zero weights with --target zero, by magnitude over all layers (default: 0.9)")
+                   help="share of weights pruned with --target zero, by magnitude over all layers (default: 0.9)")
     p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=150.0,
                    help="strength of the scaling; auto: each tensor's own, set by the length of the run")
     p.add_argument("--psg_acts_on", choices=["gradient", "update"], default="gradient",
-                   help="what PSG scales: gradients, as published, or the optimizer's whole step, meant for --adam 1")
+                   help="what PSG scales: the gradient, as published, or the optimizer's whole update, for --adam 1")
     p.add_argument("--eps", type=cli.non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
     flags.add_first_last_quant(p)
     flags.add_granularity(p, "tensor")
@@ -76,30 +76,31 @@ def add_training(p: Parser) -> None:
     """Schedule, optimizer, run folder and device."""
     # fmt: off
     p.add_argument("--load_pretrained", default=None, metavar="FILE",
-                   help='checkpoint to start from, or "" for scratch; as many classes of other names will do '
+                   help='checkpoint to start from, or "" for scratch; its classes must match in number, not in name '
                    f"(default: {PRETRAINED} for PSG on ResNet32 and cifar100, else scratch)")
     p.add_argument("--resume_epoch", type=cli.count, metavar="N", help="first epoch (default: the checkpoint's + 1)")
     p.add_argument("--epoch", type=cli.count, default=150, help="number of the last epoch")
     p.add_argument("--lr", type=cli.positive, default=0.01, help="initial learning rate; use 1e-4 with --adam 1")
     p.add_argument("--decay_epoch", type=cli.count, nargs="*", default=[123], metavar="N",
-                   help="epochs, after the first of the run, from which the learning rate is a tenth of before")
+                   help="epochs at which the learning rate is divided by 10; ignored up to the run's first epoch")
     p.add_argument("--adam", type=int, choices=[0, 1], default=0,
-                   help="1: Adam; with PSG on its gradients the rate is multiplied by 0.01 * lambda_s, as published")
+                   help="1: Adam; if PSG scales the gradient, --lr is multiplied by 0.01 * lambda_s, as published")
     p.add_argument("--w_decay", type=cli.non_negative, default=None, help="L2 (default: 1e-4, or 0 with PSG at 2 bits)")
     p.add_argument("--l1", type=cli.non_negative, default=0.0, metavar="W",
-                   help="adds W times the sum of the weights' magnitudes to the loss; scaled with the update only")
+                   help="adds W times the sum of the weights' magnitudes to the loss; PSG scales it only with "
+                   "--psg_acts_on update")
     p.add_argument("--grad_l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="adds W times the sum of the magnitudes of the weights' gradients to the loss")
-    p.add_argument("--batch_size", type=cli.count, default=128, help="images a step, of all processes together")
+    p.add_argument("--batch_size", type=cli.count, default=128, help="images per step, over all processes")
     p.add_argument("--exp_name", default=None,
-                   help="run folder, under runs/ (default: data set and goal, as cifar100/4bits, digits/sparse90, or "
-                   "cifar10/vanilla with --psg 0)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in runs/<exp_name>")
+                   help="run folder, under runs/ (default: data set and goal, such as cifar100/4bits, digits/sparse90, "
+                   "or cifar10/vanilla with --psg 0)")
+    p.add_argument("--resume", action="store_true", help="resume the run in runs/<exp_name>")
     p.add_argument("--save_epochs", type=cli.epochs, action=cli.EpochSet, nargs="*", default=[], metavar="N",
-                   help="epochs to keep a file of, as 82 or 103-150")
+                   help="epochs whose checkpoints are kept, such as 82 or 103-150")
     flags.add_device(p)
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="of the forward and backward pass; auto: bf16 where the device is fast at it")
+                   help="precision of the forward and backward pass; auto: bf16 where it is fast, else fp32")
     p.add_argument("--cuda_graph", type=int, choices=[0, 1], default=1, help="1: on a GPU, a step is one CUDA graph")
     p.add_argument("--compile", type=int, choices=[0, 1], default=0, help="1: torch.compile the network for training")
     p.add_argument("--deterministic", action="store_true", help="use deterministic algorithms only")
@@ -107,7 +108,7 @@ def add_training(p: Parser) -> None:
 
 
 def parse() -> tuple[Namespace, RunFolder | None]:
-    """The settings, and the folder to go on in; a resumed run's settings are its own."""
+    """The settings, and the folder of the run to resume, if any; a resumed run keeps its own settings."""
     args = parser().parse_args()
     if args.exp_name is None:
         resolve_target(args)
@@ -126,16 +127,16 @@ def parse() -> tuple[Namespace, RunFolder | None]:
         return args, None
     folder, exp_name = RunFolder.reopen(args.exp_name), args.exp_name
     again = parser()
-    saved = vars(again.parse_args([])) | folder.latest_args()  # a flag that came later is at its default
+    saved = vars(again.parse_args([])) | folder.latest_args()  # a flag added since then has its default
     again.set_defaults(**saved)
     args = again.parse_args()
     args.exp_name = exp_name
-    if args.precision == "auto":  # what it was resolved to when the run began
+    if args.precision == "auto":  # as it was resolved when the run started
         args.precision = saved["precision"]
     changed = [key for key, value in saved.items() if key not in FREE_ON_RESUME and getattr(args, key) != value]
     if changed:
         told = ", ".join(f"--{key} {getattr(args, key)} (was {saved[key]})" for key in changed)
-        raise UserError(f"{folder.path} was begun with other settings: {told}; leave them out or start a new run")
+        raise UserError(f"{folder.path} was started with other settings: {told}; leave them out or start a new run")
     return args, folder
 
 

@@ -26,9 +26,9 @@ The paper's figures 2 (a toy loss in the warped space), 3 (a sparse network's we
   python visualize.py --figure 3 --model_path models/ResNet150.pth runs/sparse/last.pth --labels SGD PSGD
   python visualize.py --figure 4 --results results/hessian --out fig
 
-Needs no display. In a histogram a column is a network, the upper row its float weights, the lower row the same weights
-quantized on the grid, or the grids of its output channels, that it was trained for; thin lines mark its points, up to 5
-bits. With grids of channels the axis counts steps, each weight's of its own channel.
+No display is needed. In a histogram each column is a network: the upper row shows its float weights, the lower row the
+same weights quantized at the granularity that it was trained with. Thin lines mark the grid points, up to 5 bits. With
+a grid for each output channel, the axis counts steps of each weight's own channel.
 """
 
 from argparse import Namespace
@@ -50,7 +50,7 @@ def parse() -> Namespace:
     p.add_argument("--figure", choices=FIGURES, default="layers",
                    help="layers: weight histograms; 1a: errors over bit-widths; curves: runs over epochs; grid: top-1 "
                    "over weight and activation bit-widths; report: layer by layer; pace: runs beside the law; "
-                   "2, 3, 4: the paper's")
+                   "2, 3, 4: the paper's figures")
     p.add_argument("--model_path", nargs="+", metavar="FILE",
                    default=["models/ResNet150.pth", "models/W4_ResNet.pth"], help="layers, 3: checkpoints")
     p.add_argument("--w_bit", type=bits, default=4, help="layers: bit-width of the quantized histograms and the grid")
@@ -58,7 +58,7 @@ def parse() -> Namespace:
     p.add_argument("--layers", nargs="+", default=None, metavar="NAME",
                    help="layers: state_dict names (default: all weights)")
     p.add_argument("--results", nargs="+", default=None, metavar="FILE",
-                   help="1a, grid: results.csv of eval.py (of 1a one or several); report: layers.csv of eval.py "
+                   help="1a, grid: results.csv of eval.py (1a takes several); report: layers.csv of eval.py "
                    "--report; pace: pace.csv of tools.pace; 4: folder of tools.hessian")
     p.add_argument("--sparsity", type=sparsity, default=0.9, metavar="S", help="3: share of weights to mark")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
@@ -79,7 +79,7 @@ def parse() -> Namespace:
         if len(args.labels) != len(named):
             raise UserError(f"{len(args.labels)} --labels for {len(named)} of --{flag}: give one for each")
         if len(set(args.labels)) < len(args.labels):
-            raise UserError(f"the labels {', '.join(args.labels)} are not all different: name them with --labels")
+            raise UserError(f"the labels {', '.join(args.labels)} are not all different: choose them with --labels")
     elif args.labels:
         raise UserError(f"--labels {' '.join(args.labels)}: figure {args.figure} takes its names from the results")
     return args

@@ -1,9 +1,9 @@
-"""PSGD in a training loop of one's own: a small convolutional network on scikit-learn's digits, for 4 bits.
+"""PSGD in your own training loop: a small convolutional network on scikit-learn's digits, for 4 bits.
 
     pip install . scikit-learn
     python examples/own_loop.py
 
-A cosine schedule, gradient clipping and batch norm, as one has them anyway.
+With a cosine schedule, gradient clipping and batch norm, as in a usual loop.
 """
 
 import torch
@@ -32,7 +32,7 @@ for _ in range(30):
         loss = cross_entropy(model(images[train][chosen]), labels[train][chosen])
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)  # before the step: there gradients are still unscaled
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)  # before the step, while gradients are unscaled
         optimizer.step()
     scheduler.step()
 

@@ -1,4 +1,4 @@
-"""PSGD on a torchvision network, for 3 bits, and the two files that come out of it.
+"""PSGD on a torchvision network, for 3 bits, and its export to two files.
 
     pip install ".[export]" torchvision
     python examples/torchvision_model.py

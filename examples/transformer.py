@@ -1,5 +1,5 @@
 """PSGD on a transformer: linear layers go to the grid, embeddings and LayerNorm are left alone. The base is AdamW,
-which divides a factor of the gradient out again, so PSG acts on its updates.
+whose normalization cancels a scaling of the gradient, so PSG acts on its updates.
 
     pip install . scikit-learn
     python examples/transformer.py

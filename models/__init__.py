@@ -1,4 +1,4 @@
-"""The paper's two networks as plain torch.nn modules, and torchvision's by name; the shipped checkpoints lie here."""
+"""The paper's two networks as plain torch.nn modules, and torchvision's by name; the shipped checkpoints are here."""
 
 import difflib
 
@@ -7,8 +7,8 @@ from torch import nn
 from .resnet import ResNet32
 from .vgg import vgg16_bn
 
-ARCHITECTURES = {"ResNet32": ResNet32, "vgg16_bn": vgg16_bn}  # for 32 x 32 images; they win over torchvision's names
-AUXILIARY = {"googlenet", "inception_v3"}  # have a second output in training
+ARCHITECTURES = {"ResNet32": ResNet32, "vgg16_bn": vgg16_bn}  # for 32 x 32 images; they precede torchvision's names
+AUXILIARY = {"googlenet", "inception_v3"}  # left out: they have a second output in training
 
 
 def architectures() -> list[str]:
@@ -19,8 +19,8 @@ def architectures() -> list[str]:
 
 
 def check_arch(arch: str) -> str:
-    """`arch`, if `build_model` knows it; else ValueError, naming the nearest."""
-    if arch in ARCHITECTURES:  # without an import of torchvision
+    """`arch`, if `build_model` knows it; else ValueError, which names the nearest."""
+    if arch in ARCHITECTURES:  # needs no import of torchvision
         return arch
     known = architectures()
     if arch not in known:
@@ -35,9 +35,9 @@ def check_arch(arch: str) -> str:
 def build_model(arch: str, num_classes: int, weights: str | None = None) -> nn.Module:
     """A network for float32 images [N, 3, H, W], freshly initialized, or with `weights` of torchvision.
 
-    `weights` is a name that torchvision knows for it, such as DEFAULT or IMAGENET1K_V1, and may be downloaded; where
-    its head has another number of classes, the head stays freshly initialized. Raises ValueError for an unknown `arch`
-    or `weights`, and for weights of another image size; OSError if a download fails.
+    `weights` is a name that torchvision has for this `arch`, such as DEFAULT or IMAGENET1K_V1. They may be downloaded.
+    If their number of classes is another, the head stays freshly initialized. Raises ValueError for an unknown `arch`
+    or `weights` and for weights of another image size, and OSError if a download fails.
     """
     if check_arch(arch) in ARCHITECTURES:
         if weights:
@@ -53,11 +53,11 @@ def build_model(arch: str, num_classes: int, weights: str | None = None) -> nn.M
         except KeyError:
             raise ValueError(f"unknown weights {weights!r} for {arch}: it has {', '.join(known.__members__)}") from None
         state = model.state_dict()
-        # By torchvision's own builder, which knows the names in its old files.
+        # Torchvision's own builder reads them, because it knows the names in its old files.
         for name, value in models.get_model(arch, weights=chosen).state_dict().items():
             if value.shape == state[name].shape:
                 state[name] = value
-            elif value.shape[1:] != state[name].shape[1:]:  # not the head, which has its own number of classes
+            elif value.shape[1:] != state[name].shape[1:]:  # not the head, whose number of classes may differ
                 raise ValueError(f"weights {weights!r} of {arch} are for images of another size: {name} does not fit")
         model.load_state_dict(state)
     return model

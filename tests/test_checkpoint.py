@@ -176,9 +176,9 @@ def test_everything_that_does_not_fit_is_listed():
 
 def test_other_architecture_or_class_count():
     checkpoint = {"state_dict": ResNet32(10).state_dict(), "arch": "ResNet32"}
-    with pytest.raises(UserError, match="x.pth is a ResNet32, --arch says vgg16_bn"):
+    with pytest.raises(UserError, match="x.pth is a ResNet32, but --arch is vgg16_bn"):
         model_from_checkpoint(checkpoint, "x.pth", "vgg16_bn", 10)
-    with pytest.raises(UserError, match="x.pth has 10 classes, the data set has 100"):
+    with pytest.raises(UserError, match="x.pth has 10 classes, but the data set has 100"):
         model_from_checkpoint(checkpoint, "x.pth", None, 100)
     with pytest.raises(UserError, match="x.pth: unknown architecture 'ResNet50'"):
         model_from_checkpoint({**checkpoint, "arch": "ResNet50"}, "x.pth", None, 10)
@@ -203,8 +203,8 @@ def test_copy_without_optimizer_state(cli, tmp_path):
         ({"averaged_epochs": 3}, "its averaged_epochs is 3"),
         ({"deployed": 4}, "its deployed is 4"),
         ({"classes": "abc"}, "its classes is 'abc'"),
-        ({"classes": ["a", 3]}, "3 is the name of a class"),
-        ({"classes": ["a", "b"], "args": {"dataset": "digits"}}, "a.pth has 2 classes, the data set has 10"),
+        ({"classes": ["a", 3]}, "a class name is 3"),
+        ({"classes": ["a", "b"], "args": {"dataset": "digits"}}, "a.pth has 2 classes, but the data set has 10"),
         ({"args": {"dataset": "mnist"}}, "unknown data set 'mnist'"),
     ],
 )

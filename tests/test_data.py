@@ -236,7 +236,7 @@ def test_splits():
     assert torch.equal(torch.cat([kept.images, held.images]), dataset.train.images)
     assert kept.images.data_ptr() == dataset.train.images.data_ptr()  # a view: the data set is held once
     assert torch.equal(dataset.splits(400)[1].labels, held.labels)
-    with pytest.raises(UserError, match="--val_split 1437 leaves nothing"):
+    with pytest.raises(UserError, match="--val_split 1437 leaves none"):
         dataset.splits(1437)
 
 
@@ -275,8 +275,8 @@ DIGITS = [str(number) for number in range(10)]
 @pytest.mark.parametrize("classes, message", [
     ([*DIGITS[:9], "nine"], "its 'nine' is not in the data set, '9' of the data set is not in the file"),
     ([*DIGITS[:9], "8"], "'9' of the data set is not in the file"),
-    (DIGITS[:9], "a.pth has 9 classes, the data set has 10: '9' of the data set is not in the file"),
-    ([*DIGITS, "ten"], "a.pth has 11 classes, the data set has 10: its 'ten' is not in the data set"),
+    (DIGITS[:9], "a.pth has 9 classes, but the data set has 10: '9' of the data set is not in the file"),
+    ([*DIGITS, "ten"], "a.pth has 11 classes, but the data set has 10: its 'ten' is not in the data set"),
 ])  # fmt: skip
 def test_other_classes_are_named(capsys, classes, message):
     with pytest.raises(UserError) as error:
@@ -346,7 +346,7 @@ def test_a_download_that_succeeds_is_put_in_place(tmp_path, monkeypatch):
 def test_fewer_images_than_the_default(capsys):
     data = split(45)
     assert data.count_for(commands.Default(1024)) == 45
-    assert "warning: all 45 training images are taken: --calib_images 1024 would be more" in capsys.readouterr().err
+    assert "warning: all 45 training images are taken: there are fewer than --calib_images" in capsys.readouterr().err
     assert data.count_for(commands.Default(40)) == data.count_for(40) == 40
     with pytest.raises(UserError, match="--calib_images 1024 is more than the 45 training images"):
         data.count_for(1024)

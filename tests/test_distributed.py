@@ -141,7 +141,7 @@ def test_a_signal_to_torchrun_is_one_line_of_one_process(tmp_path, few_digits):
     assert any(line.startswith("epoch   1 ") for line in started.stdout)
     started.send_signal(signal.SIGTERM)
     _, err = started.communicate(timeout=100)
-    assert err.count("stopped by SIGTERM; python train.py --exp_name a --resume goes on") == 1
+    assert err.count("stopped by SIGTERM; python train.py --exp_name a --resume continues") == 1
     assert 'train.py", line' not in err and "error: " not in err and err.count("Traceback") <= 1
 
 

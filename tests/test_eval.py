@@ -149,7 +149,7 @@ def test_clipping_range_is_searched_on_training_images(cli, tmp_path, digits_run
         losses[n] = evaluate_batches(fold_batch_norm(quantized), batches).loss
     best = min(losses, key=losses.get)
     curve = ", ".join(f"{n:g}: {loss:.4f}" for n, loss in losses.items())
-    assert f"W4A3: training loss by clipping range {curve}; taken: {best:g}" in outcome.out
+    assert f"W4A3: training loss by clipping range {curve}; chosen: {best:g}" in outcome.out
     row = rows(tmp_path / "a")[1]
     assert float(row["clipping_range"]) == best and len(rows(tmp_path / "a")) == 2
     few = ["--val_split", "8", "--calib_images", "8"]
@@ -272,7 +272,7 @@ def test_published_name_of_out(cli, tmp_path, digits_run):
 
 def test_bad_input_with_a_good_checkpoint(rejected, digits_run, tmp_path):
     model = ["--model_path", digits_run]
-    assert "is a ResNet32, --arch says vgg16_bn" in rejected("eval.py", *model, "--arch", "vgg16_bn")
+    assert "is a ResNet32, but --arch is vgg16_bn" in rejected("eval.py", *model, "--arch", "vgg16_bn")
     too_many = [*model, "--a_bit", "4", "--calib_images", "1438"]
     assert "--calib_images 1438 is more than the 1437 training images" in rejected("eval.py", *too_many)
     too_many = [*model, "--post", "bn_reestimate", "--val_split", "1000", "--calib_images", "438"]
@@ -393,5 +393,5 @@ def test_fewer_training_images_than_the_default(cli, tmp_path, digits_run, few_d
     copy_with_args(digits_run, tmp_path / "a.pth", dataset="cifar10")
     outcome = cli("eval.py", "--model_path", "a.pth", "a.pth", "--a_bit", "8", "--out", "out")
     assert outcome.code == 0
-    assert outcome.err == "warning: all 128 training images are taken: --calib_images 1024 would be more\n"
+    assert outcome.err == "warning: all 128 training images are taken: there are fewer than --calib_images 1024\n"
     assert json.loads((tmp_path / "out/results.json").read_text())["settings"]["calib_images"] == 128

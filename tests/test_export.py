@@ -286,7 +286,7 @@ def test_files_that_fail_their_check_are_not_left_behind(cli, tmp_path, digits_r
 
 def test_bad_input(rejected, digits_run, tmp_path, monkeypatch):
     flags = ["--model_path", digits_run, "--dataset", "cifar100"]
-    assert "has 10 classes, the data set has 100" in rejected("export.py", *flags)
+    assert "has 10 classes, but the data set has 100" in rejected("export.py", *flags)
     flags = ["--model_path", digits_run, "--dataset", "cifar10", "--a_bit", "8"]
     assert "--a_bit 8 needs training images, and there is no cifar10 in data" in rejected("export.py", *flags)
     flags = ["--model_path", digits_run, "--a_bit", "8", "--calib_images", "5000"]
@@ -365,14 +365,14 @@ PSGD4 = {"psg": 1, "w_bit": 4, "granularity": "tensor", "first_last_quant": 1}
     ({"args": PSGD4}, (4, True, False), None),
     ({}, (2, True, False), None),
     ({"args": PSGD4 | {"psg": 0}}, (6, True, False), None),
-    ({"args": PSGD4 | {"psg": 0}}, (4, True, False), "it was not trained for a grid, and 4 bits are few for that"),
+    ({"args": PSGD4 | {"psg": 0}}, (4, True, False), "it was not trained for a grid, and 4 bits are few for"),
     ({"args": PSGD4 | {"target": "zero", "w_bit": None}}, (3, True, False), "it was not trained for a grid, and 3"),
     ({"args": PSGD4}, (8, True, False), "it was trained for 4 bits, not for 8"),
     ({"args": PSGD4}, (4, True, True), "it was trained with a grid for each tensor"),
     ({"args": PSGD4 | {"granularity": "channel"}}, (4, True, False), "it was trained with a grid for each channel"),
     ({"args": PSGD4}, (4, False, False), "it was trained with --first_last_quant 1"),
     ({"args": PSGD4, "averaged_epochs": [3, 3]}, (4, True, False), None),  # published before files said more
-    ({"args": PSGD4, "averaged_epochs": [3, 3]}, (3, True, False), "re-estimated, with weights as the file does not"),
+    ({"args": PSGD4, "averaged_epochs": [3, 3]}, (3, True, False), "re-estimated, but the file does not say"),
     ({"args": PSGD4, "averaged_epochs": [1, 3], "deployed": {"w_bit": 4, "sparsity": 0.0}}, (4, True, False), None),
     ({"args": PSGD4, "averaged_epochs": [1, 3], "deployed": {"w_bit": 32, "sparsity": 0.0}}, (4, True, False), None),
     ({"args": PSGD4, "averaged_epochs": [1, 3], "deployed": {"w_bit": 2, "sparsity": 0.0}}, (4, True, False),

@@ -181,4 +181,4 @@ def test_the_command(cli, rejected, tmp_path):
     assert "r.csv has no row with quantized weights: evaluate with --w_bit" in message
     (tmp_path / "digits.csv").write_text("network,weight,eigenvalue\nSGD,1,nan\n")
     message = rejected("visualize.py", "--figure", "4", "--results", ".")
-    assert "digits.csv: eigenvalue is nan, which has no place in a figure" in message
+    assert "digits.csv: eigenvalue is nan, which cannot be drawn" in message

@@ -180,7 +180,7 @@ def test_weights_that_cannot_be_downloaded(rejected, default_weights, monkeypatc
     flags = ["--dataset", "digits", "--arch", "squeezenet1_1", "--weights", "DEFAULT"]
     message = rejected("train.py", *flags)
     assert "the weights DEFAULT of squeezenet1_1 could not be downloaded (<urlopen error" in message
-    assert f"put torchvision's file of them into {default_weights('squeezenet1_1').parent}" in message
+    assert f"put torchvision's file into {default_weights('squeezenet1_1').parent}" in message
 
 
 def test_architectures():

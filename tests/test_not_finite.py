@@ -43,7 +43,7 @@ def test_outputs_that_quantization_makes_infinite(cli, tmp_path, digits_run):
     outcome = cli("eval.py", *flags)
     first, *others = outcome.err.splitlines()
     assert outcome.code == 0 and "warning: big.pth: the network's outputs are not finite (loss " in first
-    assert first.endswith(") at W4A32, post none: its top-1 means nothing")
+    assert first.endswith(") at W4A32, post none: its top-1 is meaningless")
     assert len(others) == 1 and " with only conv1 at W4: " in others[0], others
     rows = json.loads((tmp_path / "a/results.json").read_text())["rows"]
     assert [row["w_bit"] for row in rows] == [32, 4] and rows[1]["loss"] is None and rows[0]["loss"] > 0

@@ -297,7 +297,7 @@ def test_average_refuses_an_epoch_of_another_network(rejected, tmp_path, few_dig
     save_checkpoint(tmp_path / "epoch_1.pth", other)
     save_checkpoint(tmp_path / "epoch_2.pth", last)
     message = rejected("tools.average", tmp_path, "--epochs", "1-2", "--out", "a.pth")
-    assert "epoch_1.pth has 5 classes, the data set has 10" in message
+    assert "epoch_1.pth has 5 classes, but the data set has 10" in message
 
 
 def test_adaround_leaves_pruned_weights_at_zero(net):

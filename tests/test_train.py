@@ -67,7 +67,7 @@ def test_resuming_on_a_log_that_another_program_has_written(cli, tmp_path):
     written = log.read_text()
     log.write_text(written.replace(",", ";"))
     outcome = cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2")
-    assert outcome.code == 2 and "runs/a/metrics.csv has no epochs: put it aside" in outcome.err
+    assert outcome.code == 2 and "runs/a/metrics.csv has no epochs: move it away" in outcome.err
     log.write_text(written.replace("\n1,", "\n1.0,"))
     assert cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2").code == 0
     assert [row["epoch"] for row in metrics(tmp_path / "runs/a")] == [1, 2]
@@ -276,7 +276,7 @@ SCRATCH = ["--dataset", "digits", "--load_pretrained", ""]
 
 def test_checkpoint_of_another_network(rejected, digits_run):
     flags = ["--dataset", "digits", "--load_pretrained", digits_run, "--arch", "vgg16_bn"]
-    assert "is a ResNet32, --arch says vgg16_bn" in rejected("train.py", *flags)
+    assert "is a ResNet32, but --arch is vgg16_bn" in rejected("train.py", *flags)
 
 
 def test_checkpoint_of_another_class_count(rejected, digits_run, tmp_path):
@@ -285,13 +285,13 @@ def test_checkpoint_of_another_class_count(rejected, digits_run, tmp_path):
     np.savez(tmp_path / "cifar100.npz", x_train=images, y_train=labels, x_test=images, y_test=labels,
              classes=np.array([f"c{n}" for n in range(100)]))  # fmt: skip
     flags = ["--data_dir", tmp_path, "--load_pretrained", digits_run]
-    assert "has 10 classes, the data set has 100" in rejected("train.py", *flags)
+    assert "has 10 classes, but the data set has 100" in rejected("train.py", *flags)
 
 
 def test_resume_with_other_settings(cli, tmp_path):
     assert cli("train.py", *QUICK, *SMALL, "--psg", "0", "--epoch", "1", "--exp_name", "a").code == 0
     outcome = cli("train.py", "--exp_name", "a", "--resume", "--lr", "0.2", "--epoch", "2")
-    assert outcome.code == 2 and "begun with other settings: --lr 0.2 (was 0.05)" in outcome.err
+    assert outcome.code == 2 and "started with other settings: --lr 0.2 (was 0.05)" in outcome.err
     assert load_checkpoint(tmp_path / "runs/a/last.pth")["epoch"] == 1
 
 
@@ -305,7 +305,7 @@ def test_resume_from_a_file_without_run_state(cli, tmp_path):
     assert outcome.code == 2 and "lacks optimizer: a run cannot be resumed from it" in outcome.err
     (tmp_path / "runs/a/args.json").write_text("{}")
     outcome = cli("train.py", "--exp_name", "a", "--resume", "--epoch", "2")
-    assert outcome.code == 2 and "args.json cannot be read (there are no args of train.py in it)" in outcome.err
+    assert outcome.code == 2 and "args.json cannot be read (it has no args of train.py)" in outcome.err
 
 
 def test_unwritable_run_folder(rejected, tmp_path):

@@ -1,8 +1,8 @@
 """Checkpoints: one dict, read with weights_only=True and written so that a crash never leaves half a file.
 
 Keys: epoch, state_dict, optimizer, scheduler, arch, num_classes, classes (their names, in the order of the outputs),
-args (a plain dict), metrics; averaged_epochs and deployed by tools.average. The published .pth files (epoch,
-state_dict, ...), bare state_dicts and those of other programs load too.
+args (a plain dict), metrics; tools.average adds averaged_epochs and deployed. The published .pth files (epoch,
+state_dict, ...), bare state_dicts and files of other programs load too.
 """
 
 import contextlib
@@ -19,32 +19,32 @@ from torch import nn
 from models import build_model, check_arch
 from quant import Grid
 from utils.checkpoint_files import read_file, unwrapped
-from utils.cli import UserError, first_line
+from utils.cli import UserError, first_line, warn
 from utils.data.specs import DEFAULT
 from utils.files import atomic_write
 
 # Quantizer constants that the published code kept in its state_dicts; ours are derived from the weights.
 PUBLISHED_EXTRAS = (".scale_value", ".wscale_value", ".bscale_value")
 RUN_STATE = ("optimizer", "scheduler")
-# Of what a file says beside its weights.
+# Types of what a file holds beside its weights.
 KINDS = {"epoch": int, "arch": str, "args": dict, "averaged_epochs": list, "classes": list, "deployed": dict}
-MOST_CLASSES = 10**6  # what a file may claim before a network is built by it
-OPTIONAL = "num_batches_tracked"  # which old files lack, and which has no effect on a network with a momentum
+MOST_CLASSES = 10**6  # a file that claims so many is refused before a network is built
+OPTIONAL = "num_batches_tracked"  # old files lack it, and batch norm with a momentum does not use it
 COUNTER = "n_averaged"  # of torch's AveragedModel, beside the weights
-HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias"}  # their length is the class count
+HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias"}  # the length of these is the number of classes
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Writes `checkpoint` so that `path` is always a whole file, the old one or the new; UserError if it cannot be."""
+    """Writes `checkpoint` so that `path` is always a whole file, the old or the new one; UserError if it fails."""
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The checkpoint at `path` on the CPU, at least with the key state_dict.
+    """The checkpoint at `path`, on the CPU; it has at least the key state_dict.
 
     Files of other programs may keep their weights under another key (utils/checkpoint_files.py). Nothing in a file is
-    executed. A file that its folder's SHA256SUMS lists, and that is not the listed one, is used with a warning. Raises
+    executed. If the SHA256SUMS of its folder lists another sum for the file, it is used with a warning. Raises
     UserError for a missing, damaged or foreign file.
     """
     path = Path(path)
@@ -61,28 +61,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             raise UserError(f"{path} is not a checkpoint of this project: its {key} is {checkpoint[key]!r}"[:300])
     odd = [name for name in checkpoint.get("classes", []) if not isinstance(name, str)]
     if odd:
-        raise UserError(f"{path} is not a checkpoint of this project: {odd[0]!r} is the name of a class"[:300])
+        raise UserError(f"{path} is not a checkpoint of this project: a class name is {odd[0]!r}"[:300])
     return checkpoint
 
 
 def dataset_name(checkpoint: dict[str, Any]) -> str:
-    """The data set that a network was trained on; published files, which do not say, are of CIFAR-100."""
+    """The data set that a network was trained on: CIFAR-100 for published files, which do not say."""
     return str(checkpoint.get("args", {}).get("dataset", DEFAULT))
 
 
 def warn_if_changed(path: Path) -> None:
-    """A line on stderr if the SHA256SUMS beside `path` has another sum for it."""
+    """Prints a warning if the SHA256SUMS beside `path` has another sum for it."""
     sums = path.parent / "SHA256SUMS"
     lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else []
     listed = {name.lstrip(" *"): digest for digest, _, name in (line.partition(" ") for line in lines)}
     if path.name in listed and hashlib.sha256(path.read_bytes()).hexdigest() != listed[path.name]:
-        print(f"warning: {path} is not the published file: its sha256 is not the one in {sums}", file=sys.stderr)
+        warn(f"{path} is not the published file: its sha256 is not the one in {sums}")
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
     """Copies the checkpoint's weights into `model`; UserError lists what is missing, left over or misshapen.
 
-    Names with parts that a wrapper has put into them, such as module., count as those of the network.
+    Parts that a wrapper adds to names, such as module., are ignored.
     """
     wanted = model.state_dict()
     state = {k: v for k, v in unwrapped(checkpoint["state_dict"], wanted).items() if not k.endswith(PUBLISHED_EXTRAS)}
@@ -101,7 +101,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} has values that are NaN or infinite")
-    wanted.update(state)  # and so keeps the versions of the modules, which some ask for
+    wanted.update(state)  # this keeps the modules' versions, which some modules ask for
     model.load_state_dict(wanted)
 
 
@@ -114,12 +114,12 @@ def known_arch(arch: str) -> str:
 
 
 def new_model(arch: str, num_classes: int, weights: str | None = None) -> nn.Module:
-    """`build_model`, with a UserError for an architecture or weights that there are not, or that cannot be had."""
+    """`build_model`, with a UserError for an unknown architecture, and for weights that are unknown or unavailable."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     try:
         if not weights:
             return build_model(arch, num_classes)
-        with contextlib.redirect_stderr(sys.stdout):  # torch tells of the download there
+        with contextlib.redirect_stderr(sys.stdout):  # torch reports the download there
             return build_model(arch, num_classes, weights)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -127,9 +127,9 @@ def new_model(arch: str, num_classes: int, weights: str | None = None) -> nn.Mod
         if not weights:
             raise
         told = f"the weights {weights} of {arch} could not be downloaded ({first_line(error)})"
-        raise UserError(f"{told}: try again with a network, or put torchvision's file of them into {cache}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:  # from torch's reader of a damaged file
-        advice = f"delete its file in {cache}"
+        raise UserError(f"{told}: try again with a connection, or put torchvision's file into {cache}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:  # torch raises these for a damaged file
+        advice = f"delete the file in {cache}"
         raise UserError(f"--weights {weights} of {arch} cannot be read ({first_line(error)}): {advice}") from None
 
 
@@ -138,13 +138,13 @@ def model_from_checkpoint(
 ) -> nn.Module:
     """The trained network of a checkpoint that was read from `path`.
 
-    `arch` None takes the architecture that the file names, ResNet32 for published files, which name none;
-    `num_classes` None takes the file's, and is taken where the file does not say. Raises UserError if the file is of
-    another architecture or class count.
+    `arch` None takes the architecture that the file names, or ResNet32 for published files, which name none.
+    `num_classes` None takes the file's number; any other value is used if the file does not say. Raises UserError if
+    the file has another architecture or number of classes.
     """
     saved_arch = checkpoint.get("arch") or arch or "ResNet32"
     if arch not in (None, saved_arch):
-        raise UserError(f"{path} is a {saved_arch}, --arch says {arch}")
+        raise UserError(f"{path} is a {saved_arch}, but --arch is {arch}")
     try:
         check_arch(saved_arch)
     except ValueError as error:
@@ -158,9 +158,9 @@ def model_from_checkpoint(
     if isinstance(classes, bool) or not isinstance(classes, int) or not 0 < classes < MOST_CLASSES:
         raise UserError(f"{path} does not say how many classes it has (num_classes is {classes!r})")
     if len(checkpoint.get("classes", range(classes))) != classes:
-        raise UserError(f"{path} names {len(checkpoint['classes'])} classes, its network has {classes}")
+        raise UserError(f"{path} names {len(checkpoint['classes'])} classes, but its network has {classes}")
     if num_classes not in (None, classes):
-        raise UserError(f"{path} has {classes} classes, the data set has {num_classes}")
+        raise UserError(f"{path} has {classes} classes, but the data set has {num_classes}")
     model = new_model(saved_arch, classes)
     load_weights(model, checkpoint, path)
     return model
@@ -173,21 +173,21 @@ def grid_of(
     granularity: str | None = None,
     weight_range: str = "absmax",
 ) -> Grid:
-    """The grid of a network at `bits` bits: a step for each "tensor" or each output "channel", as `granularity` says.
+    """The grid of a network at `bits` bits, with a step for each "tensor" or each output "channel" by `granularity`.
 
-    None: as in training; for each tensor if the file does not say.
+    None: as in training, or for each tensor if the file does not say.
     """
     by_channel = (granularity or checkpoint.get("args", {}).get("granularity")) == "channel"
     return Grid(bits, first_last, by_channel, weight_range)
 
 
 def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """How a network was trained, as columns of a results table: trained, seed and epoch; empty where not known.
+    """How a network was trained, as columns of a results table: trained, seed and epoch; empty if unknown.
 
     `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-Adam W4", or "PSGD
-    sparse" for target zero; then " update" where PSG acts on that, " channel" for grids of output channels, " L1" and
-    " grad-L1" for penalties. Files of tools.average have " mean" added and the first and the last epoch as `epoch`, or
-    " bn" if they are of one epoch and differ from its file in the batch-norm statistics only.
+    sparse" for target zero; then " update" where PSG acts on the update, " channel" for grids of output channels, " L1"
+    and " grad-L1" for penalties. Files of tools.average add " mean" and give the first and last epoch as `epoch`; those
+    of one epoch, which differ from its file only in the batch-norm statistics, add " bn".
     """
     args = checkpoint.get("args", {})
     facts = {"trained": "", "seed": str(args.get("seed", "")), "epoch": str(checkpoint.get("epoch", ""))}
@@ -211,7 +211,7 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
 
 
 def load_run(checkpoint: dict[str, Any], path: str | Path, model: nn.Module, optimizer: Any, scheduler: Any) -> int:
-    """Restores model, optimizer and scheduler of the run whose checkpoint was read from `path`; returns the number of
+    """Restores model, optimizer and scheduler from the `checkpoint` of a run, read from `path`; returns the number of
     its last epoch.
 
     Raises UserError if the file does not hold a run's state.

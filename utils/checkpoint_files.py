@@ -1,4 +1,4 @@
-"""Checkpoint files as any program may have written them: read without running anything, and where the weights lie."""
+"""Reads the checkpoint files of any program, without executing anything in them, and finds their weights."""
 
 import re
 import warnings
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from utils.cli import UserError, first_line
 
-# Keys that programs keep a state_dict under. The first one counts; means over steps only where there is nothing else.
+# Keys under which programs keep a state_dict. The first one counts; means over steps only if there is nothing else.
 PLACES = ("state_dict", "model_state_dict", "model_state", "model", "net", "state_dict_ema", "model_ema", "ema")
-DEPTH = 2  # of such keys within each other
-WRAPPERS = {"module", "_orig_mod"}  # parts of names by DataParallel and its kin, and by torch.compile
+DEPTH = 2  # how deep such keys may be nested
+WRAPPERS = {"module", "_orig_mod"}  # parts that DataParallel or torch.compile adds to names
 MEANS = {"numpy._core.multiarray.scalar": "a numpy scalar", "numpy._core.multiarray._reconstruct": "a numpy array"}
 ADVICE = "save model.state_dict() with plain numbers, strings, lists and dicts"
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """What is in the file at `path`, on the CPU, with its weights, wherever they lie, under the key state_dict.
+    """The content of the file at `path`, on the CPU, with its weights under the key state_dict.
 
-    Raises UserError for a damaged file, one with more than tensors and plain values, and one without weights.
+    Raises UserError for a file that is damaged, holds more than tensors and plain values, or has no weights.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as of an unusual pickle: it is read, or it is refused
+            warnings.simplefilter("ignore")  # such as about an unusual pickle: it is either read or refused
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the bytes of a foreign file can raise anything
         raise UserError(f"{path} is not a readable checkpoint ({refusal(error)})") from None
@@ -45,14 +45,14 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def refusal(error: Exception) -> str:
-    """Why torch.load did not read a file, in one line, without its advice to read it all the same."""
+    """Why torch.load did not read a file, in one line, without its advice to read it anyway."""
     text = str(error)
     if found := re.search(r"GLOBAL ([\w.]*\w)", text):
-        name = found[1].replace("numpy.core.", "numpy._core.")  # as it was called before numpy 2
+        name = found[1].replace("numpy.core.", "numpy._core.")  # the old name is from before numpy 2
         kind = f"{MEANS[name]}, {name}," if name in MEANS else f"{name},"
         return f"it holds {kind} which is neither a tensor nor a plain value: {ADVICE}"
     if "Unsupported operand" in text:
-        return f"it is a pickle of another kind than torch.save's: {ADVICE}"
+        return f"it is a pickle that torch.save did not write: {ADVICE}"
     if "TorchScript" in text:
         return f"it is a TorchScript archive: {ADVICE}"
     if found := re.search(r"WeightsUnpickler error:\s*(.+)", text):
@@ -76,9 +76,9 @@ def find_state(content: dict, depth: int = DEPTH) -> dict | None:
 
 
 def unwrapped(state: dict[str, Tensor], wanted: Any = ()) -> dict[str, Tensor]:
-    """`state` under the names of the network itself, without the parts that a wrapper has put into them.
+    """`state` under the network's own names, without the parts that a wrapper adds to them.
 
-    A name in `wanted`, and one whose plain form is taken, stay as they are.
+    A name that is in `wanted`, or whose plain form is taken, stays as it is.
     """
     found: dict[str, Tensor] = {}
     for name, value in state.items():

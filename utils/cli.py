@@ -25,27 +25,27 @@ class UserError(Exception):
 
 
 class Default(int):
-    """The default of a flag that is a whole number: who reads it can tell that nobody asked for it."""
+    """The default of a whole-number flag, which code can tell from a value that the user gave."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says, without a terminal's escape codes; its type if it has no text."""
+    """The first line of the message of `error`, without a terminal's escape codes; its type if it has no message."""
     lines = ESCAPE_CODES.sub("", str(error)).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
 
 def lost_reader(error: BaseException) -> str:
-    """What to say if `error` is torch's for a DataLoader worker that has died, else nothing."""
+    """The message for torch's error about a DataLoader worker that has died; empty for any other error."""
     if not first_line(error).startswith(("DataLoader worker", "Pin memory thread")):
         return ""
     how = "has ended unexpectedly"
     cause: BaseException | None = error
-    while cause:  # the signal is often in an earlier one
+    while cause:  # often only an earlier error names the signal
         if killed := re.search(r"killed by signal: ([\w ]+)", str(cause)):
             how = f"was killed (signal: {killed[1].strip()})"
         cause = cause.__cause__ or cause.__context__
     advice = "try fewer --workers or a smaller --batch_size"
-    return f"a process that reads images {how}, as happens where memory is short: {advice}"
+    return f"a process that reads images {how}, as happens when memory is short: {advice}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,13 +76,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main; a UserError or a file trouble becomes one line on stderr and exit code 2.
+    """Calls a script's main; a UserError or an OSError becomes one line on stderr and exit code 2.
 
-    Ctrl-C ends it with exit code 130, SIGTERM with 143, and one line of the first process. A warning is one line too.
+    Ctrl-C ends it with exit code 130 and SIGTERM with 143; the first process prints one line. A warning is one line.
     """
     try:
         with stoppable(), warnings.catch_warnings():
-            warnings.showwarning = _warn
+            warnings.showwarning = _show_warning
             try:
                 main()
             except (RuntimeError, ConnectionError, EOFError) as error:
@@ -92,7 +92,7 @@ def run(main: Callable[[], None]) -> None:
                 raise UserError(reason) from None
     except (UserError, OSError) as error:
         if RANK != "0":
-            time.sleep(3)  # torchrun ends the others when one fails: only the first says what is wrong in all
+            time.sleep(3)  # torchrun ends the others when one fails: the first one reports what is wrong in all
         line = " ".join(str(error).splitlines()) or first_line(error)  # a path may have line ends
         print(f"{SPEAKER}error: {line}", file=sys.stderr)
         sys.exit(2)
@@ -102,15 +102,20 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Shows a warning of a library as scripts show theirs: in one line, without the place in the code."""
-    print(f"{SPEAKER}warning: {' '.join(str(message).split())}", file=sys.stderr)
+def warn(text: str, speaker: str = "") -> None:
+    """Prints a warning on stderr, after the name of its `speaker`."""
+    print(f"{speaker}warning: {text}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Prints a library's warning like the scripts' own: in one line, without its place in the code."""
+    warn(" ".join(str(message).split()), SPEAKER)
 
 
 def _explained(error: Exception) -> str | None:
-    """What the user can do about an error that torch raises late, in one line; None for any other error.
+    """One line on what the user can do about an error that torch raises late; None for any other error.
 
-    Raises Stopped for what comes of a SIGINT or SIGTERM that has been noted.
+    Raises Stopped if the error follows from a SIGINT or SIGTERM that has been noted.
     """
     reason = first_line(error)
     of_reader = lost_reader(error)
@@ -119,12 +124,12 @@ def _explained(error: Exception) -> str | None:
     if of_reader:
         return of_reader
     if of_fellow:
-        advice = "see its message; a run that has saved an epoch goes on with --resume"
+        advice = "see its message; --resume continues a run that has saved an epoch"
         return f"another process of the run has ended ({reason}); {advice}"
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in reason:  # of a GPU, of the CPU
-        return f"out of memory ({reason}); try a smaller batch, network or number of images"
+        return f"out of memory ({reason}); try a smaller batch, a smaller network or fewer images"
     if "does not have a deterministic implementation" in reason:
-        return f"{reason.partition(',')[0]}: leave --deterministic out"
+        return f"{reason.partition(',')[0]}: leave out --deterministic"
     return None
 
 
@@ -206,7 +211,7 @@ def epochs(text: str) -> list[int]:
         return [count(first)]
     start, end = (_whole(word, 1, 10**6) for word in (first, last))
     if start > end:
-        raise argparse.ArgumentTypeError(f"{text} begins after its end")
+        raise argparse.ArgumentTypeError(f"{text} ends before it begins")
     return list(range(start, end + 1))
 
 

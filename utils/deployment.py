@@ -28,7 +28,7 @@ BN_RANGES = ("bn", "bn_published")  # ranges of activations that need no images
 
 
 def check_activations(model: nn.Module, path: str | Path) -> None:
-    """Raises UserError if activations of the network, that of the file `path`, would stay float."""
+    """Raises UserError if activations of `model`, the network of the file `path`, would stay in float."""
     left = float_activations(model)
     if left:
         raise UserError(
@@ -49,8 +49,8 @@ class Setting:
 
 @dataclass
 class Deployment:
-    """A trained network, in eval mode, and how it is deployed in every row; `images()` gives labeled batches of
-    training images, unaugmented, to which everything that is fitted is fitted."""
+    """A trained network, in eval mode, and what all its rows have in common. `images()` gives labeled, unaugmented
+    batches of training images, on which all fitting is done."""
 
     model: nn.Module
     images: Callable[[], Iterable[LabelledBatch]]
@@ -63,7 +63,7 @@ class Deployment:
 
     @cached_property
     def histograms(self) -> dict[str, Histogram]:
-        """Of the model's ReLUs on the training images."""
+        """Histograms of the model's ReLUs on the training images."""
         return relu_histograms(self.model, self.images())
 
     def weight_grid(self, w_bit: int) -> Grid:
@@ -71,8 +71,8 @@ class Deployment:
         return replace(self.template, bits=w_bit)
 
     def activation_ranges(self, a_bit: int, n: float) -> dict[str, float]:
-        """x_max of every ReLU by act_range; for the bn ranges `n` standard deviations up. Raises ValueError if
-        the model has none.
+        """x_max of every ReLU by `act_range`; the bn ranges end `n` standard deviations above the mean. Raises
+        ValueError if the model has no such ranges.
         """
         if self.act_range == "minmax":
             return {name: histogram.top for name, histogram in self.histograms.items()}
@@ -87,11 +87,11 @@ class Deployment:
         return prune_weights(self.model, sparsity, self.prune, self.template.first_last)
 
     def network(self, setting: Setting, n: float = 0.0) -> nn.Module:
-        """A copy of the model as deployed; `n` for the bn ranges. Raises ValueError if the model lacks what is
-        asked for: ReLUs, batch norm, ...
+        """A copy of the model as deployed, with `n` for the bn ranges. Raises ValueError if the model lacks what the
+        setting needs: ReLUs, batch norm, ...
         """
         grid, pruned = self.weight_grid(setting.w_bit), self.pruned(setting.sparsity)
-        network = quantize_weights(pruned, grid, inplace=setting.post != "adaround")  # which rounds the float weights
+        network = quantize_weights(pruned, grid, inplace=setting.post != "adaround")  # it needs the float weights
         if setting.a_bit != FLOAT_BITS:
             ranges = self.activation_ranges(setting.a_bit, n)
             network = quantize_activations(network, setting.a_bit, ranges, inplace=True)

@@ -26,13 +26,13 @@ def select_device(name: str | None, cu_num: int) -> tuple[torch.device, str]:
             name, kind = "cpu", "no CUDA GPU found"
     try:
         probe = torch.zeros(1, device=name)
-        probe.item()  # there are devices without values, such as meta
+        probe.item()  # some devices hold no values, such as meta
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here: {first_line(error)}") from None
-    device = probe.device  # with its number, also for a bare "cuda"
+    device = probe.device  # with its number, even for a bare "cuda"
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, graphs and libraries follow the current device
-        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions in float32, as the published code's were
+        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions in float32, as in the published code
         kind = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
         tune_cpu()
@@ -40,7 +40,7 @@ def select_device(name: str | None, cu_num: int) -> tuple[torch.device, str]:
 
 
 def machine(device: torch.device) -> str:
-    """The hardware, for records: the GPU, or the processor, with the numbers that tell its generation, and threads."""
+    """The hardware, for records: the GPU; or the processor, with the numbers of its generation, and the threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -53,7 +53,7 @@ def machine(device: torch.device) -> str:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the device has bfloat16 arithmetic of its own."""
+    """Whether the device computes in bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
@@ -63,14 +63,14 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """The precision to use, fp32 or bf16: "auto" becomes bf16 where the device is fast at it."""
+    """The precision to use, fp32 or bf16: "auto" becomes bf16 on a device where that is fast."""
     if precision == "auto":
         return "bf16" if bf16_is_fast(device) else "fp32"
     return precision
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Context of the forward pass: bfloat16 autocast for "bf16" (parameters stay float32), nothing for "fp32"."""
+    """Context of the forward pass: bfloat16 autocast for "bf16" (parameters stay float32), no change for "fp32"."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
@@ -87,8 +87,8 @@ def tune_cpu() -> None:
     """Settings of this process that make a CPU faster; the numbers stay the same to rounding.
 
     Denormal numbers are flushed to zero: PSG brings weights ever nearer to zero, and some CPUs then take twice as long
-    for a convolution. And glibc's allocator keeps large freed blocks for the next step instead of giving them back to
-    the kernel: a training step otherwise faults thousands of pages in again (about a tenth of its time for ResNet-32).
+    for a convolution. glibc's allocator keeps large freed blocks for the next step and does not return them to the
+    kernel: otherwise a training step faults thousands of pages in again (a tenth of its time for ResNet-32).
     """
     torch.set_flush_denormal(True)
     if sys.platform != "linux":
@@ -96,5 +96,5 @@ def tune_cpu() -> None:
     trim_threshold, mmap_threshold = -1, -3  # parameter numbers of mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        if libc.mallopt(mmap_threshold, 1 << 30):  # refused by some versions, and only the other would do harm
+        if libc.mallopt(mmap_threshold, 1 << 30):  # some versions refuse it, and the other alone does harm
             libc.mallopt(trim_threshold, 2**31 - 1)

@@ -1,4 +1,4 @@
-"""The processes of one training run: torchrun starts them, each sees its place in the environment."""
+"""The processes of one training run: torchrun starts them, and each reads its rank from the environment."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ class World:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """A block that the first process goes through before the others, as for a download."""
+        """A block that the first process runs before the others, such as a download."""
         if not self.is_main:
             torch.distributed.barrier()
         yield
@@ -41,7 +41,7 @@ class World:
             torch.distributed.barrier()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model`, whose gradients backward averages over all processes; batch norm sees each one's own images."""
+        """`model` with gradients averaged over all processes; batch norm sees only a process's own images."""
         if self.size == 1:
             return model
         device = next(model.parameters()).device
@@ -59,7 +59,7 @@ ALONE = World()
 
 
 def own_device(name: str | None, cu_num: int) -> tuple[str | None, int]:
-    """Device name and GPU number for `select_device`: those given, but of torchrun's processes each has its own GPU."""
+    """Device name and GPU number for `select_device`: those given, but under torchrun each process has its own GPU."""
     if "LOCAL_RANK" not in os.environ:
         return name, cu_num
     rank = int(os.environ["LOCAL_RANK"])
@@ -67,9 +67,9 @@ def own_device(name: str | None, cu_num: int) -> tuple[str | None, int]:
 
 
 def join(device: torch.device) -> World:
-    """The world that torchrun's environment describes, joined; ALONE without torchrun.
+    """Joins the processes that torchrun's environment describes; ALONE without torchrun.
 
-    Only the first process prints from then on.
+    From then on only the first process prints.
     """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return ALONE
@@ -81,7 +81,7 @@ def join(device: torch.device) -> World:
 
 
 def leave(world: World) -> None:
-    """Ends what `join` began, once every process is here."""
+    """Leaves the processes that `join` joined, once all of them have come here."""
     if world.size > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -1,8 +1,7 @@
-"""Exported networks that are read again, run and compared before their files get their names."""
+"""Exports networks: the files are read back, run and compared before they get their names."""
 
 import hashlib
 import importlib
-import sys
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from quant import Grid, calibrate, quantize_activations, quantize_sums, quantize
 from quant.deploy import integer_weights, load_packed, save_packed, to_onnx
 from quant.grid import FLOAT_BITS
 from utils.checkpoint import grid_of
-from utils.cli import UserError, first_line
+from utils.cli import UserError, first_line, warn
 from utils.data.in_memory import InMemorySplit, normalize
 from utils.deployment import check_activations
 from utils.files import output_folder, replacing
@@ -25,21 +24,21 @@ from utils.trained_for import mismatches
 
 CHECKED = 512  # images on which the files are compared with the network
 LOGIT_TOLERANCE = 1e-4
-# With activation quantizers a value between two levels may be rounded either way, and so near ties may fall otherwise:
+# Activation quantizers may round a value between two levels either way, which can decide near ties the other way:
 TIE = 0.1  # of the spread of an image's logits: two classes nearer than that are tied
 AGREEMENT = 0.99  # least share of images with the same top-1, or a tied one
 
 
 @dataclass
 class Exported:
-    """A network as it is exported, and what it gives for the images that its files are checked on."""
+    """A network as it is exported, and its outputs for the images that its files are checked on."""
 
     opened: OpenedNetwork
     grid: Grid
     a_bit: int
     deployed: nn.Module  # with quantized weights and, below 32 bits, activations
     images: Tensor  # uint8 [N, S, S, 3]
-    labels: Tensor | None  # of test images; None where there are none at hand
+    labels: Tensor | None  # of test images; None if there are none at hand
     floats: Tensor  # the same images, normalized [N, 3, S, S]
     weights_only: Tensor  # logits with quantized weights [N, classes]
     expected: Tensor  # logits of `deployed`
@@ -50,7 +49,7 @@ class Exported:
 
 
 def check_packages() -> None:
-    """Raises UserError if a package that exports need is missing: look before the work."""
+    """Raises UserError if a package that exports need is missing: call it before the work."""
     for name in ("onnx", "onnxruntime", "safetensors"):
         try:
             importlib.import_module(name)
@@ -61,7 +60,7 @@ def check_packages() -> None:
 def export_checked(args: Namespace, size: int) -> None:
     """Writes the files that export.py's `args` ask for, of a network for images of size x size.
 
-    Raises UserError if a package is missing, and if a file does not give the network's outputs: nothing is left then.
+    Raises UserError if a package is missing or a file does not give the network's outputs; then no file is left.
     """
     check_packages()
     with output_folder("--out", args.out) as out:
@@ -110,7 +109,7 @@ def with_activations(args: Namespace, opened: OpenedNetwork, reference: nn.Modul
 
 
 def write(args: Namespace, exported: Exported, out: Path) -> None:
-    """Writes both files to `out`, checks them and says what they are."""
+    """Writes both files to `out`, checks them and prints what they are."""
     path = Path(exported.opened.path)
     stem = out / f"{path.stem}_w{exported.grid.bits}"
     float_bytes = 4 * sum(parameter.numel() for parameter in exported.opened.model.parameters())
@@ -131,17 +130,17 @@ def write(args: Namespace, exported: Exported, out: Path) -> None:
         quantized = percent_right(exported.expected, exported.labels)
         print(f"top-1 on these test images: {in_float:.2f} % in float, {quantized:.2f} % at {exported.kind}")
     if found := mismatches(exported.opened.checkpoint, exported.grid):
-        print(f"warning: {path} was not made for how it is exported: {'; '.join(found)}", file=sys.stderr)
+        warn(f"{path} does not match how it is exported: {'; '.join(found)}")
 
 
 def write_packed(exported: Exported, packed: Path, name: str) -> None:
-    """Writes the packed file to `packed`. Raises UserError, with its `name`, if it does not give the same outputs."""
+    """Writes the packed file to `packed`. Raises UserError, with its `name`, if its outputs are not the same."""
     from safetensors import SafetensorError
 
     facts = file_facts(exported)
     try:
         save_packed(packed, exported.opened.model, exported.grid, facts)
-    except SafetensorError as error:  # as a full disk is to it
+    except SafetensorError as error:  # such as a full disk
         raise UserError(f"{name} cannot be written ({first_line(error)}): nothing is written") from None
     again = load_packed(packed, build_model(facts["arch"], facts["num_classes"]))
     with torch.no_grad():
@@ -150,7 +149,7 @@ def write_packed(exported: Exported, packed: Path, name: str) -> None:
 
 
 def file_facts(exported: Exported) -> dict[str, Any]:
-    """What the packed file says beside the weights."""
+    """What the packed file holds beside the weights."""
     opened, path = exported.opened, Path(exported.opened.path)
     classes = opened.checkpoint.get("classes") or (opened.dataset.classes if opened.dataset else None)
     grid = {key: value for key, value in asdict(exported.grid).items() if key != "weight_range"}  # always absmax
@@ -162,7 +161,7 @@ def file_facts(exported: Exported) -> dict[str, Any]:
 
 
 def write_onnx(args: Namespace, exported: Exported, graph: Path) -> None:
-    """Writes the ONNX file to `graph`. Raises UserError for what cannot be expressed there."""
+    """Writes the ONNX file to `graph`. Raises UserError for a network that ONNX cannot express."""
     import onnx
 
     spec = exported.opened.spec
@@ -176,8 +175,8 @@ def write_onnx(args: Namespace, exported: Exported, graph: Path) -> None:
 
 
 def compare_onnx(args: Namespace, exported: Exported, graph: Path, name: str) -> str:
-    """How near the outputs of the file `graph` are to the network's, in words. UserError, with its `name`, if they are
-    not near enough."""
+    """How close the outputs of the file `graph` are to the network's, in words. UserError, with its `name`, if they are
+    not close enough."""
     inputs, expected = exported.images if args.with_normalize else exported.floats, exported.expected
     logits = run_onnx(graph, inputs, as_written=True)
     difference = (logits - expected).abs().max().item()
@@ -204,7 +203,7 @@ def percent_right(logits: Tensor, labels: Tensor) -> float:
 
 
 def run_onnx(path: Path, images: Tensor, as_written: bool) -> Tensor:
-    """Logits of the file at `path` by onnxruntime on the CPU: node for node, or as it runs best."""
+    """Logits of the file at `path` by onnxruntime on the CPU: node by node `as_written`, else optimized."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

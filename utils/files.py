@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and results with the command and commit that made them."""
+"""Files that are written whole or not at all, and results with the command and commit that made them."""
 
 import contextlib
 import csv
@@ -21,9 +21,9 @@ from utils.cli import UserError, first_line
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A name beside `path` to write to, of this call only, renamed to `path` when the block ends well, else removed.
+    """A temporary name beside `path`, used by this call only; renamed to `path` if the block succeeds, else removed.
 
-    Raises UserError if `path` is a folder, or the block or the renaming an OSError; what `path` was before then stays.
+    Raises UserError if `path` is a folder, and for an OSError of the block or the renaming; the old `path` then stays.
     """
     path = Path(path)
     if not path.name or path.is_dir():
@@ -42,9 +42,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file under a temporary name beside `path`; flushed to disk and renamed to it when the block ends well.
+    """A binary file under a temporary name beside `path`; flushed to disk and renamed to it if the block succeeds.
 
-    Raises UserError if it cannot be written; what `path` was before then stays.
+    Raises UserError if it cannot be written; the old `path` then stays.
     """
     with replacing(path) as temporary:
         try:
@@ -58,10 +58,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def output_folder(flag: str, path: str | Path) -> Iterator[Path]:
-    """The folder `path`, which `flag` names, made if need be, for a block that writes there.
+    """The folder `path`, the value of `flag`, made if it does not exist, for a block that writes there.
 
-    Raises UserError before the block if nothing can be written there. Of the folders that it made, those that are empty
-    when the block fails are removed.
+    Raises UserError before the block if nothing can be written there. If the block fails, the folders that were made
+    for it and are still empty are removed.
     """
     folder = Path(path)
     made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
@@ -82,7 +82,7 @@ def output_folder(flag: str, path: str | Path) -> Iterator[Path]:
 
 
 def check_output_file(flag: str, path: str | Path) -> None:
-    """Raises UserError if no file `path`, which `flag` names, can be written: look before the work."""
+    """Raises UserError if no file `path`, the value of `flag`, can be written: call it before the work."""
     folder = Path(path).parent
     if not Path(path).name or os.path.isdir(path):
         raise UserError(f"{flag} {path} is a folder: name a file")
@@ -98,7 +98,7 @@ def check_writable(flag: str, path: str | Path, folder: Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or first_line(error)
-        raise UserError(f"{flag} {path} cannot be written to ({reason}): name another, or change its rights") from None
+        raise UserError(f"{flag} {path} cannot be written to ({reason}): name another, or make it writable") from None
 
 
 def _in_the_way(folder: Path, error: OSError) -> str:
@@ -108,7 +108,7 @@ def _in_the_way(folder: Path, error: OSError) -> str:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """`content`, with null for numbers that are not finite, which JSON has not."""
+    """Writes `content`, with null for numbers that are not finite, which JSON does not have."""
     with atomic_write(path) as file:
         file.write((json.dumps(_finite(content), indent=2, allow_nan=False) + "\n").encode())
 
@@ -122,7 +122,7 @@ def _finite(content: Any) -> Any:
 
 
 def write_csv(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """`rows` with the keys of the first as header."""
+    """Writes `rows`, with the keys of the first one as header."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -139,7 +139,7 @@ def write_results(folder: str | Path, rows: list[dict[str, Any]], **facts: Any) 
 
 
 def command_line() -> str:
-    """The command that runs, as it can be typed again."""
+    """The command that is running, as it can be typed again."""
     module = getattr(sys.modules["__main__"], "__spec__", None)  # of `python -m NAME`; None for a script
     return shlex.join(["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
 
@@ -148,7 +148,7 @@ def command_line() -> str:
 def git_commit() -> str:
     """Commit of the code, with "+changes" if tracked files differ from it; "unknown" outside a checkout.
 
-    As it was at the first call: results that this process writes over older ones are no changes to its code.
+    As of the first call: results that this process overwrites are not changes to its code.
     """
 
     def git(*words: str) -> str:

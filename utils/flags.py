@@ -9,14 +9,14 @@ def add_device(p: Parser) -> None:
 
 
 def add_data_dir(p: Parser, default: str | None = None) -> None:
-    """`default` None: the folder that the checkpoint was trained with."""
-    where = "folder of <dataset>.npz, of torchvision's archive, or of train/ and val/"
-    of_file = " (default: the one of the file's training if the data set is there, else data)"
+    """`default` None: the folder that the checkpoint was trained with, else data."""
+    where = "folder that holds <dataset>.npz, torchvision's archive, or train/ and val/"
+    of_file = " (default: the folder that the file was trained with if the data set is there, else data)"
     p.add_argument("--data_dir", default=default, help=where + ("" if default else of_file))
 
 
 def add_workers(p: Parser) -> None:
-    help_text = "processes that read images of an imagefolder, one a core at most"
+    help_text = "processes that read images of an imagefolder, at most one per core"
     p.add_argument("--workers", type=index, default=4, help=help_text)
 
 
@@ -27,8 +27,8 @@ def add_calib_images(p: Parser, default: int, purpose: str) -> None:
 
 def add_granularity(p: Parser, default: str | None = None) -> None:
     """`default` None: as the checkpoint was trained."""
-    help_text = "a grid step for each weight tensor, or for each of its output channels"
-    of_file = " (default: as the file was trained, tensor if it does not say)"
+    help_text = "one grid step for each weight tensor, or for each of its output channels"
+    of_file = " (default: as in training, tensor if the file does not say)"
     choices = ["tensor", "channel"]
     p.add_argument("--granularity", choices=choices, default=default, help=help_text + ("" if default else of_file))
 
@@ -36,6 +36,6 @@ def add_granularity(p: Parser, default: str | None = None) -> None:
 def add_first_last_quant(p: Parser) -> None:
     help_text = (
         "1: quantize and prune the first and the last layer too, at 8 bits if the others have fewer than 4; "
-        "0: leave them float and whole"
+        "0: leave them in float and unpruned"
     )
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1, help=help_text)

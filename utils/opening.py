@@ -1,6 +1,5 @@
-"""Opening a trained network with its data set, whose labels then count as the network's outputs do."""
+"""Opens a trained network with its data set, and puts the set's labels in the order of the network's outputs."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from utils.checkpoint import dataset_name, load_checkpoint, model_from_checkpoint
-from utils.cli import RANK, UserError
+from utils.cli import RANK, UserError, warn
 from utils.data.load import Dataset, load_dataset
 from utils.data.specs import DATASETS, DataSpec, at_hand
 
@@ -20,21 +19,22 @@ def matched(dataset: Dataset, checkpoint: dict[str, Any], path: str | Path | Non
     """`dataset` with its classes in the order of the checkpoint that was read from `path`.
 
     A file that does not name its classes is taken to have the data set's. Raises UserError, naming the first
-    difference, if the classes are others; with `transfer`, which is for training on, other classes of the same number
-    are a warning, and the data set's order is kept.
+    difference, if the classes differ. With `transfer`, for further training, a warning is enough if their number is
+    the same, and the data set's order is kept.
     """
     classes, own = checkpoint.get("classes"), dataset.classes
     if classes is None or classes == own:
         return dataset
     if sorted(classes) == sorted(own) and len(set(own)) == len(own):
         return dataset.in_order_of(classes)
-    told = f"{path} is for other classes than the data set: {difference(classes, own)}"
+    odd = difference(classes, own)
     if len(classes) != len(own):
-        raise UserError(f"{path} has {len(classes)} classes, the data set has {len(own)}: {difference(classes, own)}")
+        raise UserError(f"{path} has {len(classes)} classes, but the data set has {len(own)}: {odd}")
+    told = f"{path} is for other classes than the data set: {odd}"
     if not transfer:
         raise UserError(f"{told}; give the classes the names that they had in training")
     if RANK == "0":
-        print(f"warning: {told}; training goes on with those of the data set", file=sys.stderr)
+        warn(f"{told}; training continues with those of the data set")
     return dataset
 
 
@@ -66,9 +66,9 @@ class Datasets:
         return saved if isinstance(saved, str) and at_hand(name, saved) else DATA_DIR
 
     def of(self, checkpoint: dict[str, Any], path: str | Path, name: str | None = None) -> Dataset:
-        """The data set `name`, None for the checkpoint's own, with labels as the checkpoint's; see `matched`.
+        """The data set `name`, or the checkpoint's own for None, with labels in the checkpoint's order (`matched`).
 
-        Raises UserError if it cannot be had, or has other classes.
+        Raises UserError if it cannot be loaded, or has other classes.
         """
         name = name or dataset_name(checkpoint)
         key = name, self.folder(checkpoint, name)
@@ -83,12 +83,12 @@ class Datasets:
             saved = checkpoint.get("args", {}).get("data_dir")
             if self.data_dir is not None or saved in (None, folder):
                 raise
-            raise UserError(f"{error} ({path} was trained with --data_dir {saved}, which has it no more)") from None
+            raise UserError(f"{error} ({path} was trained with --data_dir {saved}, which no longer has it)") from None
 
 
 @dataclass
 class OpenedNetwork:
-    """The network of the file `path`, in eval mode on its device, with its data set; None if that is not at hand."""
+    """The network of the file `path`, in eval mode on its device, with its data set, or None if that is not at hand."""
 
     path: str
     checkpoint: dict[str, Any]
@@ -123,7 +123,7 @@ def open_network(
 ) -> OpenedNetwork:
     """The network of the checkpoint `path` with its data set, or the one called `dataset`.
 
-    `arch`: the architecture that it must be of. `sizes`: the sizes of images that will do, all if empty. With
+    `arch`: the architecture that it must have. `sizes`: the image sizes that are accepted, all if empty. With
     download=False a data set that is not at hand is left out. Raises UserError for what `load_checkpoint`,
     `model_from_checkpoint` and `Datasets.of` refuse, and for a data set of images of another size.
     """

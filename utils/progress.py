@@ -1,4 +1,4 @@
-"""How far a loop is: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of a loop: a bar on a terminal, elsewhere a line now and then."""
 
 import sys
 import time
@@ -14,8 +14,8 @@ INTERVAL = 30.0  # seconds between lines
 def shown(items: Iterable[Item], title: str, total: int, silent: bool = False) -> Iterator[Item]:
     """`items`, of which there are `total`; meanwhile stderr shows under `title` how many are done and the time left.
 
-    On a terminal that is a bar, which goes when they end; elsewhere a line every INTERVAL seconds, so that a loop which
-    takes less writes nothing. Nothing is read back from a device. `silent`: neither.
+    On a terminal this is a bar, which disappears at the end. Elsewhere it is a line every INTERVAL seconds, so that a
+    shorter loop writes nothing. Nothing is read back from a device. `silent` shows nothing.
     """
     if silent:
         return iter(items)

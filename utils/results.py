@@ -1,4 +1,4 @@
-"""Results tables: reading the CSV files of eval.py, and telling which rows are of one network."""
+"""Reads the CSV files of eval.py, and tells which rows are of one network."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -7,14 +7,14 @@ from pathlib import Path
 from utils.cli import UserError, first_line
 
 NAMED = ("trained", "epoch", "post")
-SAME = (*NAMED, "arch", "dataset", "split", "weight_range", "granularity")  # of one cell's rows
+SAME = (*NAMED, "arch", "dataset", "split", "weight_range", "granularity")  # the rows of one table cell agree in these
 NEEDED = ("trained", "epoch", "post", "seed", "w_bit", "a_bit", "top1")
 BIT_WIDTHS = ("w_bit", "a_bit")
 
 
 def read_rows(path: str | Path, columns: Sequence[str], kind: str, numbers: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The rows of a CSV file of `kind` that has `columns` and at least one row; else UserError, and also if a value in
-    the columns `numbers`, where the file has them, is not a number."""
+    """The rows of a CSV file of `kind`. Raises UserError if it has no rows, lacks one of `columns`, or has a value that
+    is not a number in the columns `numbers`, which it may lack."""
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
@@ -38,10 +38,10 @@ def check_numbers(path: str | Path, rows: Sequence[dict[str, str]], names: Itera
 
 
 def read_results(paths: Sequence[str | Path], numbers: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The rows of results.csv files of eval.py, bit-widths as whole numbers whatever program has written the file.
+    """The rows of results.csv files of eval.py, with bit-widths as whole numbers, whatever program wrote the file.
 
-    `numbers` are columns that are needed beside those of a table. Raises UserError if a file is none, or a number is
-    missing.
+    `numbers` are columns that are needed beside those of a table. Raises UserError for another kind of file, and for a
+    missing number.
     """
     rows = []
     kind = "results.csv of eval.py --out DIR"
@@ -56,7 +56,7 @@ def read_results(paths: Sequence[str | Path], numbers: Sequence[str] = ()) -> li
 
 
 def column_of(row: dict[str, str]) -> tuple[float, bool, int]:
-    """Pruned share, whether layer by layer, and minus the bit-width: sorted, full precision is the first."""
+    """Pruned share, whether layer by layer, and minus the bit-width: full precision sorts first."""
     return float(row.get("sparsity") or 0), row.get("prune") == "layer", -int(row["w_bit"])
 
 
@@ -66,7 +66,7 @@ def network_of(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def distinct(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    """`rows` without those that say again, in another file, what one has said; UserError if two networks look alike."""
+    """`rows` without duplicates, such as from a second file; UserError if two networks look alike."""
     seen: dict[tuple, dict[str, str]] = {}
     for row in rows:
         known = seen.setdefault((network_of(row), row["seed"], row["a_bit"], column_of(row)), row)

@@ -14,17 +14,17 @@ from utils.files import git_commit, write_csv, write_json
 
 ROOT = Path("runs")
 SHOWN = 3  # runs that a message names
-KEPT_BY_RESUMES = ("epoch", "save_epochs", "precision", "compile")  # settings of a resume that later ones go on with
+KEPT_BY_RESUMES = ("epoch", "save_epochs", "precision", "compile")  # settings of a resume that later resumes keep
 
 
 def default_exp_name(args: Namespace) -> str:
-    """Data set and goal: cifar100/4bits, digits/sparse90, cifar10/vanilla; of args whose target is resolved."""
+    """Data set and goal: cifar100/4bits, digits/sparse90, cifar10/vanilla; the target of `args` must be resolved."""
     goal = f"sparse{100 * args.sparsity:g}" if args.target == "zero" else f"{args.w_bit}bits"
     return f"{args.dataset}/{goal if args.psg else 'vanilla'}"
 
 
 class RunFolder:
-    """One folder under runs/. `create` never reuses a folder that has an epoch in it, `reopen` goes on in one."""
+    """One folder under runs/. `create` never reuses a folder that has an epoch in it; `reopen` continues in one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,9 +37,9 @@ class RunFolder:
 
     @classmethod
     def create(cls, exp_name: str) -> "RunFolder":
-        """A folder runs/<exp_name>, or <exp_name>-2, -3 ... if that has a run in it or is in use; locked.
+        """A locked folder runs/<exp_name>, or <exp_name>-2, -3 ... if that has a run in it or is in use.
 
-        What a run leaves behind that ended in its first epoch is cleared away. UserError if the folder cannot be made.
+        What a run that ended in its first epoch left behind is removed. UserError if the folder cannot be made.
         """
         name = str(Path(exp_name))
         if Path(name).is_absolute() or ".." in Path(name).parts or name == ".":
@@ -56,7 +56,7 @@ class RunFolder:
         return folder
 
     def _claim(self) -> bool:
-        """Makes the folder, or takes the one that is there if it holds no run and is not in use; locked and cleared."""
+        """Makes the folder, or takes an existing one that holds no run and is not in use; locks and clears it."""
         try:
             self.path.mkdir()
         except FileExistsError:
@@ -66,7 +66,7 @@ class RunFolder:
             self.lock()
         except UserError:
             return False
-        if not self._holds_no_epoch():  # another process was quicker, and has ended
+        if not self._holds_no_epoch():  # another process was faster, and has ended
             self._lock.close()
             return False
         for leftover in self._files():
@@ -78,14 +78,14 @@ class RunFolder:
         return [file for file in self.path.iterdir() if file.name != "lock"]
 
     def _holds_no_epoch(self) -> bool:
-        """Whether nothing is there but what a run writes before its first epoch has ended."""
+        """Whether the folder holds only what a run writes before the end of its first epoch."""
         early = ("args.json", "events.out.tfevents.*", "*.tmp")
         return all(file.is_file() and any(map(file.match, early)) for file in self._files())
 
     @classmethod
     def reopen(cls, exp_name: str) -> "RunFolder":
-        """The existing folder runs/<exp_name>. Raises UserError, with the newest runs that can be resumed, if it has
-        no checkpoint."""
+        """The existing folder runs/<exp_name>. Raises UserError, which names the newest runs that can be resumed, if
+        it has no checkpoint."""
         folder = cls(ROOT / exp_name)
         if not folder.last_checkpoint.is_file():
             found = sorted(ROOT.rglob("last.pth"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -98,12 +98,12 @@ class RunFolder:
         return folder
 
     def lock(self) -> None:
-        """Makes this process the only one that writes here until it ends, and removes files that another had half
-        written when it was killed; UserError, naming it, if there is another."""
+        """Makes this process the only one that writes here until it ends, and removes the half-written files of a
+        process that was killed; UserError, which names the other process, if there is one."""
         try:
             self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 - held until this process ends
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # not flock: worker processes would inherit it and outlive this one
+        except BlockingIOError:  # not flock: worker processes would inherit that and outlive this one
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
@@ -115,11 +115,11 @@ class RunFolder:
             half.unlink(missing_ok=True)
 
     def settings(self) -> dict[str, Any]:
-        """What args.json holds: args, command, commit, versions, and where the run was resumed."""
+        """What args.json holds: args, command, commit, versions, and the epochs at which the run was resumed."""
         try:
             settings = json.loads((self.path / "args.json").read_text())
             if not (isinstance(settings, dict) and isinstance(settings.get("args"), dict)):
-                raise ValueError("there are no args of train.py in it")
+                raise ValueError("it has no args of train.py")
             return settings
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / 'args.json'} cannot be read ({first_line(error)})") from None
@@ -140,7 +140,7 @@ class RunFolder:
         write_json(self.path / "args.json", settings)
 
     def start_logging(self, after_epoch: int) -> None:
-        """Opens the logs, dropping what was written past `after_epoch`, the epoch of the checkpoint gone on from."""
+        """Opens the logs and drops what was written past `after_epoch`, the epoch of the checkpoint that is resumed."""
         from torch.utils.tensorboard import SummaryWriter
 
         if self.metrics_path.exists():
@@ -149,7 +149,7 @@ class RunFolder:
             try:
                 kept = [row for row in rows if float(row["epoch"]) <= after_epoch]
             except (KeyError, TypeError, ValueError):
-                raise UserError(f"{self.metrics_path} has no epochs: put it aside, and a new one is begun") from None
+                raise UserError(f"{self.metrics_path} has no epochs: move it away, and a new one is started") from None
             if kept:
                 write_csv(self.metrics_path, kept)
             else:

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: the step that runs is ended, then the run.
+"""Ctrl-C and SIGTERM: the current step is finished, then the run ends.
 
-SLURM, systemd and a terminal signal every process of a program: those that read images leave the answer to the process
-that they work for.
+SLURM, systemd and a terminal signal every process of a program. Those that read images leave the reaction to their
+parent.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 DEFAULTS = (signal.default_int_handler, signal.SIG_DFL)
-LATE = 1.0  # seconds after the end of a fellow process in which a signal that was sent to both may still come
+LATE = 1.0  # seconds that a signal sent to two processes may come after the end of the other one
 
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM came; `exit_code` is 128 + its number, as a shell expects. The message has the advice.
 
-    No Exception: like KeyboardInterrupt it is not meant for code that expects failures.
+    It is not an Exception: like KeyboardInterrupt, it is not for code that handles failures.
     """
 
     def __init__(self, number: int, advice: str = "") -> None:
@@ -30,10 +30,10 @@ class Stopped(BaseException):
 
 
 def let_go() -> None:
-    """Has the next SIGINT or SIGTERM act at once, as by default.
+    """Makes the next SIGINT or SIGTERM act at once, as by default.
 
-    Not under torchrun: it passes on what its processes may have been sent themselves, and kills them after half a
-    minute.
+    Under torchrun both are ignored: torchrun passes on signals that its processes may have received themselves, and
+    kills them after half a minute.
     """
     defaults: tuple[Any, ...] = (signal.SIG_IGN,) * 2 if "TORCHELASTIC_RUN_ID" in os.environ else DEFAULTS
     for number, handler in zip(NUMBERS, defaults):
@@ -41,9 +41,9 @@ def let_go() -> None:
 
 
 class StopRequest:
-    """From its creation on, notes the first SIGINT or SIGTERM; a second one acts at once (`let_go`).
+    """Notes the first SIGINT or SIGTERM after its creation; a second one acts at once (`let_go`).
 
-    `StopRequest.latest` is the one that notes now, or None.
+    `StopRequest.latest` is the active one, or None.
     """
 
     latest: "StopRequest | None" = None
@@ -73,7 +73,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """A block that SIGTERM ends in Stopped wherever it is, as SIGINT in KeyboardInterrupt: what it holds is tidied up.
+    """A block in which SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt, so that open resources are closed.
 
     A StopRequest that is made in the block takes over. Afterwards both signals act as they did before.
     """
@@ -93,8 +93,8 @@ def stoppable() -> Iterator[None]:
 
 
 def stop_behind(wait: bool) -> None:
-    """Raises Stopped if a StopRequest has noted a signal: for a failure that may come of the end of another process,
-    which the signal ended too. `wait`: also if it notes one within LATE seconds.
+    """Raises Stopped if a StopRequest has noted a signal. For a failure that may come from the end of another process,
+    which the same signal ended. `wait`: also if one is noted within LATE seconds.
     """
     request = StopRequest.latest
     if request is None:
@@ -106,9 +106,9 @@ def stop_behind(wait: bool) -> None:
 
 
 def outlive_signals(worker_id: int) -> None:
-    """`worker_init_fn` of a DataLoader: the worker goes on at a SIGINT, and at a SIGTERM of another than its parent.
+    """`worker_init_fn` of a DataLoader: the worker ignores SIGINT, and SIGTERM unless its parent sends it.
 
-    The parent answers the signal, and ends its workers when it ends; a worker whose parent is gone ends by itself.
+    The parent reacts to the signal, and ends its workers when it ends. A worker whose parent is gone ends by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
@@ -118,7 +118,7 @@ def outlive_signals(worker_id: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process at a SIGTERM of the process `parent`; torch sends one to a worker that does not end."""
+    """Ends this process at a SIGTERM from the process `parent`; torch sends one to a worker that does not end."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -1,7 +1,6 @@
 """The rows of eval.py: every network at every setting of a sweep, on screen and in files."""
 
 import math
-import sys
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from quant import layer_rows, packed_bytes, weight_mse
 from quant.grid import FLOAT_BITS
 from quant.pruning import nonzero_weights
 from utils.checkpoint import grid_of, training_facts
-from utils.cli import UserError, first_line
+from utils.cli import UserError, first_line, warn
 from utils.data.split import Split
 from utils.deployment import BN_RANGES, Deployment, Setting, check_activations
 from utils.device import machine, resolve_precision, select_device
@@ -23,7 +22,7 @@ from utils.files import output_folder, write_csv, write_results
 from utils.opening import Datasets, OpenedNetwork, open_network
 from utils.training.evaluation import evaluate, fold_batch_norm
 
-COLUMNS = {  # name: (least width on screen, format); without a width only in the files
+COLUMNS = {  # name: (least width on screen, format); those of width 0 are only in the files
     "model": (5, "s"), "arch": (0, "s"), "dataset": (0, "s"), "split": (0, "s"), "trained": (12, "s"),
     "seed": (5, "s"), "epoch": (7, "s"), "sparsity": (8, "g"), "prune": (6, "s"), "nonzero": (8, "d"),
     "w_bit": (6, "d"), "weight_range": (0, "s"), "granularity": (0, "s"), "a_bit": (6, "d"), "act_range": (13, "s"),
@@ -52,9 +51,9 @@ def evaluate_all(args: Namespace) -> None:
 
 
 def load_networks(args: Namespace, device: torch.device) -> list[Network]:
-    """Every network with its data: everything that can be wrong is looked at before the first evaluation."""
+    """Every network with its data. Everything that can be wrong is checked here, before the first evaluation."""
     datasets = Datasets(args.data_dir, device, args.workers)
-    counts: dict[int, int] = {}  # images for calibration, by the number of those there are
+    counts: dict[int, int] = {}  # calibration images, by the number of training images
     quantizes = any(a_bit != FLOAT_BITS for a_bit in args.a_bit)
     by_batch_norm = args.act_range in BN_RANGES
     searches = by_batch_norm and len(args.clipping_range) > 1
@@ -81,7 +80,7 @@ def load_networks(args: Namespace, device: torch.device) -> list[Network]:
 
 
 def deployed_as(args: Namespace, opened: OpenedNetwork, train: Split, count: int) -> Deployment:
-    """How `args` deploy a network; `count` images of `train` are for all that is fitted."""
+    """How `args` deploy a network; all fitting is done on `count` images of `train`."""
     return Deployment(
         opened.model, lambda: train.calibration(count, args.seed),
         grid_of(opened.checkpoint, FLOAT_BITS, bool(args.first_last_quant), args.granularity, args.weight_range),
@@ -94,7 +93,7 @@ def settings(args: Namespace) -> list[Setting]:
     """Every row of a network: full precision first, then the sweep, each once."""
     rows = [Setting(), *(Setting(post=post) for post in args.post)]
     rows += [Setting(*row) for row in product(args.w_bit, args.a_bit, args.sparsity, args.post)]
-    # Roundings need quantized weights, and mean outputs something that shifts them.
+    # Learned roundings need quantized weights; bias correction needs something that shifts mean outputs.
     return [
         row
         for row in dict.fromkeys(rows)
@@ -119,7 +118,7 @@ def sweep(args: Namespace, networks: list[Network], device: torch.device) -> Non
             row = evaluated(args, net, setting, chosen[plain])
             rows.append(row)
             print("  ".join(f"{row[name]:>{width}{fmt}}" for name, (width, fmt) in columns.items()), flush=True)
-        if args.out:  # after each network, so that a sweep that is cut off leaves what it has
+        if args.out:  # after each network, so that an interrupted sweep leaves what it has
             write_results(args.out, rows, **facts, settings=vars(args))
         if args.report:
             layers += layer_report(args, net)
@@ -133,12 +132,12 @@ def evaluated(args: Namespace, net: Network, setting: Setting, n: float) -> dict
     deployment = net.deployment
     try:
         network = deployment.network(setting, n)
-    except ValueError as error:  # as a network without batch norm or ReLUs
+    except ValueError as error:  # such as for a network without batch norm or ReLUs
         raise UserError(f"{net.facts['model']}: {first_line(error)}") from None
     grid = deployment.weight_grid(setting.w_bit)
     nonzero = nonzero_weights(network, grid.first_last)
     result = evaluate(fold_batch_norm(network), net.test, args.precision)
-    del network  # two models at a time
+    del network  # no more than two models at a time
     pruned = f", sparsity {setting.sparsity:g}" if setting.sparsity else ""
     deployed = f"at W{setting.w_bit}A{setting.a_bit}{pruned}, post {setting.post}" if setting != Setting() else ""
     check_outputs(result.loss, net.facts["model"], deployed)
@@ -154,18 +153,18 @@ def evaluated(args: Namespace, net: Network, setting: Setting, n: float) -> dict
 
 
 def check_outputs(loss: float, model: str, deployed: str = "") -> None:
-    """For a `loss` that is not a number: UserError if it is the trained network's, a warning if it is that of a network
-    `deployed` as these words say."""
+    """Checks that a `loss` is finite. If not: UserError for the trained network, a warning for one that is deployed, as
+    the words `deployed` say."""
     if math.isfinite(loss):
         return
     what = f"{model}: the network's outputs are not finite (loss {loss})"
     if not deployed:
         raise UserError(f"{what}: take the file of an earlier epoch, or train with a smaller --lr")
-    print(f"warning: {what} {deployed}: its top-1 means nothing", file=sys.stderr)
+    warn(f"{what} {deployed}: its top-1 is meaningless")
 
 
 def clipping_range(args: Namespace, deployment: Deployment, setting: Setting) -> float:
-    """n of the bn ranges: of several the one of least loss on the calibration images; 0 if no bn range is used."""
+    """n of the bn ranges, of several the one of least loss on the calibration images; 0 if no bn range is used."""
     if setting.a_bit == FLOAT_BITS or args.act_range not in BN_RANGES:
         return 0.0
     if len(args.clipping_range) == 1:
@@ -175,7 +174,7 @@ def clipping_range(args: Namespace, deployment: Deployment, setting: Setting) ->
     best = min(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n]))
     pruned = f", sparsity {setting.sparsity:g}" if setting.sparsity else ""
     print(
-        f"W{setting.w_bit}A{setting.a_bit}{pruned}: training loss by clipping range {curve}; taken: {best:g}",
+        f"W{setting.w_bit}A{setting.a_bit}{pruned}: training loss by clipping range {curve}; chosen: {best:g}",
         flush=True,
     )
     return best

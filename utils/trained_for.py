@@ -1,30 +1,30 @@
-"""What a network was trained for and its batch norm taken at, against what it is deployed as."""
+"""Compares what a network was trained for, and what its batch norm was estimated at, with how it is deployed."""
 
 from typing import Any
 
 from quant import Grid
 from utils.checkpoint import grid_of
 
-SAFE_BITS = 6  # from which a network that was not trained for a grid loses little
+SAFE_BITS = 6  # from here up, a network that was not trained for a grid loses little
 
 
 def mismatches(checkpoint: dict[str, Any], grid: Grid) -> list[str]:
-    """In words, in what a deployment on `grid`, unpruned, differs from what the checkpoint's file says it is for.
+    """How an unpruned deployment on `grid` differs from what the checkpoint's file says that it is for, in words.
 
-    Empty for a file that does not say it.
+    Empty for a file that does not say so.
     """
     args = checkpoint.get("args", {})
     found = []
     if args.get("target") == "zero" or not args.get("psg", 1):
         if grid.bits < SAFE_BITS:
-            found.append(f"it was not trained for a grid, and {grid.bits} bits are few for that")
+            found.append(f"it was not trained for a grid, and {grid.bits} bits are few for such a network")
     elif "psg" in args:
         found += grid_mismatches(args, grid, grid_of(checkpoint, grid.bits).per_channel)
     return found + norm_mismatches(checkpoint, grid.bits, bool(found))
 
 
 def grid_mismatches(args: dict[str, Any], grid: Grid, trained_by_channel: bool) -> list[str]:
-    """In what the grid differs from the one of training."""
+    """How the grid differs from the one in training."""
     found = []
     if args.get("w_bit") not in (None, grid.bits):
         found.append(f"it was trained for {args['w_bit']} bits, not for {grid.bits}")
@@ -36,13 +36,13 @@ def grid_mismatches(args: dict[str, Any], grid: Grid, trained_by_channel: bool) 
 
 
 def norm_mismatches(checkpoint: dict[str, Any], bits: int, others: bool) -> list[str]:
-    """In what the weights under re-estimated batch-norm statistics differed; `others`: something else differs."""
+    """How the weights that batch norm was re-estimated with differ from these; `others`: something else differs."""
     if not checkpoint.get("averaged_epochs"):
         return []
     deployed, target = checkpoint.get("deployed"), checkpoint.get("args", {}).get("target")
     if deployed is None:
         if others or target == "zero":
-            return ["its batch norm was re-estimated, with weights as the file does not say"]
+            return ["its batch norm was re-estimated, but the file does not say with which weights"]
         return []
     width, sparsity = deployed.get("w_bit", 32), deployed.get("sparsity", 0)
     found = []

@@ -1,8 +1,8 @@
-"""Images in folders, a class a folder, with ImageNet's standard augmentation; for sets that do not fit a device.
+"""Images in folders, one folder per class, with ImageNet's standard augmentation; for sets too large for a device.
 
 <data_dir>/train/<class>/*.jpg and <data_dir>/val/<class>/*.jpg. Files are decoded, cropped to 224 x 224 and flipped by
-worker processes; order, crops and flips of an epoch come from (seed, epoch) only. utils/data/images.py has what becomes
-of 16-bit pixels and of EXIF orientations.
+worker processes; order, crops and flips of an epoch depend only on (seed, epoch). utils/data/images.py converts 16-bit
+pixels and applies EXIF orientations.
 """
 
 import os
@@ -46,14 +46,14 @@ class _Files(torch.utils.data.Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.files[index]
         image = read_image(path)
-        # Crop and flip depend on (seed, epoch, image) only, whichever process or worker draws them.
+        # Crop and flip depend only on (seed, epoch, image), whichever process or worker draws them.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed((self.seed * 2**26 + index) % 2**63)  # a GPU's stays as it is
+            torch.default_generator.manual_seed((self.seed * 2**26 + index) % 2**63)  # the CPU's only
             return self.transform(image), label
 
 
 class _Damaged(torch.utils.data.Dataset[Any]):
-    """Whether each file cannot be read: whole, or only its header."""
+    """For each file, whether it cannot be read: as a whole, or only its header."""
 
     def __init__(self, files: Sequence[tuple[str, int]], whole: bool) -> None:
         self.files, self.look = files, read_image if whole else check_header
@@ -70,7 +70,7 @@ class _Damaged(torch.utils.data.Dataset[Any]):
 
 
 class FolderSplit(Split):
-    """(path, label) of each image, and how to read them, by `workers` processes or, with 0, by this one."""
+    """(path, label) of each image; `workers` processes read the images, or this process if 0."""
 
     eval_batch_size = EVAL_BATCH_SIZE
 
@@ -105,7 +105,7 @@ class FolderSplit(Split):
             yield images, labels.to(self.device, non_blocking=True)
 
     def check_files(self, whole: bool, world: World = ALONE) -> None:
-        # The files are shared out to the processes of `world`, and all of them raise.
+        # The files are divided among the processes of `world`, and all of them raise.
         own = range(world.rank, len(self), world.size)
         loader = DataLoader(
             _Damaged([self.files[index] for index in own], whole), 64, num_workers=self.workers,
@@ -124,7 +124,7 @@ class FolderSplit(Split):
 
 
 def _read(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of `loader`, with a UserError in one line for what went wrong in a worker."""
+    """The batches of `loader`; the UserError of a worker becomes one line."""
     try:
         yield from loader
     except UserError as error:  # its message comes wrapped in the worker's traceback
@@ -155,8 +155,8 @@ def load_folder(
 ) -> tuple[FolderSplit, FolderSplit, list[str]]:
     """The training and the validation images in `data_dir`, and the class names.
 
-    Of `workers` no more are used than there are cores to use. Raises UserError for a folder without train/ and val/,
-    without classes or images, and where their classes differ.
+    No more `workers` are used than there are usable cores. Raises UserError for a folder without train/ and val/, and
+    if these lack classes or images or have different classes.
     """
     workers = min(workers, usable_cores())
     parts = []
@@ -175,6 +175,6 @@ def load_folder(
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(f"--data_dir {data_dir}: train/ and val/ have different classes: {', '.join(odd[:5])}")
     if len(train.classes) < 2:
-        raise UserError(f"--data_dir {data_dir}: train/ has one class, {train.classes[0]}: two are needed at least")
+        raise UserError(f"--data_dir {data_dir}: train/ has one class, {train.classes[0]}: at least two are needed")
     training, validation = (FolderSplit(part.samples, spec, device, workers) for part in parts)
     return training, validation, train.classes

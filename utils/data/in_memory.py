@@ -11,13 +11,13 @@ from utils.data.split import LabelledBatch, Split, TrainBatches
 from utils.distributed import ALONE, World
 
 CROP_PADDING = 4
-# On a CPU small batches stay in its caches; a GPU wants large ones.
+# Small batches stay in a CPU's caches; a GPU needs large ones.
 EVAL_BATCH_SIZE = {"cpu": 100, "cuda": 1000}
 
 
 @lru_cache
 def _moments(spec: DataSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and std on `device`, made once: in a CUDA graph nothing can be copied there."""
+    """Mean and std on `device`, made once: nothing can be copied there inside a CUDA graph."""
     return torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
 
 
@@ -67,8 +67,8 @@ class CroppedBatches(TrainBatches):
         self.window = torch.arange(size, device=device)
 
     def plan(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one epoch: the order of the images int64 [N], their (row, column) shifts in 0..8 int64 [2, N], and which
-        are mirrored, bool [N].
+        """For one epoch: the order of the images, int64 [N]; their (row, column) shifts in 0..8, int64 [2, N]; and
+        which are mirrored, bool [N].
         """
         generator, device = self.generator(epoch), self.split.device
         order = torch.randperm(self.count, generator=generator)

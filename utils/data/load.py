@@ -25,30 +25,30 @@ class Dataset:
         return DATASETS[self.name]
 
     def splits(self, val_split: int = 0) -> tuple[Split, Split, str]:
-        """What to train and to evaluate on, and the latter's name: the training and the test images, or with
-        `val_split` N the training images without the last N, and those ("validation"): views, no copy.
+        """The split to train on, the one to evaluate on, and the latter's name: the training and the test images, or
+        with `val_split` N the training images without the last N, and these N ("validation"). Views, not copies.
 
         Raises UserError if no training image would be left.
         """
         if not val_split:
             return self.train, self.test, "test"
         if val_split >= len(self.train):
-            raise UserError(f"--val_split {val_split} leaves nothing of the {len(self.train)} training images")
+            raise UserError(f"--val_split {val_split} leaves none of the {len(self.train)} training images")
         border = len(self.train) - val_split
         return self.train.part(slice(border)), self.train.part(slice(border, None)), "validation"
 
     def in_order_of(self, classes: list[str]) -> "Dataset":
-        """The same images, with labels that count in `classes`, which are this set's own in any order."""
+        """The same images, with labels that index `classes`: this set's own, in any order."""
         numbers = [classes.index(name) for name in self.classes]
         train, test = self.train.relabeled(numbers), self.test.relabeled(numbers)
         return replace(self, train=train, test=test, classes=list(classes))
 
 
 def load_dataset(name: str, data_dir: str | Path, device: torch.device, workers: int = 0) -> Dataset:
-    """The data set `name` (a key of DATASETS), checked: as uint8 on `device`, or of imagefolder the file names.
+    """The data set `name` (a key of DATASETS), checked: as uint8 on `device`, or as file names for imagefolder.
 
     `workers` is the number of processes that read images of an imagefolder; 0: this one. Raises UserError for a file
-    that is not what utils/data/sources.py says, or if the set cannot be had.
+    that is not as utils/data/sources.py says, or if the set is not available.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: --dataset is one of {', '.join(DATASETS)}")

@@ -1,4 +1,4 @@
-"""Where the arrays of a data set come from, and whether they are what they should be.
+"""Finds the arrays of a data set and checks them.
 
 A set is looked for as `<data_dir>/<name>.npz` (keys x_train, y_train, x_test, y_test, classes; uint8 NHWC images), then
 as torchvision's archive in data_dir, then downloaded by torchvision. `digits` comes with scikit-learn.
@@ -15,14 +15,14 @@ import torch
 from utils.cli import UserError, first_line
 from utils.data.specs import at_hand
 
-IMAGE_SIZE = 32  # of every data set here, as its .npz file must hold
+IMAGE_SIZE = 32  # of every data set here, also in its .npz file
 TRAIN_DIGITS = 1437  # four fifths of scikit-learn's 1,797
 
 
 def find_arrays(name: str, data_dir: Path) -> dict[str, np.ndarray]:
     """x_train, y_train, x_test, y_test and classes of the data set `name`, one of 32 x 32 images, checked.
 
-    Raises UserError for a file that is not what the module's docstring says, or if the set cannot be had.
+    Raises UserError for a file that is not as the module's docstring says, or if the set is not available.
     """
     if name == "digits":
         arrays, source = _digits(), "scikit-learn's digits"
@@ -46,7 +46,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise
     except Exception as error:  # the bytes of a foreign file can raise anything
         raise UserError(
-            f"{path} is not a readable .npz of plain arrays ({first_line(error)}): make it again or delete it"
+            f"{path} is not a readable .npz of plain arrays ({first_line(error)}): recreate or delete it"
         ) from None
 
 
@@ -61,7 +61,7 @@ def _torchvision(name: str, data_dir: Path, npz: Path) -> dict[str, np.ndarray]:
     except (OSError, RuntimeError, HTTPException) as error:
         raise UserError(
             f"no {name} data: {npz} is not there and the download failed ({first_line(error)}); "
-            "put the file there, or try --dataset digits, which needs none"
+            "put the file there, or try --dataset digits, which needs no download"
         ) from None
     return {
         "x_train": train.data, "y_train": np.array(train.targets),
@@ -71,7 +71,7 @@ def _torchvision(name: str, data_dir: Path, npz: Path) -> dict[str, np.ndarray]:
 
 
 def _download(cls: type, data_dir: Path) -> None:
-    """Puts the archive of `cls` into `data_dir`, which is made once the archive is whole, and not if it cannot be."""
+    """Downloads the archive of `cls` into `data_dir`, which is made only once the archive is whole."""
     near = next(folder for folder in (data_dir, *data_dir.absolute().parents) if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=".download-", dir=near) as temporary:
         cls(temporary, download=True)
@@ -98,18 +98,18 @@ def _digits() -> dict[str, np.ndarray]:
 def _check(arrays: dict[str, np.ndarray], source: str) -> None:
     classes = arrays["classes"]
     if classes.ndim != 1 or len(classes) < 2:
-        raise UserError(f"{source}: classes must list at least two names, has shape {classes.shape}")
+        raise UserError(f"{source}: classes must list at least two names, but has shape {classes.shape}")
     for part in ("train", "test"):
         images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
             raise UserError(
                 f"{source}: x_{part} must be uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], "
-                f"is {images.dtype} {list(images.shape)}"
+                f"but is {images.dtype} {list(images.shape)}"
             )
         if labels.ndim != 1 or len(labels) != len(images) or not len(labels):
             raise UserError(f"{source}: y_{part} {list(labels.shape)} does not match {len(images)} images of x_{part}")
         if not np.issubdtype(labels.dtype, np.integer):
-            raise UserError(f"{source}: y_{part} must hold whole numbers, is {labels.dtype}")
+            raise UserError(f"{source}: y_{part} must hold whole numbers, but is {labels.dtype}")
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(classes):
             raise UserError(f"{source}: labels of y_{part} run from {low} to {high}, outside 0..{len(classes) - 1}")

@@ -1,4 +1,4 @@
-"""What is known of each data set without its images. Imports no torch: the scripts' --help is quick."""
+"""What is known about each data set without its images. Imports no torch, so that the scripts' --help is quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,9 @@ class DataSpec:
     """Facts of a data set.
 
     `mean` and `std` are those of the training images for each channel, in units of 0..255. `flip` says whether a
-    mirrored image is valid. `size` is the number of pixels on a side of what a network is given. `classes` is their
-    number, None if the images' folders say it. `archives` are the names of what torchvision downloads and of the folder
-    that it makes of that.
+    mirrored image is valid. `size` is the number of pixels per side of the images that a network gets. `classes` is
+    the number of classes, None if the folders of the images determine it. `archives` are the names of the file that
+    torchvision downloads and of the folder that it unpacks.
     """
 
     mean: tuple[float, float, float]
@@ -34,7 +34,7 @@ DATASETS = {
     "digits": DataSpec((77.9, 77.9, 77.9), (87.3, 87.3, 87.3), flip=False, classes=10),
     "imagefolder": DataSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), flip=True, size=224),
 }  # fmt: skip
-DEFAULT = "cifar100"  # of networks whose file does not name their data set, as the published files
+DEFAULT = "cifar100"  # of networks whose file does not name their data set, such as the published files
 
 
 def at_hand(name: str, data_dir: str | Path) -> bool:

@@ -1,13 +1,12 @@
-"""Images with labels that give their own batches: what splits in memory and in folders have in common."""
+"""Labeled images that give their own batches: what splits in memory and in folders have in common."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from utils.cli import Default, UserError
+from utils.cli import Default, UserError, warn
 from utils.data.specs import DataSpec
 from utils.distributed import ALONE, World
 
@@ -26,7 +25,7 @@ class Split(ABC):
 
     @abstractmethod
     def part(self, where: slice) -> "Split":
-        """The images at `where`: a view, no copy."""
+        """The images at `where`: a view, not a copy."""
 
     @abstractmethod
     def relabeled(self, numbers: Sequence[int]) -> "Split":
@@ -41,7 +40,7 @@ class Split(ABC):
         """Shuffled, augmented batches for training, of which each process of `world` takes its part."""
 
     def check_files(self, whole: bool, world: World = ALONE) -> None:  # noqa: B027 - images in memory have no files
-        """Raises UserError, naming the first, if there are image files that cannot be read.
+        """Raises UserError, which names the first one, if there are image files that cannot be read.
 
         `whole` decodes each, as an evaluation does. Otherwise only their headers are read.
         """
@@ -51,29 +50,29 @@ class Split(ABC):
         return self.chosen(torch.arange(len(self)).split(batch_size))
 
     def calibration(self, count: int, seed: int, batch_size: int = 256) -> Iterator[LabelledBatch]:
-        """`count` images drawn with `seed`, without augmentation, in batches of nearly equal size: batch-norm
-        statistics average over batches."""
+        """`count` images drawn with `seed`, without augmentation, in batches of nearly equal size, because
+        batch-norm statistics average over batches."""
         drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
         return self.chosen(drawn.tensor_split(-(-len(drawn) // batch_size)))
 
     def count_for(self, count: int, flag: str = "--calib_images") -> int:
-        """How many images to calibrate with, if `count` are asked for by `flag`.
+        """How many images to calibrate with, if `flag` asks for `count`.
 
-        If there are fewer, all are taken, with a warning, where `count` is the flag's default (cli.Default). Raises
-        UserError where the user asked for it.
+        If there are fewer, and `count` is the flag's default (cli.Default), all are taken, with a warning. Raises
+        UserError if there are fewer and the user gave `count`.
         """
         if count <= len(self):
             return count
         if not isinstance(count, Default):
             raise UserError(f"{flag} {count} is more than the {len(self)} training images")
-        print(f"warning: all {len(self)} training images are taken: {flag} {count} would be more", file=sys.stderr)
+        warn(f"all {len(self)} training images are taken: there are fewer than {flag} {count}")
         return len(self)
 
 
 class TrainBatches(ABC):
     """Shuffled, augmented, normalized batches of a split.
 
-    Order and augmentation of an epoch come from (seed, epoch) only and are the same on every device, so that a resumed
+    Order and augmentation of an epoch depend only on (seed, epoch) and are the same on every device, so that a resumed
     run sees the same batches. The last batch of an epoch may be short.
     """
 

@@ -1,4 +1,4 @@
-"""The pictures of visualize.py: what each is made of, read from checkpoints, results and runs."""
+"""The pictures of visualize.py, made from checkpoints, results and runs."""
 
 import math
 from argparse import Namespace
@@ -31,7 +31,7 @@ from utils.drawing.text import save_png
 from utils.files import output_folder, replacing
 from utils.results import check_numbers, distinct, network_of, read_results, read_rows
 
-Picture = tuple[str, Callable[[], Figure]]  # its name, and what draws it
+Picture = tuple[str, Callable[[], Figure]]  # its name, and the function that draws it
 
 
 def draw_all(args: Namespace) -> None:
@@ -79,14 +79,14 @@ def layer_figures(args: Namespace) -> list[Picture]:
 
 
 def one(results: list[str]) -> str:
-    """The only one of --results."""
+    """The only path of --results; UserError if there are several."""
     if len(results) > 1:
-        raise UserError(f"--results {' '.join(results)}: this figure is made of one")
+        raise UserError(f"--results {' '.join(results)}: this figure takes only one")
     return results[0]
 
 
 def dense_rows(paths: list[str], *numbers: str) -> list[dict[str, str]]:
-    """The rows of results.csv files, with `numbers`, of networks neither pruned nor changed after training."""
+    """The rows of results.csv files, with `numbers`, without pruned networks and post-training methods."""
     return [
         row for row in read_results(paths, numbers) if row["post"] == "none" and not float(row.get("sparsity") or 0)
     ]
@@ -97,7 +97,7 @@ def bits_figures(args: Namespace) -> list[Picture]:
     last = max((int(row["epoch"]) for row in rows if row["trained"] == "SGD" and row["epoch"].isdigit()), default=None)
     if last is None:
         raise UserError(
-            f"{', '.join(args.results)} has no row of a network trained with SGD: evaluate one beside the others"
+            f"{', '.join(args.results)} has no row of a network trained with SGD: evaluate one with the others"
         )
     series = {
         "SGD": [row for row in rows if row["trained"] == "SGD" and row["epoch"] == str(last)],
@@ -111,7 +111,7 @@ def bits_figures(args: Namespace) -> list[Picture]:
     for label, found in series.items():
         if len({(row["w_bit"], network_of(row)) for row in found}) > len({row["w_bit"] for row in found}):
             raise UserError(
-                f"{label} has rows of one bit-width that differ in more than the seed: name those of one kind"
+                f"{label} has rows of one bit-width that differ in more than the seed: keep only those of one kind"
             )
     return [("figure1a", partial(errors_over_bits, series))]
 
@@ -121,10 +121,10 @@ def curve_figures(args: Namespace) -> list[Picture]:
     for label, folder in zip(args.labels, args.runs, strict=True):
         path = Path(folder) / "metrics.csv"
         rows = read_rows(path, ("epoch", "fp_top1"), "metrics.csv of train.py")
-        whole = [row for row in rows if all(row.values())]  # a run that was cut off may leave half a row
+        whole = [row for row in rows if all(row.values())]  # an interrupted run may leave half a row
         check_numbers(path, whole, rows[0])
         if not target_column(rows[0]):
-            raise UserError(f"{path} has no top-1 at a bit-width or sparsity: it is not one of train.py")
+            raise UserError(f"{path} has no top-1 at a bit-width or sparsity: it is not from train.py")
         runs[label] = {key: [float(row[key]) for row in whole] for key in rows[0]}
     return [("curves", partial(training_curves, runs))]
 
@@ -174,7 +174,7 @@ def curvature_figures(args: Namespace) -> list[Picture]:
             for values, key in zip(held, wanted):
                 values.append(float(row[key]))
                 if not math.isfinite(values[-1]):
-                    raise UserError(f"{folder / name}: {key} is {row[key]}, which has no place in a figure")
+                    raise UserError(f"{folder / name}: {key} is {row[key]}, which cannot be drawn")
         return read
 
     digits = columns("digits.csv", "network", "weight", "eigenvalue")

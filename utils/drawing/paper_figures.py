@@ -1,4 +1,4 @@
-"""The drawing of the paper's figures 2, 3 and 4; plain values in, matplotlib figures out. See utils/figures.py."""
+"""Draws the paper's figures 2, 3 and 4: plain values in, matplotlib figures out. See utils/drawing/figures.py."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -13,7 +13,7 @@ from quant.warped_space import unwarp, warp
 from utils.drawing.result_figures import color_of, log_scale, lone_points
 from utils.drawing.text import add_legend, as_written
 
-# Figure 2: a loss of two weights that is zero at three points, of which one lies on the grid (its step is 1).
+# Figure 2: a loss of two weights that is zero at three points, one of them on the grid (its step is 1).
 MINIMA = ((0.0, 1.0), (0.62, 0.42), (-0.55, -0.6))
 START = (-0.3, 0.2)
 LAMBDA_S, EPS = 4.0, 0.02
@@ -30,7 +30,7 @@ def toy_loss(x, y):
 
 
 def toy_trajectories() -> dict[str, numpy.ndarray]:
-    """Points [STEPS + 1, 2] of gradient descent, of the same in the warped space, and of PSGD, from START."""
+    """Points [STEPS + 1, 2] from START by gradient descent, by PSGD, and by gradient descent in the warped space."""
     return {
         "gradient descent": _descend(lambda weight: torch.optim.SGD([weight], lr=LEARNING_RATE)),
         "PSGD": _descend(
@@ -105,13 +105,13 @@ def _warped(x: numpy.ndarray) -> numpy.ndarray:
 def sparse_histograms(weights: dict[str, torch.Tensor], sparsity: float):
     """Figure 3: the prunable weights of each network on a logarithmic count axis, and where pruning cuts.
 
-    The axis ends where 99 % of the widest network's weights do: PSGD's largest are far out, as few as they are.
+    The axis covers 99 % of the widest network's weights, because PSGD's few largest weights are far out.
     """
 
     def magnitude(values: torch.Tensor, share: float) -> float:
         return values.abs().kthvalue(max(1, round(share * len(values)))).values.item()
 
-    # Of a network that is nearly all zeros the largest weight, of nothing but zeros any number.
+    # If that is zero, the axis covers all weights; if all of them are zero, any number will do.
     ends = [magnitude(values, 0.99) for values in weights.values()]
     limit = 1.02 * (max(ends) or max(magnitude(values, 1) for values in weights.values()) or 1)
     figure, axes = pyplot.subplots(
@@ -135,7 +135,7 @@ def sparse_histograms(weights: dict[str, torch.Tensor], sparsity: float):
 def curvature(digits: dict[str, list[list[float]]], spectra: dict[str, list[list[float]]]):
     """Figure 4: weights and Hessian eigenvalues of the small network, and eigenvalue densities of large ones.
 
-    `digits` holds weights and eigenvalues by method, `spectra` Ritz values and their shares (of all random starts) by
+    `digits` holds weights and eigenvalues by method, `spectra` Ritz values and their shares (over all random starts) by
     network; without `spectra` there are two panels.
     """
     figure, axes = pyplot.subplots(1, 3 if spectra else 2, figsize=(15 if spectra else 10, 4.4), layout="constrained")

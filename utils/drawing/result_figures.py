@@ -1,6 +1,6 @@
-"""The drawing of the figures: each function takes plain values and returns a matplotlib figure.
+"""Draws figures: each function takes plain values and returns a matplotlib figure.
 
-Call matplotlib.use("Agg") before where there is no display.
+Without a display, call matplotlib.use("Agg") first.
 """
 
 import math
@@ -30,10 +30,10 @@ def color_of(label: str, position: int) -> str:
 
 @as_written
 def layer_histograms(name: str, weights: dict[str, Tensor], grids: dict[str, Grid]) -> Figure:
-    """Figure of one layer: a column for each network of `weights`, by label, float above quantized on its grid.
+    """Figure of one layer: a column for each network of `weights`, by label, float weights above quantized ones.
 
-    Thin lines mark the points of the grid, up to 5 bits. With a grid for each output channel the axis counts steps,
-    each weight's of its own channel, so that one grid shows them all.
+    Thin lines mark the points of the grid, up to 5 bits. With a grid for each output channel, the axis counts steps of
+    each weight's own channel, so that one grid serves all channels.
     """
     snapped = {label: snap(weight, grids[label]) for label, weight in weights.items()}
     bits = next(iter(grids.values())).bits
@@ -53,7 +53,7 @@ def layer_histograms(name: str, weights: dict[str, Tensor], grids: dict[str, Gri
             for point in points:
                 axis.axvline(point, color="0.75", linewidth=0.6, zorder=0)
             counts, _ = numpy.histogram((values / unit).flatten().numpy(), edges)
-            # One outline: 201 bars take twice the time to draw.
+            # One outline: 201 bars take twice as long to draw.
             axis.stairs(counts, edges, color=color_of(label, column), fill=True)
             axis.set_title(f"{label}, {kind}")
             axis.set_ylabel("weights in a bin" if column == 0 else "")
@@ -87,7 +87,7 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]) -> Figure:
         shift = (position - (len(series) - 1) / 2) * share
         drawn = draw_bars(bars, numpy.add(places, shift), errors, share, 105, color=color, alpha=0.45)
         told = [f"{error:.1f}" if numpy.isfinite(error) else "" for error in errors]
-        bars.bar_label(drawn, told, fontsize="x-small", label_type="center")  # clear of the lines
+        bars.bar_label(drawn, told, fontsize="x-small", label_type="center")  # away from the lines
         on_axis = [mse if 0 < mse < math.inf else math.nan for mse in mses]
         (line,) = lines.plot(range(len(widths)), on_axis, "o-", color=color)
         handles += [whole_bar(drawn), line]
@@ -108,14 +108,14 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]) -> Figure:
 
 
 def log_scale(axis, heights: Iterable[float]) -> None:
-    """Makes the upright axis of `axis`, on which `heights` are drawn, logarithmic, also where none is above 0."""
+    """Makes the y axis of `axis`, on which `heights` are drawn, logarithmic, even if none is above 0."""
     axis.set_yscale("log")
     if not any(height > 0 for height in heights):
         axis.set_ylim(1e-6, 1)
 
 
 def mark_off_axis(axis, place: float, value: float, color: str) -> None:
-    """Names a `value` at `place` that a logarithmic axis has no height for at its lower end, or at its upper one."""
+    """Marks a `value` at `place` that a logarithmic axis cannot show: 0 at its lower end, infinity at its upper one."""
     if 0 < value < numpy.inf:
         return
     name, height, marker = ("∞", 0.97, "^") if value == numpy.inf else (f"{value:g}", 0.03, "v")
@@ -125,8 +125,8 @@ def mark_off_axis(axis, place: float, value: float, color: str) -> None:
 
 
 def draw_bars(axis, places, heights: Sequence[float], width: float, end: float, **style):
-    """Bars of `heights` at `places`. One without end is hatched and ends at `end`, with ∞ there; where a height is no
-    number, "nan" stands."""
+    """Bars of `heights` at `places`. An infinite one is hatched and ends at `end`, with ∞ there; a height that is not a
+    number is marked "nan"."""
     drawn = axis.bar(places, numpy.nan_to_num(heights, nan=0.0, posinf=end, neginf=-end), width, **style)
     for bar, height in zip(drawn, heights):
         if not numpy.isfinite(height):
@@ -141,22 +141,22 @@ def draw_bars(axis, places, heights: Sequence[float], width: float, end: float, 
 
 
 def whole_bar(drawn):
-    """The one of the bars `drawn` that a legend shows: the first that is not hatched, if there is one."""
+    """The bar for a legend: the first of `drawn` that is not hatched, or else the first."""
     return next((bar for bar in drawn if not bar.get_hatch()), drawn[0])
 
 
 def beyond(heights: Iterable[float]) -> float:
-    """Where a bar without end ends: a little above the largest of the others."""
+    """Where an infinite bar ends: a little above the largest of the others."""
     return 1.15 * max((abs(height) for height in heights if numpy.isfinite(height)), default=0) or 1.0
 
 
 def target_column(columns: Iterable[str]) -> str:
-    """The column of a metrics.csv with the top-1 at the run's bit-width or sparsity: w4_top1, s90_top1; or empty."""
+    """The column of a metrics.csv with the top-1 at the run's bit-width or sparsity: w4_top1, s90_top1; else empty."""
     return next((key for key in columns if key[0] in "ws" and key.endswith("_top1")), "")
 
 
 def lone_points(values: Sequence[float]) -> dict[str, Any]:
-    """Style of a line that marks those of `values` to which no line leads, as in a run of one epoch."""
+    """Style of a line that marks those of `values` without a neighbor to draw to, as in a run of one epoch."""
     finite = [False, *numpy.isfinite(values), False]
     lone = [n for n in range(len(values)) if finite[n + 1] and not (finite[n] or finite[n + 2])]
     return {"marker": "o", "markersize": 4, "markevery": lone} if lone else {}
@@ -184,7 +184,7 @@ def training_curves(runs: dict[str, dict[str, list[float]]]) -> Figure:
     bottom.set_ylabel("weights within a tenth of\na step of the grid, percent")
     bottom.set_ylim(0, 100)
     bottom.set_xlabel("epoch")
-    bottom.set_visible(bool(bottom.lines))  # only sparse runs: there is no grid
+    bottom.set_visible(bool(bottom.lines))  # sparse runs only: they have no grid
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
     add_legend(figure, top.lines, labels, loc="outside right upper", fontsize="small")
@@ -227,8 +227,8 @@ def accuracy_grids(groups: dict[str, dict[tuple[int, int], float]]) -> Figure:
 def layer_bars(models: dict[str, list[dict[str, str]]]) -> Figure:
     """For each layer, bars of the top-1 lost when only this layer is quantized and of its signal to quantization noise.
 
-    `models` holds the rows of eval.py --report by model, which need the same layers. A layer whose weights lie exactly
-    on its grid has no noise: its bar has no end (`draw_bars`).
+    `models` holds the rows of eval.py --report by model; all need the same layers. A layer whose weights lie exactly
+    on its grid has no noise: its bar is infinite (`draw_bars`).
     """
     names = [row["layer"] for row in next(iter(models.values()))]
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(11, 7), sharex=True, layout="constrained")

@@ -1,8 +1,7 @@
-"""Text in figures as it is written: labels, paths and names of layers are the user's, not for matplotlib to read."""
+"""Text in figures as it is written: matplotlib must not interpret the user's labels, paths and layer names."""
 
 import contextlib
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,13 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
+from utils.cli import warn
+
 LAST_RESORT = "Last Resort"  # matplotlib's font with a box for every character
 _told: set[str] = set()  # characters that a warning has named
 
 
 def as_written(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Decorator of a drawing function: no text of its figure is read as mathematics, and characters that its font lacks
-    are taken from other fonts of this machine. Those that none has are named on stderr, once."""
+    are taken from other fonts of this machine. A warning names those that no font has, once."""
 
     @functools.wraps(draw)
     def drawn(*args, **kwargs) -> Figure:
@@ -29,7 +30,7 @@ def as_written(draw: Callable[..., Figure]) -> Callable[..., Figure]:
         texts = [text for text in figure.findobj(Text) if text not in powers]
         for text in texts:
             text.set_parse_math(False)
-            text.set_text(text.get_text().encode(errors="replace").decode())  # bytes of a path that are no UTF-8
+            text.set_text(text.get_text().encode(errors="replace").decode())  # a path may have bytes that are not UTF-8
         _find_fonts(texts)
         return figure
 
@@ -52,13 +53,13 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def _power_labels(figure: Figure) -> set[Text]:
-    """The numbers at logarithmic axes, which are matplotlib's own and set as powers."""
+    """The numbers at logarithmic axes, which are matplotlib's own and written as powers."""
     sides = [side for axis in figure.axes for side in (axis.xaxis, axis.yaxis) if side.get_scale() == "log"]
     return {text for side in sides for text in side.findobj(Text) if text is not side.label}
 
 
 def _lacks(path: str, characters: Iterable[str]) -> set[str]:
-    """Those of `characters` that the font at `path` has not; all, if it cannot be read."""
+    """Those of `characters` that the font at `path` lacks; all of them if it cannot be read."""
     with contextlib.suppress(OSError, RuntimeError):
         font = font_manager.get_font(path)
         return {character for character in characters if not font.get_char_index(ord(character))}
@@ -77,12 +78,12 @@ def _find_fonts(texts: list[Text]) -> None:
             _told.update(missing)
             shown = "".join(sorted(missing))
             advice = "boxes are drawn instead; give other names, or install a font"
-            print(f"warning: no font here has {shown} of {text.get_text()!r}: {advice}", file=sys.stderr)
+            warn(f"no font here has {shown} of {text.get_text()!r}: {advice}")
 
 
 @functools.cache
 def _other_fonts(missing: frozenset[str]) -> tuple[list[str], set[str]]:
-    """Families that together have most of the characters `missing`, and those that none has."""
+    """Font families that together have as many of the characters `missing` as possible, and those that none has."""
     names, left = [], set(missing)
     by_name = {font.name: font.fname for font in font_manager.fontManager.ttflist if LAST_RESORT not in font.name}
     for name, path in by_name.items():

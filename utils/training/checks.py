@@ -1,4 +1,4 @@
-"""What is looked at before an epoch is spent: whether a network takes the images, and whether PSG moves its weights."""
+"""Checks before the first epoch: whether a network takes the images, and whether PSG moves its weights."""
 
 import copy
 
@@ -22,12 +22,12 @@ def check_takes(model: nn.Module, name: str, size: int, smallest_step: int) -> N
         try:
             copy.deepcopy(model).train()(image)
         except ValueError as error:
-            advice = "choose a --batch_size that leaves more than one image to the last step of an epoch"
+            advice = "choose a --batch_size that leaves more than one image for the last step of an epoch"
             raise UserError(f"--arch {name} cannot be trained on one image ({first_line(error)}): {advice}") from None
 
 
 def check_moves(model: nn.Module, first_last: bool = True) -> None:
-    """Raises UserError if a whole weight of `model` is zero: it is on its target, and PSG with eps 0 never moves it."""
+    """Raises UserError if a weight of `model` is all zeros: it is on its target, and PSG with eps 0 never moves it."""
     for name, weight in prunable_weights(model, first_last).items():
         if not weight.any():
             raise UserError(

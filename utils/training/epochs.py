@@ -1,4 +1,4 @@
-"""The epochs of a run, by whichever loop suits: one CUDA graph on a GPU, else step by step."""
+"""The epochs of a run, by the loop that fits: one CUDA graph on a GPU, else step by step."""
 
 from dataclasses import dataclass
 
@@ -20,9 +20,9 @@ from utils.training.loop import Result, train_epoch
 class Training:
     """Trains `model` on `batches`, with gradients averaged over the processes of `world`.
 
-    `use_graph` asks for a CUDA graph, which needs a GPU, one process and a data set on the device. After a signal that
-    `stop` noted, an epoch ends in Stopped. `compile` has torch.compile make the network's forward and backward pass,
-    once for each batch size.
+    `use_graph` asks for a CUDA graph, which needs a GPU, one process and a data set on the device. After `stop` has
+    noted a signal, an epoch raises Stopped. With `compile`, torch.compile compiles the network's forward and backward
+    pass, once for each batch size.
     """
 
     model: nn.Module
@@ -38,14 +38,14 @@ class Training:
     def __post_init__(self) -> None:
         self._graphed: GraphedTraining | None = None
         if self.compile:
-            self.model.compile(dynamic=False)  # copies of it, as evaluation makes them, are not compiled
+            self.model.compile(dynamic=False)  # copies of it, such as for evaluation, are not compiled
         self._parallel = self.world.wrap(self.model)
         batches = self.batches
         if not (self.use_graph and self.world.size == 1 and isinstance(batches, CroppedBatches)):
             return
         if batches.split.device.type == "cuda":
             for group in self.optimizer.param_groups:
-                if "capturable" in group:  # as Adam needs it, also in a run that was begun elsewhere
+                if "capturable" in group:  # Adam needs it, also in a run that began on another device
                     group["capturable"] = True
             self._graphed = GraphedTraining(
                 self.model, self.optimizer, batches, self.precision, self.penalty, self.stop
@@ -53,16 +53,16 @@ class Training:
 
     @property
     def loop(self) -> str:
-        """Which loop it is, in words."""
+        """Which loop is used, in words."""
         failed = self._graphed and self._graphed.failure
         if failed:
-            return f"plain loop, as the CUDA graph could not be captured ({failed})"
+            return f"plain loop, because the CUDA graph could not be captured ({failed})"
         return "CUDA graph" if self._graphed else "plain loop"
 
     def epoch(self, number: int, title: str) -> Result:
-        """Loss and accuracy of one epoch; see `train_epoch`. What shows its progress is called `title`.
+        """Loss and accuracy of one epoch; see `train_epoch`. Its progress is shown under `title`.
 
-        Raises UserError where torch.compile lacks a dependency such as a C++ compiler.
+        Raises UserError if torch.compile lacks a dependency such as a C++ compiler.
         """
         try:
             return self._epoch(number, title)

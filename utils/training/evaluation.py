@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import math
-import sys
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from quant.layers import copy_network
 from quant.tracing import conv_norm_pairs, trace
+from utils.cli import warn
 from utils.data.split import LabelledBatch, Split
 from utils.device import autocast
 from utils.distributed import ALONE, World
@@ -45,8 +45,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 def collected_at_once() -> Iterator[None]:
     """Frees the reference cycles that the block leaves behind when it ends.
 
-    The garbage collector comes to objects that have survived a while only after tens of megabytes of them, and a trace
-    is made for every evaluation.
+    Every evaluation makes a trace. The garbage collector frees objects that have survived a while only after tens of
+    megabytes of them.
     """
     enabled = gc.isenabled()
     gc.disable()  # what is made in the block stays in the youngest generation
@@ -59,7 +59,7 @@ def collected_at_once() -> Iterator[None]:
 
 
 def evaluate(model: nn.Module, split: Split, precision: str = "fp32", world: World = ALONE) -> Result:
-    """Loss and top-1 of `model` in eval mode on every image of `split`, shared out to the processes of `world`."""
+    """Loss and top-1 of `model` in eval mode on every image of `split`, divided among the processes of `world`."""
     part = split.part(slice(world.rank, None, world.size)) if world.size > 1 else split
     batches = part.batches(part.eval_batch_size)
     steps = -(-len(part) // part.eval_batch_size)
@@ -94,15 +94,15 @@ def evaluate_batches(
 def evaluate_goal(model: nn.Module, goal: Goal, split: Split, world: World = ALONE) -> dict[str, float]:
     """Loss and top-1 of `model` as it is and as `goal` deploys it, and how far its weights are from that; by column.
 
-    In float32, as eval.py: bfloat16 is off by up to a tenth of a point. Raises NonFiniteError if the loss of `model` as
-    it is is not a number. As deployed, that is a warning on stderr of the first process.
+    In float32, like eval.py: bfloat16 is off by up to a tenth of a point. Raises NonFiniteError if the loss of `model`
+    as it is is not finite. If that of the deployed copy is not, the first process prints a warning.
     """
     full = evaluate(fold_batch_norm(copy_network(model)), split, world=world)
     if not math.isfinite(full.loss):
         raise NonFiniteError(f"the network's outputs were not finite (loss {full.loss}) in the evaluation")
     low = evaluate(fold_batch_norm(goal.deployed(model)), split, world=world)
     if not math.isfinite(low.loss) and world.is_main:
-        print(f"warning: the network's outputs are not finite (loss {low.loss}) at {goal.name}", file=sys.stderr)
+        warn(f"the network's outputs are not finite (loss {low.loss}) at {goal.name}")
     name = goal.name.lower()
     return {
         "fp_loss": full.loss, "fp_top1": full.top1, f"{name}_loss": low.loss, f"{name}_top1": low.top1,

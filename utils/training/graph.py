@@ -1,8 +1,8 @@
-"""Training on a CUDA GPU with the whole step, from crop to optimizer, in one CUDA graph: no kernel launch by hand.
+"""Training on a CUDA GPU with the whole step, from crop to optimizer, in one CUDA graph: no single kernel launches.
 
-A network like ResNet-32 is bound by the launching of its kernels. The graph holds them all: it takes the next batch of
-the epoch's plan by a counter on the device, and writes loss and hits where an epoch's end reads them. The steps are
-those of `train_step`, kernel for kernel.
+The speed of a network like ResNet-32 is bound by kernel launches. The graph holds all kernels: it takes the next batch
+of the epoch's plan by a counter on the device, and stores loss and hits, which are read at the end of the epoch. The
+steps are those of `train_step`, kernel for kernel.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from utils.progress import shown
 from utils.signals import StopRequest
 from utils.training.loop import Result, epoch_result, train_step
 
-EAGER_STEPS = 3  # of a run, before the first capture: they make the optimizer's state and warm the libraries up
+EAGER_STEPS = 3  # of a run, before the first capture: they make the optimizer's state and warm up the libraries
 
 
 class GraphedTraining:
     """Trains `model` on `batches` epoch by epoch, as `train_epoch` does.
 
     The first steps of a run and the short last batch of an epoch run eagerly, all others as replays of one graph. A
-    graph freezes the numbers in the optimizer's parameter groups (learning rate, lambda_s, ...): after a change of one
-    it is captured again. An Adam base must be `capturable`. Where a capture fails, `failure` says why, and all steps
+    graph freezes the numbers in the optimizer's parameter groups (learning rate, lambda_s, ...): after a change of one,
+    the step is captured again. An Adam base must be `capturable`. If a capture fails, `failure` says why, and all steps
     are eager from then on.
 
     On a CPU there is no graph and every step is eager, over the same buffers: for tests.
@@ -87,7 +87,7 @@ class GraphedTraining:
             return
         if self.eager_left:
             self.eager_left -= 1
-            side = torch.cuda.Stream(self.device)  # as a capture needs it, gradients are first made off the main stream
+            side = torch.cuda.Stream(self.device)  # a capture needs gradients that were made off the main stream
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
                 self._step(len(self.window))
@@ -103,11 +103,11 @@ class GraphedTraining:
             self._step(len(self.window))
 
     def _capture(self) -> None:
-        self._replay = None  # an old graph's memory is free before a new one takes its own
+        self._replay = None  # frees an old graph's memory before a new one takes its own
         graph = torch.cuda.CUDAGraph()
         now = torch.cuda.current_stream(self.device)
         try:
-            # The outer context puts the stream back even where a capture that CUDA ended leaves its own in place.
+            # The outer context restores the stream even if a capture that CUDA ended leaves its own in place.
             with torch.cuda.stream(now), torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):
                 self._step(len(self.window))
         except RuntimeError as error:

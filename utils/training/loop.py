@@ -22,8 +22,8 @@ class Result:
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or a weight became NaN or infinite, or a whole weight tensor zero; the message says which, and at which
-    step (from 1), or in which part, of an epoch."""
+    """The loss or a weight became NaN or infinite, or a whole weight tensor zero. The message says which, and at which
+    step (from 1) or in which part of an epoch."""
 
 
 def train_step(
@@ -37,8 +37,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One step on a batch; returns the sum of its losses and the number of its correct answers, 0-d, on the device.
 
-    `penalty` of the loss is added to what is minimized, not to what is returned. `share` weighs a loss whose gradient
-    is averaged over processes with batches of other sizes.
+    `penalty` of the loss is added to what is minimized, not to what is returned. `share` weights a loss whose gradient
+    is averaged over processes with batches of different sizes.
     """
     with autocast(images.device, precision):
         logits = model(images)
@@ -50,7 +50,7 @@ def train_step(
 
 
 def epoch_result(model: nn.Module, losses: Tensor, hits: Tensor, images_seen: int, world: World = ALONE) -> Result:
-    """Loss and accuracy over the images of an epoch, of all processes, from each step's sums [steps].
+    """Loss and accuracy over the images of an epoch, over all processes, from each step's sums [steps].
 
     Raises NonFiniteError if a loss, or a weight of `model`, is not finite.
     """
@@ -80,8 +80,8 @@ def train_epoch(
 ) -> Result:
     """One pass over `batches`; returns loss and accuracy over the images as they were trained on.
 
-    With several processes `batches` are this one's parts of batches of `sizes` images. Raises NonFiniteError at the
-    end of the epoch in which the loss, or a weight, stopped being finite.
+    With several processes, `batches` are this process's parts of batches of `sizes` images. Raises NonFiniteError at
+    the end of the epoch in which the loss, or a weight, stopped being finite.
     """
     model.train()
     sums, images_seen = [], 0

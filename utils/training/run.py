@@ -1,4 +1,4 @@
-"""A training run from its settings: first everything that can be wrong, then the run folder, then the epochs."""
+"""A training run from its settings: first the checks, then the run folder, then the epochs."""
 
 import time
 from argparse import Namespace
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Where the run runs, for the record."""
+        """What the run runs on, for the record."""
         return {
             "torch": torch.__version__, "device": str(self.device), "machine": machine(self.device),
             "processes": self.world.size,
@@ -78,7 +78,7 @@ def train(args: Namespace, resumed: RunFolder | None) -> None:
     torch.manual_seed(args.seed)
     run = prepare(args, resumed, device, world)
     if resumed and run.done >= args.epoch:
-        print(f"{resumed.path} has all {run.done} epochs: nothing left to do (a larger --epoch goes on)")
+        print(f"{resumed.path} has all {run.done} epochs: nothing left to do (a larger --epoch continues it)")
         return leave(world)
     folder = open_folder(run, resumed, device_line) if world.is_main else None
     print(f"{args.arch} on {args.dataset} {described(args, run.goal, run.optimizer)}")
@@ -89,7 +89,7 @@ def train(args: Namespace, resumed: RunFolder | None) -> None:
 
 
 def prepare(args: Namespace, resumed: RunFolder | None, device: torch.device, world: World) -> Run:
-    """Network, data and optimizer. Raises UserError for all that can be wrong: files are looked at before downloads."""
+    """Network, data and optimizer. Raises UserError for all that can be wrong; files are checked before downloads."""
     known_arch(args.arch)
     start = resumed.last_checkpoint if resumed else args.load_pretrained
     source = load_checkpoint(start) if start else {}
@@ -114,8 +114,8 @@ def prepare(args: Namespace, resumed: RunFolder | None, device: torch.device, wo
     scheduler = MultiStepLR(optimizer, [epoch - first_epoch for epoch in decays(args)], gamma=0.1)
     done = load_run(source, start, model, optimizer, scheduler) if resumed else first_epoch - 1
     if done < args.epoch:
-        # Damaged files, before an epoch is spent on the others. Decoding the images to evaluate on costs an evaluation
-        # at most; of those to train on it would cost an epoch, so only their headers are read.
+        # Finds damaged files before an epoch is spent. Decoding the images to evaluate on costs at most an evaluation;
+        # decoding those to train on would cost an epoch, so only their headers are read.
         train_split.check_files(whole=False, world=world)
         held.check_files(whole=True, world=world)
     return Run(
@@ -135,15 +135,15 @@ def build_network(
 
 
 def check_processes(args: Namespace, batches: TrainBatches, held: int, world: World) -> None:
-    """Raises UserError if several processes, or --compile, do not suit the images or the penalty."""
+    """Raises UserError if several processes, or --compile, do not go with the images or the penalty."""
     if min(batches.sizes[-1], held) < world.size:
-        raise UserError(f"{world.size} processes: a step or the evaluation has fewer images")
+        raise UserError(f"{world.size} processes, but a step or the evaluation has fewer images")
     if args.grad_l1 and (world.size > 1 or args.compile):
-        raise UserError("--grad_l1 differentiates twice: it needs a single process, and --compile 0")
+        raise UserError("--grad_l1 differentiates twice: it needs a single process and --compile 0")
 
 
 def decays(args: Namespace) -> list[int]:
-    """The epochs after the first of the run at which the learning rate falls."""
+    """The epochs at which the learning rate falls, all after the first of the run."""
     return [epoch for epoch in args.decay_epoch if epoch > args.resume_epoch]
 
 
@@ -164,7 +164,7 @@ def open_folder(run: Run, resumed: RunFolder | None, device_line: str) -> RunFol
 
 
 def train_epochs(run: Run, folder: RunFolder | None) -> None:
-    """The epochs that are left, each logged and saved in `folder` by the first process."""
+    """The remaining epochs, each logged and saved in `folder` by the first process."""
     args = run.args
     penalty = gradient_penalty(run.model, args.grad_l1, bool(args.first_last_quant))
     use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
@@ -172,11 +172,11 @@ def train_epochs(run: Run, folder: RunFolder | None) -> None:
         run.model, run.optimizer, run.batches, args.precision, penalty, run.world, use_graph, stop, bool(args.compile)
     )
     pace = PaceWatch(run.optimizer, run.first_epoch, args.epoch, decays(args))
-    stop.advice = "no epoch is whole yet: the same command begins anew"
+    stop.advice = "no epoch is complete yet: run the same command to start over"
     first, loop = run.done + 1, ""
     for epoch in range(first, args.epoch + 1):
         if epoch > run.first_epoch:
-            stop.advice = f"python train.py --exp_name {args.exp_name} --resume goes on after its last whole epoch"
+            stop.advice = f"python train.py --exp_name {args.exp_name} --resume continues after its last complete epoch"
         row = train_epoch_and_evaluate(run, training, epoch)
         if training.loop != loop:
             loop = training.loop
@@ -193,7 +193,7 @@ def train_epochs(run: Run, folder: RunFolder | None) -> None:
 def train_epoch_and_evaluate(run: Run, training: Training, epoch: int) -> dict[str, float]:
     """The row of an epoch for the log. Raises UserError if loss, weights or outputs are no longer finite."""
     args = run.args
-    # Dropout of an epoch, like its batches, comes from (seed, epoch) only, and differs between processes.
+    # Dropout of an epoch, like its batches, depends only on (seed, epoch). It differs between processes.
     torch.manual_seed(args.seed * 2**20 + epoch + run.world.rank * 2**52)
     lr, started = run.optimizer.param_groups[0]["lr"], time.perf_counter()
     try:
@@ -211,7 +211,7 @@ def train_epoch_and_evaluate(run: Run, training: Training, epoch: int) -> dict[s
 
 
 def save(run: Run, folder: RunFolder, row: dict[str, float]) -> None:
-    """Writes last.pth, and the epoch's own file if --save_epochs has it."""
+    """Writes last.pth, and the epoch's own file if --save_epochs names it."""
     checkpoint = {
         "epoch": row["epoch"], "state_dict": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(), "arch": run.args.arch, "num_classes": len(run.classes),

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from quant import PSGD, Grid, penalize_l1
+from quant.settings import AUTO
 from utils.training.goals import Goal, GridGoal, SparseGoal
 
 
@@ -37,9 +38,11 @@ def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch
 
 
 def described(args: Namespace, goal: Goal, optimizer: Optimizer) -> str:
-    """From where, for what and how: for the log."""
+    """Start, goal and method, in words for the log."""
     start = f"torchvision's weights {args.weights}" if args.weights else args.load_pretrained or "scratch"
-    method = f"PSG for {goal.name}, lambda_s {optimizer.param_groups[0]['lambda_s']}" if args.psg else "no PSG"
+    lambda_s = optimizer.param_groups[0]["lambda_s"] if args.psg else 0
+    strength = lambda_s if lambda_s == AUTO else f"{lambda_s:g}"
+    method = f"PSG for {goal.name}, lambda_s {strength}" if args.psg else "no PSG"
     method += f" on the {args.psg_acts_on}" if args.psg else ""
     method += "".join(f", {flag} {getattr(args, flag):g}" for flag in ("l1", "grad_l1") if getattr(args, flag))
     why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
