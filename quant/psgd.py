@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import lambda_s as law
 from .grid import weight_scales
+from .lambda_s import Pace, measured_pace, restore_records, steps_taken, take_step, watch_loss
 from .settings import AUTO, PSG_KEYS, STAGE_KEYS, complete, is_scaled
 
 STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
@@ -144,7 +144,7 @@ class PSGD(Optimizer):
         self.param_groups = self.base.param_groups
         self.state = self.base.state
         self.defaults = self.base.defaults
-        self._taken = law.steps_taken(self.param_groups, self.state)
+        self._taken = steps_taken(self.param_groups, self.state)
 
     def _alike(self, acts_on: str) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
         """Lists of scaled weights with this `acts_on`, each list from one group and of one device and dtype."""
@@ -198,7 +198,7 @@ class PSGD(Optimizer):
     def _lambda_s(self, weights: list[Tensor], moves: list[Tensor], group: dict[str, Any]) -> float | list[Tensor]:
         """lambda_s of this step: one for all weights, or one for each. `moves` are their gradients, or the base
         optimizer's steps."""
-        own = law.take_step(weights, moves, group, self.state) if "steps" in group else []
+        own = take_step(weights, moves, group, self.state) if "steps" in group else []
         number: float = group["lambda_s"]
         return own if group["lambda_s"] == AUTO else number
 
@@ -213,19 +213,19 @@ class PSGD(Optimizer):
                 f"step {self._taken} of a stage of {max(planned)}: lambda_s stays as it is from here on", stacklevel=3
             )
 
-    def pace(self) -> "law.Pace":
+    def pace(self) -> Pace:
         """How far the scaled weights have come. Reads from the device: call it once an epoch, not every step.
 
         Raises ValueError if no scaled group has `steps`, without which the pace is not measured.
         """
-        return law.measured_pace(self.param_groups, self.state)
+        return measured_pace(self.param_groups, self.state)
 
     def watch_loss(self, loss: float) -> bool:
         """Halves the pace of lambda_s "auto", for good, if `loss` is more than 1.1 times that of any call before.
 
         Call it after each epoch with the mean training loss. Returns whether the pace was halved.
         """
-        return law.watch_loss(self.param_groups, self.state, loss)
+        return watch_loss(self.param_groups, self.state, loss)
 
     def _base_step(self, closure: Callable[[], Any] | None) -> Any:
         if not closure:
@@ -264,7 +264,7 @@ class PSGD(Optimizer):
             keys = PSG_KEYS if "lambda_s" in group else PSG_KEYS | STAGE_KEYS
             for key in keys & settings.keys():
                 group.setdefault(key, settings[key])
-        law.restore_records(self.param_groups, self.state, state_dict)
+        restore_records(self.param_groups, self.state, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "psg_defaults": self.psg_defaults}
