@@ -111,3 +111,39 @@ def test_a_decay_that_stops_the_walk_is_foreseen(decays, silent):
         pace.optimizer.step()
         _, lines = pace.after_epoch(epoch, 1.0)
     assert bool(lines) != silent
+
+
+def test_the_law_of_a_recorded_run(cli, tmp_path, few_digits):
+    """Of a run that logged no tau, it is near the one that was logged; the weights of this run hardly move."""
+    assert cli("train.py", *QUICK, "--psg", 0, "--epoch", 1, "--exp_name", "start").code == 0
+    flags = ["--load_pretrained", "runs/start/last.pth", "--lr", "1e-5", "--lambda_s", "1000", "--epoch", 4]
+    assert cli("train.py", *QUICK, *flags, "--decay_epoch", 4, "--exp_name", "new").code == 0
+    shutil.copytree(tmp_path / "runs/new", tmp_path / "runs/old")
+    logged = rows_of(tmp_path / "runs/new/metrics.csv")
+    with open(tmp_path / "runs/old/metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [key for key in logged[0] if key != "tau"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(logged)
+    assert cli("tools.pace", "--runs", "runs/new", "runs/old", "--labels", "a", "b", "--out", "p").code == 0
+    rows = rows_of(tmp_path / "p/pace.csv")
+    new, old = ([row for row in rows if row["run"] == label] for label in "ab")
+    assert [row["tau"] for row in new] == [row["tau"] for row in logged] and new[0]["tau_from"] == "run"
+    for ours, theirs in zip(old, new, strict=True):
+        assert float(ours["tau"]) == pytest.approx(float(theirs["tau"]), rel=0.5)
+        assert ours["grid_share"] == theirs["grid_share"] and ours["tau_from"] == "law"
+    first, _, last = (float(row["tau"]) for row in old)
+    assert last - float(old[1]["tau"]) == pytest.approx(first / 100, rel=1e-3)  # the rate is a tenth
+    assert cli("visualize.py", "--figure", "pace", "--results", "p/pace.csv", "--out", "f").code == 0
+    assert (tmp_path / "f/pace.png").stat().st_size > 10_000
+
+
+def test_runs_without_a_law(cli, rejected, tmp_path, few_digits):
+    assert cli("train.py", *QUICK, "--psg", 0, "--epoch", 1, "--exp_name", "plain").code == 0
+    assert cli("train.py", *QUICK, "--adam", 1, "--lr", "1e-4", "--epoch", 1, "--exp_name", "adam").code == 0
+    assert "runs/plain is not a run of PSG for a grid" in rejected("tools.pace", "--runs", "runs/plain", "--out", "p")
+    assert "the law is not for it" in rejected("tools.pace", "--runs", "runs/adam", "--out", "p")
+    assert "2 --labels for 1 --runs" in rejected("tools.pace", "--runs", "a", "--labels", "a", "b")
+    assert "runs/none/args.json cannot be read" in rejected("tools.pace", "--runs", "runs/none", "--out", "p")
+    (tmp_path / "pace.csv").write_text("run,tau,grid_share\na,nan,0.5\n")
+    error = rejected("visualize.py", "--figure", "pace", "--results", "pace.csv", "--out", "f")
+    assert "tau is nan, which has no place in a figure" in error

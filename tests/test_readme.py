@@ -115,7 +115,7 @@ def test_every_python_command_of_the_readme_runs(cli, workshop, monkeypatch):
 
 def test_the_five_lines_run(monkeypatch):
     (block,) = blocks("python")
-    scope = {"model": SmallNet()}
+    scope = {"model": SmallNet(), "epochs": 2, "loader": range(5)}
     monkeypatch.setitem(sys.modules, "psgd", quant)  # which is what `pip install .` makes of it
     exec(block, scope)
     optimizer, model = scope["optimizer"], scope["model"]

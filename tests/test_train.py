@@ -247,7 +247,7 @@ def test_steps_of_the_base_optimizer(net, flags, step):
 
     args = train.parser().parse_args([*flags.split(), "--w_bit", "4", "--w_decay", "0"])
     weight = net.conv2.weight
-    optimizer = build_optimizer(args, net, build_goal(args), torch.device("cpu"))
+    optimizer = build_optimizer(args, net, build_goal(args), torch.device("cpu"), steps=9)
     for expected in step:
         with torch.no_grad():
             weight.fill_(1)
