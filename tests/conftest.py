@@ -17,10 +17,12 @@ SLOW = {"cli", "rejected", "digits_run", "channel_run", "installed"}  # fixtures
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that run commands are slow ones."""
+    """Tests that run commands are slow ones. Those marked cuda are skipped without a CUDA GPU."""
     for item in items:
         if SLOW & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @dataclass

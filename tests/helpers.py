@@ -21,7 +21,6 @@ CIFAR100 = ROOT / "data" / "cifar100.npz"
 needs_cifar100 = pytest.mark.skipif(
     not CIFAR100.exists(), reason=f"needs the real CIFAR-100 at {CIFAR100.relative_to(ROOT)}"
 )
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 ORDER = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 

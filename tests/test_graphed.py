@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quant import PSGD, psg_param_groups
-from tests.helpers import SmallNet, needs_cuda, small_training
+from tests.helpers import SmallNet, small_training
 from utils.cli import UserError
 from utils.data.load import load_dataset
 from utils.device import set_deterministic
@@ -49,7 +49,7 @@ def test_equals_the_plain_loop(base):
     assert_equal_runs(torch.device("cpu"), base, epochs=2, batch_size=60)
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
 def test_graph_equals_the_plain_loop(base):
     set_deterministic()
@@ -80,7 +80,7 @@ def no_code_of_before(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_compiled_training_agrees_with_the_plain_one(name, no_code_of_before):
     """Weights after three steps, before they drift apart, as rounding makes them; the loss still after six."""
     if not shutil.which("g++"):

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from tests.helpers import needs_cuda, small_training
+from tests.helpers import small_training
 from utils import progress
 from utils.data.in_memory import InMemorySplit
 from utils.data.specs import DATASETS
@@ -60,7 +60,7 @@ def test_a_bar_on_a_terminal(monkeypatch, at_every_step):
     assert "step" not in terminal.getvalue()
 
 
-@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_training_shows_its_steps_by_either_loop(capsys, at_every_step, name):
     """60 digits are two steps of 25 and one of 10, which the graph's loop takes by itself."""
     training = small_training(torch.device(name), compiled=False)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quant import PSGD, psg_param_groups
-from tests.helpers import backward, fill_gradients, needs_cuda, same, sgd, take_steps, weights
+from tests.helpers import backward, fill_gradients, same, sgd, take_steps, weights
 
 
 def test_shares_groups_and_state_with_the_base(net):
@@ -157,7 +157,7 @@ def test_no_host_synchronization(acts_on, lambda_s):
         optimizer.step()
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_cuda_graph(net):
     net.cuda()
     reference = copy.deepcopy(net)
