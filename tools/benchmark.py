@@ -57,9 +57,9 @@ def adam(groups: Groups) -> Optimizer:
     return Adam(groups, lr=1e-4, weight_decay=1e-4, fused=True)
 
 
-def scaled(base: Callable[[Groups], Optimizer], groups: Groups, acts_on: str = "gradient") -> PSGD:
+def scaled(base: Callable[[Groups], Optimizer], groups: Groups, **settings: Any) -> PSGD:
     """PSGD around the optimizer that `base` makes."""
-    return PSGD(base(groups), lambda_s=150, acts_on=acts_on)
+    return PSGD(base(groups), **{"lambda_s": 150, **settings})
 
 
 class TrainingPieces:
@@ -83,9 +83,13 @@ class TrainingPieces:
             "forward and backward alone": self.step(None),
             "SGD step": self.step(sgd),
             "PSGD step": self.step(partial(scaled, sgd)),
+            "PSGD step, lambda_s auto": self.step(partial(scaled, sgd, lambda_s="auto", steps=10_000)),
             "Adam step": self.step(adam),
             "Adam step with PSG": self.step(partial(scaled, adam)),
             "Adam step with PSG on the update": self.step(partial(scaled, adam, acts_on="update")),
+            "the same, lambda_s auto": self.step(
+                partial(scaled, adam, acts_on="update", lambda_s="auto", steps=10_000)
+            ),
             "quantization-aware SGD step": self.quantization_aware_step(),
             "SGD step, float32": self.step(sgd, "fp32"),
             "SGD step, float32, contiguous": self.step(sgd, "fp32", torch.contiguous_format),
