@@ -91,7 +91,7 @@ def take_step(weights: list[Tensor], moves: list[Tensor], group: dict[str, Any],
         rate = group["lr"]
         rate = rate.clamp(min=STILL) if isinstance(rate, Tensor) else max(rate, STILL)
         squares = squares / (rate * rate)
-    return _walk(records, squares, group)
+    return walk(records, squares, group)
 
 
 def mean_squares(tensors: list[Tensor]) -> Tensor:
@@ -131,14 +131,14 @@ def _record(weight: Tensor, state: State) -> Tensor:
     return record
 
 
-def _gain(group: dict[str, Any]) -> Any:
+def gain(group: dict[str, Any]) -> Any:
     """What a gradient moves its weight by in the long run: a number, or a tensor if lr is one."""
     if group["acts_on"] == "update":
         return group["lr"]
     return group["lr"] * (1 - group.get("dampening", 0)) / (1 - group.get("momentum", 0))
 
 
-def _walk(records: Records, squares: Tensor, group: dict[str, Any]) -> list[Tensor]:
+def walk(records: Records, squares: Tensor, group: dict[str, Any]) -> list[Tensor]:
     """Counts one step of the walk and returns its lambda_s for each tensor, float32 and 0-d.
 
     `squares` [number of tensors] are the mean squares of this step's gradients, or steps / lr.
@@ -146,31 +146,37 @@ def _walk(records: Records, squares: Tensor, group: dict[str, Any]) -> list[Tens
     steps = records["steps"] + 1
     mean_square = records["mean_square"] + (squares - records["mean_square"]) / steps.clamp(max=MEMORY)
     if group["lambda_s"] == AUTO:
-        spread, now = (_gain(group) * part.sqrt() for part in (mean_square, squares))
+        spread, now = (gain(group) * part.sqrt() for part in (mean_square, squares))
         goes = spread >= STILL  # else the weights stand still, and no lambda_s would move them
         spread, now = spread.clamp(min=STILL), now.clamp(min=STILL)
-        plan_end, limit = _plan_end(group), group["noise_limit"]
-        left = (group["tau_end"] - records["tau"]).clamp(min=0) / (plan_end - steps + 1).clamp(min=1)
-        ahead = (steps <= plan_end) & goes
-        held = torch.where(ahead, _even_noise(group) / spread, records["lambda_s"])
-        lambda_s = torch.where(ahead, left.sqrt() / spread, held)
+        ahead = (steps <= plan_end(group)) & goes
+        held = torch.where(ahead, even_noise(group) / spread, records["lambda_s"])
+        lambda_s = torch.where(ahead, planned_variance(records, group).sqrt() / spread, held)
         # No single step exceeds the limit: near a loss of zero gradients are tiny for long, and then one is large.
-        lambda_s = torch.minimum(lambda_s, limit / now)
+        lambda_s = torch.minimum(lambda_s, group["noise_limit"] / now)
     else:
         lambda_s = held = torch.full_like(squares, group["lambda_s"])
-    tau = records["tau"] + (_gain(group) * lambda_s).square() * squares
+    tau = records["tau"] + (gain(group) * lambda_s).square() * squares
     records.write(steps=steps, tau=tau, mean_square=mean_square, lambda_s=held)
     return list(lambda_s.unbind())
 
 
-def _plan_end(group: dict[str, Any]) -> int:
+def planned_variance(records: Records, group: dict[str, Any]) -> Tensor:
+    """What the next step is to add to tau, for each tensor: an even part of what is left of the plan."""
+    remaining = (plan_end(group) - records["steps"]).clamp(min=1)
+    left: Tensor = group["tau_end"] - records["tau"]
+    return left.clamp(min=0) / remaining
+
+
+def plan_end(group: dict[str, Any]) -> int:
+    """The step with which the plan ends."""
     steps: int = group["steps"]
     return math.ceil(PLAN_END * steps)
 
 
-def _even_noise(group: dict[str, Any]) -> float:
+def even_noise(group: dict[str, Any]) -> float:
     """Root mean square of a step of log|d| if tau grows evenly through the plan, within the limit."""
-    return min(math.sqrt(group["tau_end"] / _plan_end(group)), float(group["noise_limit"]))
+    return min(math.sqrt(group["tau_end"] / plan_end(group)), float(group["noise_limit"]))
 
 
 def _tracked(groups: Iterable[dict[str, Any]], state: State) -> list[tuple[dict[str, Any], int, list[float]]]:
@@ -206,7 +212,7 @@ def _left(group: dict[str, Any], steps: float, tau: float) -> float:
     """What the plan of a group has yet to add to a tau after `steps`."""
     if group["lambda_s"] != AUTO:
         return 0.0
-    remaining = max(_plan_end(group) - steps, 0)
+    remaining = max(plan_end(group) - steps, 0)
     return float(min(max(group["tau_end"] - tau, 0), remaining * group["noise_limit"] ** 2))
 
 
@@ -221,7 +227,7 @@ def watch_loss(groups: Iterable[dict[str, Any]], state: State, loss: float) -> b
         if loss <= HARM * most:
             continue
         halved = True
-        group["noise_limit"] = _even_noise(group) / 2
+        group["noise_limit"] = even_noise(group) / 2
         for weight in group["params"]:
             if "psg_pace" in state.get(weight, {}):
                 state[weight]["psg_pace"][RECORD.index("lambda_s")] /= 2

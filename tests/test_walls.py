@@ -14,7 +14,7 @@ ALLOWED = {  # what the modules of a folder may import from
     "quant/deploy": {"quant", "quant/deploy"},
     "models": {"models"},
     "utils": {"quant", "quant/deploy", "models", "utils"},
-    "tools": {"quant", "quant/deploy", "models", "utils", "tools"},
+    "tools": {"quant", "quant/deploy", "models", "utils", "tools", "scripts"},
     "scripts": {"quant", "quant/deploy", "models", "utils"},
 }
 WITHOUT_TORCH = ["train", "eval", "visualize", "export", "utils.cli", "utils.data.specs", "utils.runs", "utils.signals"]
