@@ -69,7 +69,7 @@ class Pace:
         steps: steps taken.
         tau: mean tau.
         expected_share: mean of `expected_share` over the tensors, to compare with `grid_share`.
-        lambda_s: mean lambda_s of the last step.
+        lambda_s: mean lambda_s, with "auto" the one of an even pace.
         planned_tau: mean tau at the end of the plan, if the rest goes as planned; `tau` itself if lambda_s is a number.
     """
 

@@ -15,7 +15,15 @@ from utils.training.graph import GraphedTraining
 from utils.training.loop import NonFiniteError, train_epoch
 
 
-def pair(device, base, batch_size=60, lr=0.05):
+STAGES = [
+    (torch.optim.SGD, {}),
+    (torch.optim.Adam, {}),
+    (torch.optim.SGD, {"lambda_s": "auto", "steps": 9}),
+    (torch.optim.Adam, {"lambda_s": "auto", "steps": 9, "acts_on": "update"}),
+]
+
+
+def pair(device, base, batch_size=60, lr=0.05, **stage):
     """The same network and optimizer twice, and 150 digits in batches of which the last is short."""
     torch.manual_seed(0)
     digits = load_dataset("digits", "", device)
@@ -24,11 +32,12 @@ def pair(device, base, batch_size=60, lr=0.05):
     models = [first, copy.deepcopy(first)]
     options = {"lr": lr, "fused": True}
     options |= {"capturable": device.type == "cuda"} if base is torch.optim.Adam else {"momentum": 0.9}
-    return models, [PSGD(base(psg_param_groups(model, 4), **options)) for model in models], batches
+    return models, [PSGD(base(psg_param_groups(model, 4), **options), **stage) for model in models], batches
 
 
-def assert_equal_runs(device, base, epochs, batch_size):
-    models, optimizers, batches = pair(device, base, batch_size, lr=1e-3 if base is torch.optim.Adam else 0.05)
+def assert_equal_runs(device, base, stage, epochs, batch_size):
+    lr = 1e-3 if base is torch.optim.Adam else 0.05
+    models, optimizers, batches = pair(device, base, batch_size, lr, **stage)
     training = GraphedTraining(models[1], optimizers[1], batches, "fp32")
     for epoch in range(1, epochs + 1):
         plain = train_epoch(models[0], optimizers[0], batches.epoch(epoch), "fp32")
@@ -44,18 +53,18 @@ def assert_equal_runs(device, base, epochs, batch_size):
         assert all(torch.equal(value, states[1][number][key]) for key, value in state.items()), number
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
-def test_equals_the_plain_loop(base):
-    assert_equal_runs(torch.device("cpu"), base, epochs=2, batch_size=60)
+@pytest.mark.parametrize(("base", "stage"), STAGES)
+def test_equals_the_plain_loop(base, stage):
+    assert_equal_runs(torch.device("cpu"), base, stage, epochs=2, batch_size=60)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
-def test_graph_equals_the_plain_loop(base):
+@pytest.mark.parametrize(("base", "stage"), STAGES)
+def test_graph_equals_the_plain_loop(base, stage):
     set_deterministic()
     try:
         # Three full steps an epoch: those of the first are eager, then come captures and replays.
-        assert_equal_runs(torch.device("cuda"), base, epochs=3, batch_size=40)
+        assert_equal_runs(torch.device("cuda"), base, stage, epochs=3, batch_size=40)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -89,14 +89,15 @@ def test_auto_keeps_to_its_plan_whatever_the_rate_does(schedule, momentum):
 
 
 @pytest.mark.parametrize("loss_scale", [1e-3, 1e3])
-def test_the_scale_of_the_loss_and_of_each_tensor_does_not_matter(loss_scale):
+def test_the_scale_of_the_loss_and_the_rates_and_gradients_of_tensors_do_not_matter(loss_scale):
     walk = Walk(sizes=(2000, 3000), spreads=(1.0, 30.0))
-    optimizer = PSGD(torch.optim.SGD(walk.groups(), lr=0.01), "auto", steps=2000)
+    groups = [{"params": [weight], "bits": 4, "lr": lr} for weight, lr in zip(walk.weights, (0.01, 0.05))]
+    optimizer = PSGD(torch.optim.SGD(groups), "auto", steps=2000)
     walk.steps(optimizer, 1500, loss_scale=loss_scale)
     first, second = (optimizer.state[weight]["psg_pace"] for weight in walk.weights)
     tau, lambda_s = RECORD.index("tau"), RECORD.index("lambda_s")
     assert first[tau].item() == pytest.approx(10, rel=0.03) and second[tau].item() == pytest.approx(10, rel=0.03)
-    assert (first[lambda_s] / second[lambda_s]).item() == pytest.approx(30, rel=0.1)
+    assert (first[lambda_s] / second[lambda_s]).item() == pytest.approx(30 * 5, rel=0.1)
 
 
 def test_tau_of_a_fixed_lambda_s_is_the_closed_form():
