@@ -14,7 +14,6 @@ from utils.device import set_deterministic
 from utils.training.graph import GraphedTraining
 from utils.training.loop import NonFiniteError, train_epoch
 
-
 STAGES = [
     (torch.optim.SGD, {}),
     (torch.optim.Adam, {}),

@@ -1,0 +1,36 @@
+"""torch.hub's entry points, from the checkout as a local source."""
+
+import pytest
+import torch
+
+from models import ResNet32
+from quant import Grid, grid_share, quantize_weights
+from tests.helpers import ROOT, same, weights
+from utils.checkpoint import load_checkpoint
+
+
+def load(**settings):
+    return torch.hub.load(str(ROOT), "resnet32", source="local", **settings)
+
+
+@pytest.mark.parametrize(("settings", "file", "grid"), [
+    ({}, "W4_ResNet.pth", Grid(4)),
+    ({"bits": 2, "granularity": "channel"}, "W2_channel_ResNet.pth", Grid(2, per_channel=True)),
+])  # fmt: skip
+def test_the_float_network_and_its_quantized_copy(settings, file, grid):
+    expected = ResNet32(100)
+    expected.load_state_dict(load_checkpoint(ROOT / "models" / file)["state_dict"])
+    model, quantized = load(**settings), load(quantized=True, **settings)
+    assert not model.training and same(weights(model), weights(expected)) and grid_share(model, grid) > 0.9
+    assert not quantized.training and same(weights(quantized), weights(quantize_weights(expected, grid)))
+
+
+def test_sgds_network():
+    model = load(bits=32)
+    assert grid_share(model, 4) < 0.3 and model(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+@pytest.mark.parametrize("settings", [{"bits": 7}, {"bits": 8, "granularity": "channel"}, {"granularity": "layer"}])
+def test_there_is_no_such_network(settings):
+    with pytest.raises(ValueError, match=r"no network of bits=.*; there are W2_ResNet.pth, W2_channel_ResNet.pth"):
+        load(**settings)
