@@ -25,7 +25,8 @@ def resnet32(bits: int = 4, granularity: str = "tensor", quantized: bool = False
         quantized: whether to return the quantized copy instead of the float network.
 
     It takes float32 images [N, 3, 32, 32], normalized by the data set's mean and standard deviation
-    (utils/data/specs.py), and returns logits [N, 100]. Raises ValueError, naming the files, where there is no such network.
+    (utils/data/specs.py), and returns logits [N, 100]. Raises ValueError, naming the files, where there is no such
+    network.
     """
     kind = "_channel" if granularity == "channel" else ""
     path = MODELS / ("ResNet150.pth" if bits == 32 and not kind else f"W{bits}{kind}_ResNet.pth")
