@@ -1,6 +1,8 @@
 """The README and the scripts' docstrings: every command there is run, or at least understood, as it stands."""
 
+import csv
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -219,3 +221,23 @@ def test_readme_tables_name_every_flag(cli, script):
 def test_links_and_pictures_exist(document):
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         assert target.startswith("https://") or (document.parent / target).exists(), target
+
+
+def test_figures_of_stages_are_those_of_their_runs():
+    """Each row of docs/experiments.md that names a run, against the last epoch of the run's metrics.csv."""
+    found = 0
+    for line in (ROOT / "docs/experiments.md").read_text().splitlines():
+        run = re.match(r"\| \[(\w+)\]\(../results/runs/\1\) \|", line)
+        if not run:
+            continue
+        bits, *_, full, low, near, law = (cell.strip() for cell in line.strip(" |").split("|")[1:])
+        with open(ROOT / "results/runs" / run[1] / "metrics.csv", newline="") as file:
+            last = list(csv.DictReader(file))[-1]
+        figures = [last["fp_top1"], last[f"w{bits}_top1"]]
+        figures += [100 * float(last[key]) for key in ("grid_share", "expected_share")]
+        assert [full, low] == [f"{float(figure):.2f}" for figure in figures[:2]], line
+        assert [near, law] == [f"{figure:.1f}" for figure in figures[2:]], line
+        settings = json.loads((ROOT / "results/runs" / run[1] / "args.json").read_text())
+        assert settings["args"]["w_bit"] == int(bits) and settings["args"]["granularity"] == "channel"
+        found += 1
+    assert found
