@@ -13,9 +13,9 @@ from tests.test_lambda_s import Walk
 from tools.trials import change
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def rule(monkeypatch):
-    """rule(name) makes `auto` follow it for the length of the test."""
+    """rule(name) makes `auto` follow it. What a test changes, also by a command, ends with the test."""
     for owner, name in ((law, "planned_variance"), (law, "PLAN_END"), (quant.psgd, "take_step")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     for key, value in STAGE_DEFAULTS.items():
