@@ -8,7 +8,10 @@ each weight tensor, over --steps batches that the network is not trained on in b
 """
 
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import islice
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ MOMENTUM = 0.9  # train.py's
 COLUMNS = ("epoch", "lr", "grid_share")
 Row = dict[str, str | float]
 Squares = list[tuple[int, float]]  # number of weights, and mean square of their gradients, of each tensor
+Measure = Callable[[str, int, int], tuple[Squares, int]]
 
 
 def parse() -> Namespace:
@@ -56,30 +60,37 @@ def settings_of(path: str) -> dict[str, Any]:
     return settings
 
 
-def rows_of(path: str, label: str, measure: Any) -> list[Row]:
+def rows_of(path: str, label: str, measure: Measure) -> list[Row]:
     """The rows of one run. `measure` is `gradient_squares` of a run's first network."""
     settings = settings_of(path)
     rows = read_rows(Path(path) / "metrics.csv", COLUMNS, "metrics.csv of a run with PSG", COLUMNS)
-    same: Row = {"run": label, "bits": settings["w_bit"], "granularity": settings.get("granularity") or "tensor"}
-    if rows[0].get("tau"):
-        return [same | {"epoch": r["epoch"], "tau": r["tau"], "expected_share": r["expected_share"],
-                        "grid_share": r["grid_share"], "tau_from": "run"} for r in rows]  # fmt: skip
-    if settings.get("adam"):
+    logged = bool(rows[0].get("tau"))
+    if not logged and settings.get("adam"):
         raise UserError(f"{path} is of Adam, which normalizes the gradients that PSG scales: the law is not for it")
+    pace: Sequence[tuple[str | float, str | float]] = (
+        [(row["tau"], row["expected_share"]) for row in rows] if logged else by_law(rows, settings, measure)
+    )
+    same: Row = {"run": label, "bits": settings["w_bit"], "granularity": settings.get("granularity") or "tensor"}
+    return [
+        same | {"epoch": row["epoch"], "tau": tau, "expected_share": share, "grid_share": row["grid_share"],
+                "tau_from": "run" if logged else "law"}
+        for row, (tau, share) in zip(rows, pace)
+    ]  # fmt: skip
+
+
+def by_law(rows: list[dict[str, str]], settings: dict[str, Any], measure: Measure) -> list[tuple[float, float]]:
+    """Mean tau and expected share after each epoch of a run with these `settings`."""
     squares, images = measure(settings["load_pretrained"], settings["batch_size"], settings["w_bit"])
     steps = -(-(images - (settings.get("val_split") or 0)) // settings["batch_size"])
+    sizes = [size for size, _ in squares]
     taus, result = [0.0] * len(squares), []
-    total = sum(size for size, _ in squares)
     for row in rows:
         lambda_s = float(row.get("lambda_s") or settings["lambda_s"])
         factor = steps * (float(row["lr"]) / (1 - MOMENTUM) * lambda_s) ** 2
         taus = [tau + factor * square for tau, (_, square) in zip(taus, squares)]
-        tau, share = (
-            sum(size * value for (size, _), value in zip(squares, values)) / total
-            for values in (taus, map(expected_share, taus))
-        )
-        result.append(same | {"epoch": row["epoch"], "tau": tau, "expected_share": share,
-                              "grid_share": row["grid_share"], "tau_from": "law"})  # fmt: skip
+        shares = [expected_share(tau) for tau in taus]
+        tau, share = (sum(map(mul, sizes, values)) / sum(sizes) for values in (taus, shares))
+        result.append((tau, share))
     return result
 
 
@@ -90,16 +101,11 @@ def gradient_squares(path: str, batch_size: int, bits: int, args: Namespace, dat
     groups = psg_param_groups(network, Grid(bits))
     weights = [weight for group in groups if "bits" in group for weight in group["params"]]
     network.train()
-    sums = torch.zeros(len(weights))
-    taken = 0
-    for images, labels in batches.epoch(1):
-        network.zero_grad()
-        cross_entropy(network(images), labels).backward()
-        sums += mean_squares([weight.grad for weight in weights if weight.grad is not None]).cpu()
-        taken += 1
-        if taken == args.steps:
-            break
-    return [(w.numel(), square) for w, square in zip(weights, (sums / taken).tolist())], len(opened.data.train)
+    found = []
+    for images, labels in islice(batches.epoch(1), args.steps):
+        found.append(mean_squares(list(torch.autograd.grad(cross_entropy(network(images), labels), weights))).cpu())
+    means = torch.stack(found).mean(0).tolist()
+    return [(weight.numel(), square) for weight, square in zip(weights, means)], len(opened.data.train)
 
 
 def main() -> None:

@@ -46,7 +46,8 @@ def add_legend(owner: Axes | Figure, handles: Iterable[Artist], labels: Sequence
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes `figure` as PNG, whatever the suffix of `path`, without matplotlib's warnings of missing characters."""
+    """Writes `figure` as PNG, whatever the suffix of `path`, without matplotlib's warnings of missing characters, as
+    `as_written` has told of each once."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(path, format="png", dpi=130)

@@ -1,7 +1,6 @@
 """The pace of a run with PSG: columns of the log, and what is said when the weights will not reach their grid."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch.optim import Optimizer
 
@@ -26,39 +25,33 @@ class PaceWatch:
 
     def __post_init__(self) -> None:
         groups = self.optimizer.param_groups
-        self.has_pace = isinstance(self.optimizer, PSGD) and any("steps" in group for group in groups)
-        self.is_auto = any(group.get("lambda_s") == AUTO for group in groups)
-        self.tau = self._columns()["tau"] if self.has_pace else 0.0
-
-    def _columns(self) -> dict[str, float]:
-        assert isinstance(self.optimizer, PSGD)
-        pace = self.optimizer.pace()
-        columns = {"tau": pace.tau, "expected_share": pace.expected_share}
-        return columns | ({"lambda_s": pace.lambda_s} if self.is_auto else {})
+        has_pace = any("steps" in group for group in groups)
+        self.psgd = self.optimizer if isinstance(self.optimizer, PSGD) and has_pace else None
+        self.auto = next((group for group in groups if group.get("lambda_s") == AUTO), None)
+        self.tau = self.psgd.pace().tau if self.psgd else 0.0
 
     def after_epoch(self, epoch: int, loss: float) -> tuple[dict[str, float], list[str]]:
         """Columns for the log after `epoch`, whose mean training loss was `loss`, and lines to print."""
-        if not self.has_pace:
+        if not self.psgd:
             return {}, []
-        assert isinstance(self.optimizer, PSGD)
-        columns, lines = self._columns(), []
-        if self.optimizer.watch_loss(loss):
+        pace, lines = self.psgd.pace(), []
+        columns = {"tau": pace.tau, "expected_share": pace.expected_share}
+        if self.auto:
+            columns["lambda_s"] = pace.lambda_s
+        if self.psgd.watch_loss(loss):
             lines.append(f"the loss rose to {loss:.4g}: lambda_s auto goes on at half the pace")
+            pace = self.psgd.pace()  # whose plan has changed
         if epoch == (self.first + self.last) // 2 and epoch < self.last:
-            lines += self._outlook(epoch, columns["tau"])
-        self.tau = columns["tau"]
+            end = pace.planned_tau if self.auto else pace.tau + (pace.tau - self.tau) * self._epochs_left(epoch)
+            lines += self._outlook(expected_share(end))
+        self.tau = pace.tau
         return columns, lines
 
-    def _outlook(self, epoch: int, tau: float) -> list[str]:
-        """One line if too few weights will be near the grid at the end, else none."""
-        assert isinstance(self.optimizer, PSGD)
-        end = self.optimizer.pace().planned_tau if self.is_auto else tau + (tau - self.tau) * self._epochs_left(epoch)
-        share = expected_share(end)
+    def _outlook(self, share: float) -> list[str]:
+        """One line if the `share` that will be near the grid at the end is too small, else none."""
         if share >= ENOUGH:
             return []
-        return [
-            f"about {100 * share:.0f} % of the weights will be near the grid at the end: {self._advice(epoch, end)}"
-        ]
+        return [f"about {100 * share:.0f} % of the weights will be near the grid at the end: {self._advice()}"]
 
     def _epochs_left(self, epoch: int) -> float:
         """Epochs at the present learning rate in which tau grows as much as in all that are left."""
@@ -68,10 +61,9 @@ class PaceWatch:
 
         return sum(0.01 ** (falls(number) - falls(epoch)) for number in range(epoch + 1, self.last + 1))
 
-    def _advice(self, epoch: int, end: float) -> str:
-        if not self.is_auto:
+    def _advice(self) -> str:
+        if not self.auto:
             return "use --lambda_s auto, a larger --lambda_s, or more epochs before the learning rate falls"
-        group: dict[str, Any] = next(group for group in self.optimizer.param_groups if group.get("lambda_s") == AUTO)
-        needed = group["tau_end"] / group["noise_limit"] ** 2 / PLAN_END
-        epochs = -(-needed * (self.last - self.first + 1) // group["steps"])
+        needed = self.auto["tau_end"] / self.auto["noise_limit"] ** 2 / PLAN_END
+        epochs = -(-needed * (self.last - self.first + 1) // self.auto["steps"])
         return f"train for {epochs:.0f} epochs or more"
