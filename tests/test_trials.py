@@ -4,13 +4,15 @@ from argparse import Namespace
 
 import pytest
 import torch
+from torch import nn
 
 import quant.psgd
-from quant import PSGD, expected_share
+from quant import PSGD, Grid, expected_share, psg_param_groups, quantize_weights
 from quant import lambda_s as law
 from quant.settings import STAGE_DEFAULTS
 from tests.test_lambda_s import Walk
-from tools.trials import change
+from tools.trials import GAP_CHECKS, Decay, GapRule, change, extend
+from utils.training.goals import GridGoal
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,60 @@ def test_grafted_gradients_keep_their_norm(rule):
     assert [weight.grad.norm().item() for weight in walk.weights] == pytest.approx(before, rel=1e-4)
 
 
+def prepared(optimizer, model, images):
+    """What `extend` needs of a run of one epoch of `images`."""
+    settings = Namespace(epoch=1, precision="fp32", w_decay=0.1)
+    batches = type("Batches", (list,), {"epoch": lambda self, number: iter(self)})(images)
+    return Namespace(
+        optimizer=optimizer, model=model, batches=batches, goal=GridGoal(Grid(2)), first_epoch=1, args=settings
+    )
+
+
+@pytest.mark.parametrize(("on_grid", "factor"), [(True, 1 / 1.5), (False, 1.5)])
+def test_the_gap_rule_raises_lambda_s_only_while_the_quantized_network_is_worse(on_grid, factor):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3))
+    images = torch.randn(32, 1, 2, 2)
+    model[3].weight.data *= 50
+    labels = model(images).argmax(1)  # of the float network, which is sure of them: any other one is worse
+    if on_grid:
+        model = quantize_weights(model, Grid(2))
+    optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, Grid(2)), lr=0.0), "auto", steps=16)
+    rule = GapRule(prepared(optimizer, model, [(images, labels)] * GAP_CHECKS), plan_end=1.0)
+    for _ in range(2):
+        rule()
+    assert rule.lambda_s == pytest.approx(150 * factor**2)
+    assert {group["lambda_s"] for group in optimizer.param_groups if "bits" in group} == {rule.lambda_s}
+
+
+def test_a_rate_falls_after_a_number_of_steps():
+    walk = Walk()
+    optimizer = PSGD(torch.optim.SGD(walk.groups(), lr=0.5), "auto", steps=9)
+    optimizer.register_step_post_hook(Decay(optimizer, 3))
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        walk.steps(optimizer, 1)
+    assert rates == pytest.approx([0.5, 0.5, 0.5, 0.05, 0.05])
+
+
+@pytest.mark.parametrize("decay", ["scaled", "outside"])
+def test_decay_outside_the_scaling_keeps_every_weight_in_its_cell(decay):
+    torch.manual_seed(0)
+    model = nn.Linear(30, 20)
+    before = model.weight.detach().clone()
+    optimizer = PSGD(torch.optim.Adam(psg_param_groups(model, 4), lr=0.1), 50.0, acts_on="update")
+    extend(prepared(optimizer, model, []), Namespace(rule="even", decay_at=None, adamw=decay))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    shrunk = (model.weight / before).detach()
+    if decay == "outside":
+        torch.testing.assert_close(shrunk, torch.full_like(shrunk, 0.99))
+    else:
+        assert shrunk.flatten()[before.abs().argmax()] == 1 and shrunk.min() < 0.999
+
+
 def test_a_run_of_a_trial_keeps_its_command(cli, tmp_path, few_digits):
     words = ["--rule", "fast_first", "--tau_end", 3, "--dataset", "cifar10", "--device", "cpu", "--epoch", 1]
     assert cli("tools.trials", *words, "--exp_name", "a").code == 0
@@ -64,4 +120,5 @@ def test_a_run_of_a_trial_keeps_its_command(cli, tmp_path, few_digits):
 def test_wrong_rules_are_one_line(rejected):
     assert "invalid choice: 'best'" in rejected("tools.trials", "--rule", "best")
     assert "--tau_end" in rejected("tools.trials", "--tau_end", "0")
+    assert "'inside'" in rejected("tools.trials", "--adamw", "inside")
     assert "unrecognized arguments: --lamda" in rejected("tools.trials", "--lamda", "3")

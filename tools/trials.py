@@ -2,20 +2,27 @@
 
     python -m tools.trials --rule grafted --w_bit 3 --epoch 86 --decay_epoch 86 --exp_name trials/grafted
 
---rule, --tau_end, --noise_limit and --plan_end change how `auto` works; all other flags are those of train.py.
+--rule, --tau_end, --noise_limit and --plan_end change how `auto` works, --decay_at and --adamw what is round it; all
+other flags are those of train.py.
 
 even: the rule of `auto`. fast_first, slow_first: tau grows to the same end, in the first half of the plan to three
 quarters or one quarter of it. one_lambda_s: one lambda_s for all tensors of a group, from the mean square of all
-gradients. grafted: no law, each tensor's scaled gradient has the norm that it had unscaled.
+gradients. grafted: no law, each tensor's scaled gradient has the norm that it had unscaled. gap: no law, one lambda_s
+from 150, raised by a half when the quantized network's loss is further above the float one's than a straight line to
+zero at the end of the plan allows, else lowered as much.
 """
 
+import copy
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 import quant.psgd
 import train
@@ -24,6 +31,10 @@ from quant.lambda_s import Records, State, mean_squares
 from quant.psgd import distances
 from quant.settings import AUTO, STAGE_DEFAULTS
 from utils.cli import Parser, positive, run
+from utils.training.evaluation import evaluate_batches
+
+GAP_CHECKS = 8  # of the rule "gap", in each epoch
+GAP_FACTOR = 1.5
 
 Shape = Callable[[Tensor], Tensor]  # share of tau_end at a share of the plan
 
@@ -58,6 +69,71 @@ def grafted(weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], s
     return list(lambda_s.unbind())
 
 
+class GapRule:
+    """The rule "gap": after every step, see the module. `run` is a utils.training.run.Run."""
+
+    def __init__(self, run: Any, plan_end: float) -> None:
+        self.run, self.steps, self.widest = run, 0, 0.0
+        self.every = max(len(run.batches) // GAP_CHECKS, 1)
+        self.plan = plan_end * (run.args.epoch - run.first_epoch + 1) * len(run.batches)
+        self.images = list(islice(run.batches.epoch(0), 4))
+        self.set(150.0)
+
+    def set(self, lambda_s: float) -> None:
+        self.lambda_s = lambda_s
+        for group in self.run.optimizer.param_groups:
+            if "lambda_s" in group:
+                group["lambda_s"] = lambda_s
+
+    def __call__(self, *_: Any) -> None:
+        self.steps += 1
+        if self.steps % self.every or self.steps > self.plan:
+            return
+        quantized = self.run.goal.deployed(self.run.model)
+        gap = self.loss(quantized) - self.loss(copy.deepcopy(self.run.model))
+        self.widest = self.widest or gap
+        lags = gap > self.widest * (1 - self.steps / self.plan)
+        self.set(self.lambda_s * (GAP_FACTOR if lags else 1 / GAP_FACTOR))
+
+    def loss(self, network: torch.nn.Module) -> float:
+        return evaluate_batches(network, self.images, self.run.args.precision).loss
+
+
+class Decay:
+    """Divides the rates by 10 after a number of steps."""
+
+    def __init__(self, optimizer: Optimizer, steps: int) -> None:
+        self.optimizer, self.left = optimizer, steps
+
+    def __call__(self, *_: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            for group in self.optimizer.param_groups:
+                group["lr"] /= 10
+
+
+@torch.no_grad()
+def shrink(optimizer: Optimizer, w_decay: float) -> None:
+    """AdamW's decay of all weights, unscaled."""
+    for group in optimizer.param_groups:
+        torch._foreach_mul_(group["params"], 1 - group["lr"] * w_decay)
+
+
+def extend(run: Any, args: Namespace) -> None:
+    """Adds what --decay_at, --adamw and the rule "gap" ask for to a prepared run."""
+    optimizer = run.optimizer
+    if args.rule == "gap":
+        optimizer.register_step_post_hook(GapRule(run, args.plan_end))
+    if args.decay_at:
+        steps = (run.args.epoch - run.first_epoch + 1) * len(run.batches)
+        optimizer.register_step_post_hook(Decay(optimizer, math.ceil(args.decay_at * steps)))
+    for group in optimizer.param_groups if args.adamw else ():
+        group["decoupled_weight_decay"] = True
+        group["weight_decay"] = run.args.w_decay if args.adamw == "scaled" else 0.0
+    if args.adamw == "outside":
+        optimizer.register_step_pre_hook(lambda *_: shrink(optimizer, run.args.w_decay))
+
+
 def change(args: Namespace) -> None:
     """Makes `auto` follow the rule of `args` in this process."""
     shapes: dict[str, Shape] = {"fast_first": lambda p: 1 - (1 - p).square(), "slow_first": lambda p: p.square()}
@@ -72,19 +148,30 @@ def change(args: Namespace) -> None:
 
 def main() -> None:
     p = Parser(__doc__)
-    p.add_argument("--rule", default="even", choices=["even", "fast_first", "slow_first", "one_lambda_s", "grafted"])
+    rules = ["even", "fast_first", "slow_first", "one_lambda_s", "grafted", "gap"]
+    p.add_argument("--rule", default="even", choices=rules)
     p.add_argument("--tau_end", type=positive, default=STAGE_DEFAULTS["tau_end"])
     p.add_argument("--noise_limit", type=positive, default=STAGE_DEFAULTS["noise_limit"])
     p.add_argument("--plan_end", type=positive, default=law.PLAN_END)
+    p.add_argument("--decay_at", type=positive, help="share of the stage's steps after which the rate is a tenth")
+    p.add_argument("--adamw", choices=["scaled", "outside"], help="decoupled decay inside or outside the scaling")
     args, flags = p.parse_known_args()
     command, sys.argv = sys.argv, [*sys.argv[:1], *flags, "--lambda_s", AUTO]
     settings, folder = train.parse()
     sys.argv = command  # for the record
     change(args)
 
-    from utils.training.run import train as train_run
+    from utils.training import run as training
 
-    train_run(settings, folder)
+    prepare = training.prepare
+
+    def prepared(*given: Any) -> training.Run:
+        made = prepare(*given)
+        extend(made, args)
+        return made
+
+    setattr(training, "prepare", prepared)  # noqa: B010
+    training.train(settings, folder)
 
 
 if __name__ == "__main__":
