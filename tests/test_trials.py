@@ -69,9 +69,9 @@ def prepared(optimizer, model, images):
 @pytest.mark.parametrize(("on_grid", "factor"), [(True, 1 / 1.5), (False, 1.5)])
 def test_the_gap_rule_raises_lambda_s_only_while_the_quantized_network_is_worse(on_grid, factor):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 9), nn.Linear(9, 3))
     images = torch.randn(32, 1, 2, 2)
-    model[3].weight.data *= 50
+    model[4].weight.data *= 50
     labels = model(images).argmax(1)  # of the float network, which is sure of them: any other one is worse
     if on_grid:
         model = quantize_weights(model, Grid(2))
