@@ -15,11 +15,11 @@ Post-training methods on training images, each beside the plain network
   python eval.py --w_bit 4 3 --post none bn_reestimate bias_correct adaround
 
 One-shot magnitude pruning, by itself and with quantized weights
-  python eval.py --model_path models/ResNet150.pth --sparsity 0.5 0.7 0.8 0.9 0.95 0.98 --out results/pruning
+  python eval.py --model_path models/ResNet150.pth --sparsity 0.5 0.7 0.8 0.9 0.95 0.98 --out results/sparse_sweep
   python eval.py --sparsity 0.5 0.7 --w_bit 32 4 --prune layer
 
-What each layer contributes at the first --w_bit, written to results/report/layers.csv
-  python eval.py --w_bit 4 --report --out results/report
+What each layer contributes at the first --w_bit, written to results/layers/layers.csv
+  python eval.py --w_bit 4 --report --out results/layers
 
 Ranges, scales, bit-widths and roundings are never fitted to test images. A bit-width of 32 stands for full precision,
 which is the first row of every model.

@@ -8,23 +8,23 @@ Some layers of other checkpoints, at 3 bits (the paper's figure 1b)
                       --layers conv1.weight fc.weight --out figures
 
 The paper's figure 1a, weight error and test error over bit-widths, from the results of eval.py
-  python visualize.py --figure 1a --results results/cifar100/results.csv --out fig
+  python visualize.py --figure 1a --results results/weights/w4/results.csv --out fig
 
 Accuracy and share of weights near the grid over the epochs of runs
   python visualize.py --figure curves --runs results/runs/vanilla_seed1 results/runs/w4_psgd_seed1 \\
                       --labels SGD PSGD --out fig
 
 Top-1 over weight and activation bit-widths, and what each layer contributes, from eval.py
-  python visualize.py --figure grid --results results/activations/mse/results.csv --out fig
-  python visualize.py --figure report --results results/report/layers.csv --out fig
+  python visualize.py --figure grid --results results/activations/w4_mse/results.csv --out fig
+  python visualize.py --figure report --results results/studies/report/layers.csv --out fig
 
 The law of the pace beside recorded runs, from tools.pace
-  python visualize.py --figure pace --results results/pace/pace.csv --out fig
+  python visualize.py --figure pace --results results/studies/pace/pace.csv --out fig
 
 The paper's figures 2 (a toy loss in the warped space), 3 (a sparse network's weights) and 4 (curvature)
   python visualize.py --figure 2 --out fig
   python visualize.py --figure 3 --model_path models/ResNet150.pth runs/sparse/last.pth --labels SGD PSGD
-  python visualize.py --figure 4 --results results/hessian --out fig
+  python visualize.py --figure 4 --results results/studies/hessian --out fig
 
 No display is needed. In a histogram each column is a network: the upper row shows its float weights, the lower row the
 same weights quantized at the granularity that it was trained with. Thin lines mark the grid points, up to 5 bits. With
@@ -38,9 +38,9 @@ from utils.cli import Parser, UserError, bits, run, sparsity
 
 FIGURES = ["layers", "1a", "curves", "grid", "report", "pace", "2", "3", "4"]
 RESULTS = {
-    "report": "results/report/layers.csv",
-    "pace": "results/pace/pace.csv",
-    "4": "results/hessian",
+    "report": "results/studies/report/layers.csv",
+    "pace": "results/studies/pace/pace.csv",
+    "4": "results/studies/hessian",
 }  # default of --results by figure
 
 
@@ -69,7 +69,7 @@ def parse() -> Namespace:
     p.add_argument("--out", default="visualizations", metavar="DIR", help="folder for the pictures")
     # fmt: on
     args = p.parse_args()
-    args.results = args.results or [RESULTS.get(args.figure, "results/cifar100/results.csv")]
+    args.results = args.results or [RESULTS.get(args.figure, "results/weights/w4/results.csv")]
     flag = {"layers": "model_path", "3": "model_path", "curves": "runs"}.get(args.figure)
     if flag:
         named = getattr(args, flag)

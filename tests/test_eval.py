@@ -301,12 +301,19 @@ def test_bn_range_without_batch_norm_names_the_relu(cli, tmp_path):
 
 
 def published():
-    """Top-1 of results/cifar100*, post none, by (file name, "32" | "4" | ..., sparsity)."""
+    """Top-1 in results/weights and results/sparse of the shipped files, each on its own kind of grid, post none, by
+    (file name, "32" | "4" | ..., sparsity)."""
+    found = [
+        row
+        for kind in ("weights", "sparse")
+        for path in (ROOT / "results" / kind).rglob("results.csv")
+        for row in rows(path.parent)
+    ]
     return {  # rows from before there was pruning have no column for it
         (Path(row["model"]).name, row["w_bit"], float(row.get("sparsity") or 0)): float(row["top1"])
-        for folder in (ROOT / "results").glob("cifar100*")
-        for row in rows(folder)
-        if row["post"] == "none" and row.get("prune") != "layer"
+        for row in found
+        if row["model"].startswith("models/") and row["post"] == "none" and row.get("prune") != "layer"
+        if (row["granularity"] == "channel") == ("channel" in row["model"])
     }
 
 

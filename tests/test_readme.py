@@ -223,6 +223,19 @@ def test_links_and_pictures_exist(document):
         assert target.startswith("https://") or (document.parent / target).exists(), target
 
 
+def test_every_folder_of_results_has_one_row_in_their_readme():
+    """And every row has a folder."""
+    table = [line for line in (ROOT / "results/README.md").read_text().splitlines() if line.startswith("|")][2:]
+    patterns = [name for line in table for name in line.split("|")[1].strip().split(", ")]
+    rows = [sorted((ROOT / "results").glob(pattern)) for pattern in patterns]
+    assert all(rows), [pattern for pattern, found in zip(patterns, rows, strict=True) if not found]
+    known = [path for found in rows for path in found]
+    assert len(known) == len(set(known))
+    files = [path for path in (ROOT / "results").rglob("*") if path.is_file() and path.name != "README.md"]
+    lost = [path for path in files if not any(row == path or row in path.parents for row in known)]
+    assert files and not lost
+
+
 def test_figures_of_stages_are_those_of_their_runs():
     """Each row of a table in docs/ that begins with a run, against the last epoch of the run's metrics.csv."""
     found = 0

@@ -1,7 +1,7 @@
 """Size, accuracy and speed of exported networks beside the same networks in torch, in one run on one machine.
 
     python -m tools.benchmark_deploy --model_path models/ResNet150.pth models/W4_ResNet.pth --w_bit 8 4
-    python -m tools.benchmark_deploy --json results/deploy.json
+    python -m tools.benchmark_deploy --json results/benchmarks/deploy.json
 
 For each checkpoint: float32 and bfloat16 in torch, float32 in onnxruntime, and there each --w_bit with float
 activations, with 8-bit ones, and with 8-bit ones as `export.py --integer_kernels` writes them, on the grids that the

@@ -1,6 +1,6 @@
 """Curvature at the solutions of SGD and PSGD: the data of figure 4, as a folder of results.
 
-    python -m tools.hessian --out results/hessian
+    python -m tools.hessian --out results/studies/hessian
 
 A small fully connected network on the embedded digits, trained once by SGD and once by PSGD from the same start, with
 all eigenvalues of its exact Hessian (digits.csv: weights and eigenvalues); and trained checkpoints, whose Hessian is
@@ -202,7 +202,7 @@ def parse() -> Namespace:
     p.add_argument("--seed", type=seed, default=1, help="of the small network, the images and the starts")
     flags.add_data_dir(p)
     flags.add_device(p)
-    p.add_argument("--out", default="results/hessian", metavar="DIR", help="folder to write to")
+    p.add_argument("--out", default="results/studies/hessian", metavar="DIR", help="folder to write to")
     # fmt: on
     return p.parse_args()
 

@@ -1,6 +1,6 @@
 """The pace of recorded runs beside the law: pace.csv, a row for each epoch, for `visualize.py --figure pace`.
 
-    python -m tools.pace --runs results/runs/w4_psgd_seed1 results/runs/w8_psgd_seed1 --out results/pace
+    python -m tools.pace --runs results/runs/w4_psgd_seed1 results/runs/w8_psgd_seed1 --out results/studies/pace
 
 A run that logged its own tau keeps it. For other runs tau is what the law makes of their learning rates and lambda_s,
 with the gradients of the network that the run began with (--load_pretrained of its args.json): their mean square in
@@ -44,7 +44,7 @@ def parse() -> Namespace:
     p.add_argument("--steps", type=count, default=25, metavar="N", help="batches to measure gradients on")
     flags.add_data_dir(p, None)
     flags.add_device(p)
-    p.add_argument("--out", default="results/pace", metavar="DIR", help="folder for pace.csv and pace.json")
+    p.add_argument("--out", default="results/studies/pace", metavar="DIR", help="folder for pace.csv and pace.json")
     args = p.parse_args()
     args.labels = args.labels or [Path(path).name for path in args.runs]
     if len(args.labels) != len(args.runs):

@@ -1,7 +1,7 @@
 """A results table for people: a row for each trained network, a column for each bit-width and sparsity, and in the
 cells top-1 in percent.
 
-    python -m tools.table results/cifar100/results.csv results/w3/results.csv
+    python -m tools.table results/weights/w4/results.csv results/weights/w3/results.csv
 
 Rows of eval.py's results.csv that differ only in the seed are one cell: their mean, with the standard deviation
 (n - 1) and n where there are several. Rows with quantized activations are left out. Networks with the same name get
