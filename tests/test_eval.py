@@ -317,22 +317,6 @@ def published():
     }
 
 
-def test_readme_has_the_results_of_every_shipped_checkpoint():
-    """At every bit-width, or at every share of zeros, in the line that links the file."""
-    figures = published()
-    readme = (ROOT / "README.md").read_text()
-    shipped = sorted((ROOT / "models").glob("*.pth"))
-    assert {name for name, *_ in figures} == {path.name for path in shipped}
-    for path in shipped:
-        line = next(line for line in readme.splitlines() if line.startswith("|") and f"(models/{path.name})" in line)
-        if load_checkpoint(path)["args"].get("target") == "zero":
-            settings = [("32", zeros) for zeros in (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)]
-        else:
-            settings = [(width, 0.0) for width in ("32", "8", "6", "5", "4", "3", "2")]
-        expected = [f"{figures[path.name, *setting]:.2f}" for setting in settings]
-        assert [cell.strip() for cell in line.split("|")[2:-1]] == expected, path.name
-
-
 # Two of 10,000 images: the last bits of a float32 convolution differ between processors.
 as_published = partial(pytest.approx, abs=0.02)
 
