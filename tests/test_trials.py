@@ -100,7 +100,8 @@ def test_decay_outside_the_scaling_keeps_every_weight_in_its_cell(decay):
     model = nn.Linear(30, 20)
     before = model.weight.detach().clone()
     optimizer = PSGD(torch.optim.Adam(psg_param_groups(model, 4), lr=0.1), 50.0, acts_on="update")
-    extend(prepared(optimizer, model, []), Namespace(rule="even", decay_at=None, adamw=decay))
+    extend(prepared(optimizer, model, []), Namespace(rule="even", decay_at=None, adamw=decay, beta1=0.5))
+    assert optimizer.param_groups[0]["betas"][0] == 0.5
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

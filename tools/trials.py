@@ -2,8 +2,8 @@
 
     python -m tools.trials --rule grafted --w_bit 3 --epoch 86 --decay_epoch 86 --exp_name trials/grafted
 
---rule, --tau_end, --noise_limit and --plan_end change how `auto` works, --decay_at and --adamw what is round it; all
-other flags are those of train.py.
+--rule, --tau_end, --noise_limit and --plan_end change how `auto` works, --decay_at, --adamw and --beta1 what is round it;
+all other flags are those of train.py.
 
 even: the rule of `auto`. fast_first, slow_first: tau grows to the same end, in the first half of the plan to three
 quarters or one quarter of it. one_lambda_s: one lambda_s for all tensors of a group, from the mean square of all
@@ -120,7 +120,7 @@ def shrink(optimizer: Optimizer, w_decay: float) -> None:
 
 
 def extend(run: Any, args: Namespace) -> None:
-    """Adds what --decay_at, --adamw and the rule "gap" ask for to a prepared run."""
+    """Adds what --decay_at, --adamw, --beta1 and the rule "gap" ask for to a prepared run."""
     optimizer = run.optimizer
     if args.rule == "gap":
         optimizer.register_step_post_hook(GapRule(run, args.plan_end))
@@ -130,6 +130,8 @@ def extend(run: Any, args: Namespace) -> None:
     for group in optimizer.param_groups if args.adamw else ():
         group["decoupled_weight_decay"] = True
         group["weight_decay"] = run.args.w_decay if args.adamw == "scaled" else 0.0
+    for group in optimizer.param_groups if args.beta1 is not None else ():
+        group["betas"] = (args.beta1, group["betas"][1])
     if args.adamw == "outside":
         optimizer.register_step_pre_hook(lambda *_: shrink(optimizer, run.args.w_decay))
 
@@ -155,6 +157,7 @@ def main() -> None:
     p.add_argument("--plan_end", type=positive, default=law.PLAN_END)
     p.add_argument("--decay_at", type=positive, help="share of the stage's steps after which the rate is a tenth")
     p.add_argument("--adamw", choices=["scaled", "outside"], help="decoupled decay inside or outside the scaling")
+    p.add_argument("--beta1", type=float, choices=[0.0, 0.5, 0.9], help="of Adam")
     args, flags = p.parse_known_args()
     command, sys.argv = sys.argv, [*sys.argv[:1], *flags, "--lambda_s", AUTO]
     settings, folder = train.parse()
