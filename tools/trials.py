@@ -2,8 +2,8 @@
 
     python -m tools.trials --rule grafted --w_bit 3 --epoch 86 --decay_epoch 86 --exp_name trials/grafted
 
---rule, --tau_end, --noise_limit and --plan_end change how `auto` works, --decay_at, --adamw and --beta1 what is round it;
-all other flags are those of train.py.
+--rule, --tau_end, --noise_limit and --plan_end change how `auto` works; --decay_at, --adamw and --beta1 change what is
+round it. All other flags are those of train.py.
 
 even: the rule of `auto`. fast_first, slow_first: tau grows to the same end, in the first half of the plan to three
 quarters or one quarter of it. one_lambda_s: one lambda_s for all tensors of a group, from the mean square of all
