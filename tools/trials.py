@@ -25,6 +25,7 @@ from quant.psgd import distances
 from quant.settings import AUTO, STAGE_DEFAULTS
 from utils.cli import Parser, positive, run
 
+RULES = ["even", "fast_first", "slow_first", "one_lambda_s", "grafted"]
 Shape = Callable[[Tensor], Tensor]  # share of tau_end at a share of the plan
 
 
@@ -70,13 +71,22 @@ def change(args: Namespace) -> None:
     STAGE_DEFAULTS.update(tau_end=args.tau_end, noise_limit=args.noise_limit)
 
 
-def main() -> None:
+def parser() -> Parser:
     p = Parser(__doc__)
-    p.add_argument("--rule", default="even", choices=["even", "fast_first", "slow_first", "one_lambda_s", "grafted"])
-    p.add_argument("--tau_end", type=positive, default=STAGE_DEFAULTS["tau_end"])
-    p.add_argument("--noise_limit", type=positive, default=STAGE_DEFAULTS["noise_limit"])
-    p.add_argument("--plan_end", type=positive, default=law.PLAN_END)
-    args, flags = p.parse_known_args()
+    p.add_argument("--rule", default="even", choices=RULES, help="what replaces the rule of auto")
+    p.add_argument("--tau_end", type=positive, default=STAGE_DEFAULTS["tau_end"], help="tau at the end of the plan")
+    p.add_argument(
+        "--noise_limit",
+        type=positive,
+        default=STAGE_DEFAULTS["noise_limit"],
+        help="limit of the root mean square of a step's x (docs/optimizer.md)",
+    )
+    p.add_argument("--plan_end", type=positive, default=law.PLAN_END, help="share of the stage at which the plan ends")
+    return p
+
+
+def main() -> None:
+    args, flags = parser().parse_known_args()
     command, sys.argv = sys.argv, [*sys.argv[:1], *flags, "--lambda_s", AUTO]
     settings, folder = train.parse()
     sys.argv = command  # for the record
