@@ -40,7 +40,8 @@ def add_networks(p: Parser) -> None:
     """Networks, data and weights."""
     # fmt: off
     p.add_argument("--arch", default=None,
-                   help="architecture (default: the one that the file names, ResNet32 if it names none)")
+                   help="architecture; an error if the file names another (default: the one that the file names, "
+                   "ResNet32 if it names none)")
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
     p.add_argument("--dataset", default=None, choices=list(DATASETS),
                    help="data set (default: the one that the file was trained on, cifar100 if it names none)")
@@ -75,7 +76,8 @@ def add_deployment(p: Parser) -> None:
                    "(default: bn_published with --act_clipping 1, else minmax)")
     p.add_argument("--act_clipping", type=int, choices=[0, 1], default=0, help="1: the published flag for bn_published")
     p.add_argument("--clipping_range", type=cli.positive_or("search"), nargs="+", default=[6.0], metavar="N",
-                   help="n of the bn ranges; several, or search: the one of least loss on training images is taken")
+                   help="n of the bn ranges; of several, or of search, the one of least loss on training images is "
+                   "taken")
     p.add_argument("--percentile", type=cli.percent, default=99.99,
                    help="percentile of a ReLU's values, zeros included")
     p.add_argument("--post", nargs="+", choices=POST, default=["none"],
@@ -83,10 +85,12 @@ def add_deployment(p: Parser) -> None:
                    "statistics; bias_correct: restore mean outputs; adaround: learn roundings layer by layer")
     p.add_argument("--iterations", type=cli.count, default=1000, metavar="N",
                    help="iterations of adaround for each layer")
-    flags.add_calib_images(p, 1024, "calibration and --post")
+    flags.add_calib_images(p, 1024, "minmax, percentile, mse, search, --report and --post")
     p.add_argument("--seed", type=cli.seed, default=1, help="seed for the choice of calibration images")
     p.add_argument("--report", action="store_true",
-                   help="also write a row for each layer of each model, at the first --w_bit, to layers.csv in --out")
+                   help="also write a row for each layer of each model, at the first --w_bit, to layers.csv in --out, "
+                   "which it needs: error of the weights, share near the grid, range of the inputs, and top-1 lost "
+                   "if only this layer is quantized")
     p.add_argument("--lambda_s", type=cli.positive, default=150.0, help="recorded in results.json; no effect")
     p.add_argument("--out", default=None, metavar="DIR", help="folder for results.csv and results.json")
     p.add_argument("--exp_name", default=None, help="the published flag for --out results/<exp_name>")
@@ -96,11 +100,15 @@ def add_deployment(p: Parser) -> None:
     # fmt: on
 
 
-def parse() -> Namespace:
+def parser() -> Parser:
     p = Parser(__doc__)
     add_networks(p)
     add_deployment(p)
-    args = p.parse_args()
+    return p
+
+
+def parse() -> Namespace:
+    args = parser().parse_args()
     args.w_bit = args.w_bit or ([32] if any(args.sparsity) else [4])
     if args.act_quant is None:
         args.act_quant = int(args.a_bit is not None)

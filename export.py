@@ -10,8 +10,6 @@ Both files are read back and run before they get their names. If their outputs a
 that is an error, and no file is left behind. Needs: pip install -r requirements-export.txt
 """
 
-from argparse import Namespace
-
 from utils import flags
 from utils.cli import Parser, UserError, bits, bits_or_float, run, seed
 from utils.data.specs import DATASETS
@@ -20,7 +18,7 @@ SIZE = 32  # pixels per side of the images that exported networks take
 CHOICES = [name for name, spec in DATASETS.items() if spec.size == SIZE]
 
 
-def parse() -> Namespace:
+def parser() -> Parser:
     p = Parser(__doc__)
     # fmt: off
     p.add_argument("--model_path", default="models/W4_ResNet.pth", metavar="FILE", help="checkpoint")
@@ -40,11 +38,11 @@ def parse() -> Namespace:
     flags.add_data_dir(p)
     p.add_argument("--out", default="deploy", metavar="DIR", help="folder to write to")
     # fmt: on
-    return p.parse_args()
+    return p
 
 
 def main() -> None:
-    args = parse()
+    args = parser().parse_args()
     if args.integer_kernels and args.a_bit == 32:
         raise UserError("--integer_kernels needs --a_bit: there are none for float activations")
 

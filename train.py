@@ -48,12 +48,14 @@ def parser() -> Parser:
 def add_goal(p: Parser) -> None:
     """Network, data and the goal of training."""
     # fmt: off
-    p.add_argument("--arch", default="ResNet32", help="ResNet32, vgg16_bn, or a classification network of torchvision")
+    p.add_argument("--arch", default="ResNet32",
+                   help="ResNet32, vgg16_bn, or a classification network of torchvision, such as resnet18")
     p.add_argument("--weights", default="", metavar="NAME", help="torchvision weights to start from, such as DEFAULT")
     p.add_argument("--dataset", default="cifar100", choices=list(DATASETS), help="data set")
     flags.add_data_dir(p, "data")
     flags.add_workers(p)
-    p.add_argument("--val_split", type=cli.index, default=0, metavar="N", help="evaluate on N held-out training images")
+    p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
+                   help="hold N training images out and evaluate on them, not on the test set")
     p.add_argument("--seed", type=cli.seed, default=1, help="seed for initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
     p.add_argument("--target", choices=["grid", "zero"], default="grid",
@@ -62,7 +64,8 @@ def add_goal(p: Parser) -> None:
     p.add_argument("--sparsity", type=cli.sparsity, default=None, metavar="S",
                    help="share of weights pruned with --target zero, by magnitude over all layers (default: 0.9)")
     p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=150.0,
-                   help="strength of the scaling; auto: each tensor's own, set by the length of the run")
+                   help="strength of the scaling; auto: each tensor's own, such that about 96 percent of the weights "
+                   "are near the grid after three quarters of the run (docs/optimizer.md)")
     p.add_argument("--psg_acts_on", choices=["gradient", "update"], default="gradient",
                    help="what PSG scales: the gradient, as published, or the optimizer's whole update, for --adam 1")
     p.add_argument("--eps", type=cli.non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
@@ -87,10 +90,11 @@ def add_training(p: Parser) -> None:
                    help="1: Adam; if PSG scales the gradient, --lr is multiplied by 0.01 * lambda_s, as published")
     p.add_argument("--w_decay", type=cli.non_negative, default=None, help="L2 (default: 1e-4, or 0 with PSG at 2 bits)")
     p.add_argument("--l1", type=cli.non_negative, default=0.0, metavar="W",
-                   help="adds W times the sum of the weights' magnitudes to the loss; PSG scales it only with "
-                   "--psg_acts_on update")
+                   help="for pruning: adds W times the sum of the weights' magnitudes to the loss; PSG scales it only "
+                   "with --psg_acts_on update")
     p.add_argument("--grad_l1", type=cli.non_negative, default=0.0, metavar="W",
-                   help="adds W times the sum of the magnitudes of the weights' gradients to the loss")
+                   help="adds W times the sum of the magnitudes of the weights' gradients to the loss, a baseline for "
+                   "quantization (Alizadeh et al. 2020); a step takes several times as long")
     p.add_argument("--batch_size", type=cli.count, default=128, help="images per step, over all processes")
     p.add_argument("--exp_name", default=None,
                    help="run folder, under runs/ (default: data set and goal, such as cifar100/4bits, digits/sparse90, "
@@ -100,10 +104,15 @@ def add_training(p: Parser) -> None:
                    help="epochs whose checkpoints are kept, such as 82 or 103-150")
     flags.add_device(p)
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="precision of the forward and backward pass; auto: bf16 where it is fast, else fp32")
-    p.add_argument("--cuda_graph", type=int, choices=[0, 1], default=1, help="1: on a GPU, a step is one CUDA graph")
-    p.add_argument("--compile", type=int, choices=[0, 1], default=0, help="1: torch.compile the network for training")
-    p.add_argument("--deterministic", action="store_true", help="use deterministic algorithms only")
+                   help="precision of the forward and backward pass; auto: bf16 where it is fast, else fp32; master "
+                   "weights, PSG and evaluation are float32; a resumed run keeps its own unless it is given")
+    p.add_argument("--cuda_graph", type=int, choices=[0, 1], default=1,
+                   help="1: a step is one CUDA graph, on a GPU with one process and the data set on it; "
+                   "0: the plain loop")
+    p.add_argument("--compile", type=int, choices=[0, 1], default=0,
+                   help="1: torch.compile the network for training, which takes a minute or two at the start")
+    p.add_argument("--deterministic", action="store_true",
+                   help="use deterministic algorithms only, in the plain loop")
     # fmt: on
 
 

@@ -44,7 +44,7 @@ RESULTS = {
 }  # default of --results by figure
 
 
-def parse() -> Namespace:
+def parser() -> Parser:
     p = Parser(__doc__)
     # fmt: off
     p.add_argument("--figure", choices=FIGURES, default="layers",
@@ -59,7 +59,7 @@ def parse() -> Namespace:
                    help="layers: state_dict names (default: all weights)")
     p.add_argument("--results", nargs="+", default=None, metavar="FILE",
                    help="1a, grid: results.csv of eval.py (1a takes several); report: layers.csv of eval.py "
-                   "--report; pace: pace.csv of tools.pace; 4: folder of tools.hessian")
+                   "--report; pace: pace.csv of tools.pace; 4: folder of tools.hessian (default: those in results/)")
     p.add_argument("--sparsity", type=sparsity, default=0.9, metavar="S", help="3: share of weights to mark")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
                    help="curves: run folders, or any folders with a metrics.csv")
@@ -68,13 +68,17 @@ def parse() -> Namespace:
                    "else the file names)")
     p.add_argument("--out", default="visualizations", metavar="DIR", help="folder for the pictures")
     # fmt: on
-    args = p.parse_args()
+    return p
+
+
+def parse() -> Namespace:
+    args = parser().parse_args()
     args.results = args.results or [RESULTS.get(args.figure, "results/weights/w4/results.csv")]
     flag = {"layers": "model_path", "3": "model_path", "curves": "runs"}.get(args.figure)
     if flag:
         named = getattr(args, flag)
         if args.labels is None:
-            default = named == p.get_default(flag)
+            default = named == parser().get_default(flag)
             args.labels = ["SGD", "PSGD"] if default else [path.removesuffix(".pth") for path in named]
         if len(args.labels) != len(named):
             raise UserError(f"{len(args.labels)} --labels for {len(named)} of --{flag}: give one for each")

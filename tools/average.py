@@ -30,7 +30,7 @@ from utils.opening import Datasets, OpenedNetwork, open_network
 NEEDED = ("dataset", "val_split", "first_last_quant")  # settings of the run
 
 
-def parse() -> Namespace:
+def parser() -> Parser:
     p = Parser(__doc__)
     # fmt: off
     p.add_argument("run", metavar="DIR", help="run folder with a file for each of the epochs")
@@ -45,7 +45,7 @@ def parse() -> Namespace:
     flags.add_data_dir(p)
     flags.add_device(p)
     # fmt: on
-    return p.parse_args()
+    return p
 
 
 def epoch_files(folder: str, numbers: Sequence[int]) -> list[Path]:
@@ -103,7 +103,7 @@ def state_with_statistics(args: Namespace, opened: OpenedNetwork, settings: dict
 
 
 def main() -> None:
-    args = parse()
+    args = parser().parse_args()
     check_output_file("--out", args.out)
     device, device_line = select_device(args.device, args.cu_num)
     first, last = args.epochs[0], args.epochs[-1]

@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain, count, islice
@@ -226,18 +225,20 @@ def show(seconds: dict[str, float], unit: str) -> None:
         print(f"{name:44}{1000 * value:10.2f}  {value / seconds[unit]:.3f}")
 
 
-def parse() -> Namespace:
+def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--dataset", default="digits", choices=["cifar100", "cifar10", "digits"], help="data set")
-    p.add_argument("--data_dir", default="data", help="folder of <dataset>.npz or of torchvision's archive")
+    p.add_argument(
+        "--data_dir", default="data", metavar="DIR", help="folder of <dataset>.npz or of torchvision's archive"
+    )
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: a GPU, or the CPU)")
     p.add_argument("--rounds", type=whole_number, default=30, help="times that every step is measured")
     p.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
-    return p.parse_args()
+    return p
 
 
 def main() -> None:
-    args = parse()
+    args = parser().parse_args()
     if args.json:
         check_output_file("--json", args.json)
     device, _ = select_device(args.device, 0)

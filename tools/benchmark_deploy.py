@@ -177,7 +177,7 @@ def rows_of(opened: OpenedNetwork, args: Namespace) -> list[Row]:
     return [{"model": opened.path, **row} for row in rows]
 
 
-def parse() -> Namespace:
+def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
     p.add_argument("--w_bit", type=bits, nargs="+", default=[8, 4], metavar="B", help="weight bit-widths")
@@ -185,11 +185,11 @@ def parse() -> Namespace:
     flags.add_calib_images(p, 1024, "activations")
     p.add_argument("--rounds", type=count, default=20, help="times that each kind is measured at each batch size")
     p.add_argument("--json", default=None, metavar="FILE", help="write the figures there too")
-    return p.parse_args()
+    return p
 
 
 def main() -> None:
-    args = parse()
+    args = parser().parse_args()
     if args.json:
         check_output_file("--json", args.json)
     check_packages()

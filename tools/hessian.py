@@ -190,7 +190,7 @@ def spectrum_rows(problem: Problem, args: Namespace) -> tuple[list[Row], Row]:
     return rows, {"model": path, **facts, "train_loss": loss.item(), "largest_eigenvalue": max(largest)}
 
 
-def parse() -> Namespace:
+def parser() -> Parser:
     p = Parser(__doc__)
     # fmt: off
     p.add_argument("--model_path", nargs="*", default=["models/ResNet150.pth", "models/W4_ResNet.pth"], metavar="FILE",
@@ -204,11 +204,11 @@ def parse() -> Namespace:
     flags.add_device(p)
     p.add_argument("--out", default="results/studies/hessian", metavar="DIR", help="folder to write to")
     # fmt: on
-    return p.parse_args()
+    return p
 
 
 def main() -> None:
-    args = parse()
+    args = parser().parse_args()
     device = select_device(args.device, args.cu_num)[0] if args.model_path else torch.device("cpu")
     datasets = Datasets(args.data_dir, device)
     with output_folder("--out", args.out) as out:

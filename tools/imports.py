@@ -97,10 +97,14 @@ def by_folder(edges: dict[str, set[str]]) -> dict[str, set[str]]:
     return folders
 
 
-def main() -> None:
+def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--modules", action="store_true", help="module by module")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
     edges = graph()
     shown, width = (edges, 28) if args.modules else (by_folder(edges), 16)
     for name, targets in shown.items():

@@ -35,7 +35,7 @@ Squares = list[tuple[int, float]]  # number of weights, and mean square of their
 Measure = Callable[[str, int, int], tuple[Squares, int]]
 
 
-def parse() -> Namespace:
+def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--runs", nargs="+", required=True, metavar="DIR", help="run folders with args.json and metrics.csv")
     p.add_argument(
@@ -45,7 +45,11 @@ def parse() -> Namespace:
     flags.add_data_dir(p, None)
     flags.add_device(p)
     p.add_argument("--out", default="results/studies/pace", metavar="DIR", help="folder for pace.csv and pace.json")
-    args = p.parse_args()
+    return p
+
+
+def parse() -> Namespace:
+    args = parser().parse_args()
     args.labels = args.labels or [Path(path).name for path in args.runs]
     if len(args.labels) != len(args.runs):
         raise UserError(f"{len(args.labels)} --labels for {len(args.runs)} --runs: give one for each")

@@ -7,11 +7,15 @@ from utils.checkpoint import RUN_STATE, load_checkpoint, save_checkpoint
 from utils.cli import Parser, run
 
 
-def main() -> None:
+def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("source", help="checkpoint of a run")
     p.add_argument("destination", help="file to write")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
     checkpoint = load_checkpoint(args.source)
     save_checkpoint(args.destination, {key: value for key, value in checkpoint.items() if key not in RUN_STATE})
 

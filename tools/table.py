@@ -47,10 +47,14 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
+def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("files", nargs="+", metavar="FILE", help="results.csv of eval.py")
-    print(markdown(read_results(p.parse_args().files)))
+    return p
+
+
+def main() -> None:
+    print(markdown(read_results(parser().parse_args().files)))
 
 
 if __name__ == "__main__":

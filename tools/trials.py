@@ -36,6 +36,7 @@ from utils.training.evaluation import evaluate_batches
 GAP_CHECKS = 8  # of the rule "gap", in each epoch
 GAP_FACTOR = 1.5
 
+RULES = ["even", "fast_first", "slow_first", "one_lambda_s", "grafted", "gap"]
 Shape = Callable[[Tensor], Tensor]  # share of tau_end at a share of the plan
 
 
@@ -148,17 +149,25 @@ def change(args: Namespace) -> None:
     STAGE_DEFAULTS.update(tau_end=args.tau_end, noise_limit=args.noise_limit)
 
 
-def main() -> None:
+def parser() -> Parser:
     p = Parser(__doc__)
-    rules = ["even", "fast_first", "slow_first", "one_lambda_s", "grafted", "gap"]
-    p.add_argument("--rule", default="even", choices=rules)
-    p.add_argument("--tau_end", type=positive, default=STAGE_DEFAULTS["tau_end"])
-    p.add_argument("--noise_limit", type=positive, default=STAGE_DEFAULTS["noise_limit"])
-    p.add_argument("--plan_end", type=positive, default=law.PLAN_END)
+    p.add_argument("--rule", default="even", choices=RULES, help="what replaces the rule of auto")
+    p.add_argument("--tau_end", type=positive, default=STAGE_DEFAULTS["tau_end"], help="tau at the end of the plan")
+    p.add_argument(
+        "--noise_limit",
+        type=positive,
+        default=STAGE_DEFAULTS["noise_limit"],
+        help="limit of the root mean square of a step's x (docs/optimizer.md)",
+    )
+    p.add_argument("--plan_end", type=positive, default=law.PLAN_END, help="share of the stage at which the plan ends")
     p.add_argument("--decay_at", type=positive, help="share of the stage's steps after which the rate is a tenth")
     p.add_argument("--adamw", choices=["scaled", "outside"], help="decoupled decay inside or outside the scaling")
-    p.add_argument("--beta1", type=float, choices=[0.0, 0.5, 0.9], help="of Adam")
-    args, flags = p.parse_known_args()
+    p.add_argument("--beta1", type=float, choices=[0.0, 0.5, 0.9], help="of Adam (default: its own 0.9)")
+    return p
+
+
+def main() -> None:
+    args, flags = parser().parse_known_args()
     command, sys.argv = sys.argv, [*sys.argv[:1], *flags, "--lambda_s", AUTO]
     settings, folder = train.parse()
     sys.argv = command  # for the record

@@ -160,6 +160,7 @@ def positive_or(word: str) -> Callable[[str], float | str]:
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentTypeError(f"{error}, or {word}") from None
 
+    convert.__doc__ = f"Argument type: a finite number > 0, or {word}."
     return convert
 
 

@@ -10,18 +10,18 @@ def add_device(p: Parser) -> None:
 
 def add_data_dir(p: Parser, default: str | None = None) -> None:
     """`default` None: the folder that the checkpoint was trained with, else data."""
-    where = "folder that holds <dataset>.npz, torchvision's archive, or train/ and val/"
+    where = "folder that holds <dataset>.npz, torchvision's archive, or train/ and val/ with a folder for each class"
     of_file = " (default: the folder that the file was trained with if the data set is there, else data)"
-    p.add_argument("--data_dir", default=default, help=where + ("" if default else of_file))
+    p.add_argument("--data_dir", default=default, metavar="DIR", help=where + ("" if default else of_file))
 
 
 def add_workers(p: Parser) -> None:
-    help_text = "processes that read images of an imagefolder, at most one per core"
+    help_text = "processes that read images of an imagefolder, for each process of torchrun; at most one per core"
     p.add_argument("--workers", type=index, default=4, help=help_text)
 
 
 def add_calib_images(p: Parser, default: int, purpose: str) -> None:
-    help_text = f"training images for {purpose}; all if there are fewer and N is not given"
+    help_text = f"unaugmented training images for {purpose}; all if there are fewer and N is not given"
     p.add_argument("--calib_images", type=count, default=Default(default), metavar="N", help=help_text)
 
 
