@@ -257,6 +257,20 @@ def test_steps_of_the_base_optimizer(net, flags, step):
         assert torch.allclose(1 - weight, torch.tensor(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("flags, moves", [("--psg_acts_on update", False), ("--psg 0", True)])
+def test_adam_has_no_momentum_where_psg_scales_its_steps(net, flags, moves):
+    import train
+
+    args = train.parser().parse_args([*flags.split(), *"--adam 1 --lr 0.1 --w_bit 4 --w_decay 0".split()])
+    optimizer = build_optimizer(args, net, build_goal(args), torch.device("cpu"), steps=9)
+    for gradient in (1.0, 0.0):
+        before = net.conv2.weight.detach().clone()
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+    assert torch.equal(net.conv2.weight, before) != moves
+
+
 def test_cu_num_without_a_gpu_says_so(cli):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -162,7 +162,7 @@ def parser() -> Parser:
     p.add_argument("--plan_end", type=positive, default=law.PLAN_END, help="share of the stage at which the plan ends")
     p.add_argument("--decay_at", type=positive, help="share of the stage's steps after which the rate is a tenth")
     p.add_argument("--adamw", choices=["scaled", "outside"], help="decoupled decay inside or outside the scaling")
-    p.add_argument("--beta1", type=float, choices=[0.0, 0.5, 0.9], help="of Adam (default: its own 0.9)")
+    p.add_argument("--beta1", type=float, choices=[0.0, 0.5, 0.9], help="of Adam (default: train.py's)")
     return p
 
 
