@@ -261,7 +261,7 @@ def test_steps_of_the_base_optimizer(net, flags, step):
 def test_adam_has_no_momentum_where_psg_scales_its_steps(net, flags, moves):
     import train
 
-    args = train.parser().parse_args([*flags.split(), *"--adam 1 --lr 0.1 --w_bit 4 --w_decay 0".split()])
+    args = train.parser().parse_args([*f"{flags} --adam 1 --lr 0.1 --w_bit 4 --w_decay 0".split()])
     optimizer = build_optimizer(args, net, build_goal(args), torch.device("cpu"), steps=9)
     for gradient in (1.0, 0.0):
         before = net.conv2.weight.detach().clone()
