@@ -8,10 +8,9 @@ gradient and gain = lr * (1 - dampening) / (1 - momentum). With noisy gradients 
 is its variance. tau alone decides how many weights are near the grid, whatever the network and the bits, so lambda_s
 "auto" chooses each tensor's lambda_s such that tau grows evenly to `tau_end` in the first part of the stage.
 
-With acts_on="update" the base optimizer's step / lr takes the place of g, and gain is lr. Momentum correlates such
-steps. A walk of correlated steps has a larger variance for the same tau but less drift towards the grid, and the two
-nearly cancel: the tau after which nine tenths of the weights are near the grid is 6.3 for independent steps, and
-between 4.7 and 7.3 for correlations up to those of momentum 0.9.
+With acts_on="update" the base optimizer's step / lr takes the place of g, and gain is lr. If the base has momentum, its
+steps are correlated. Their sum, and so the noise of the weights, is then larger for the same tau (19 times the variance
+with beta1 = 0.9), while the draw towards the grid comes from the squares of single steps: see docs/optimizer.md, Adam.
 
 Each scaled weight has a record in the optimizer's state, on its device: a float32 tensor of the RECORD fields.
 """
