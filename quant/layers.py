@@ -14,6 +14,11 @@ WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def is_relu(module: nn.Module | None) -> bool:
+    """Whether `module` is an nn.ReLU. A subclass that computes something else is not one."""
+    return isinstance(module, nn.ReLU) and type(module).forward is nn.ReLU.forward
+
+
 def layer_grids(model: nn.Module, grid: Grid | int) -> dict[str, Grid]:
     """The grid of every quantized parameter by its state_dict name, in the order of the modules of `model`.
 
@@ -86,7 +91,8 @@ def copy_network(model: nn.Module) -> nn.Module:
     """A deep copy of `model`.
 
     It also works after a training step with spectral_norm, weight_norm or a pruning mask. These leave in the module a
-    computed weight that copy.deepcopy rejects.
+    computed weight that copy.deepcopy rejects. And copies of an nn.TransformerDecoderLayer keep an activation that is a
+    module, in place of which torch gives them F.relu.
     """
     computed = [
         value
@@ -94,7 +100,11 @@ def copy_network(model: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     ]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    for module, twin in zip(model.modules(), copied.modules(), strict=True):
+        if isinstance(module, nn.TransformerDecoderLayer) and "activation" not in vars(module):
+            vars(twin).pop("activation", None)
+    return copied
 
 
 def psg_param_groups(model: nn.Module, grid: Grid | int) -> list[dict[str, Any]]:
