@@ -8,7 +8,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.modules import activation
 
 from .grid import FLOAT_BITS
-from .layers import copy_network, first_names
+from .layers import copy_network, first_names, is_relu
 from .quantizers import ActivationQuantizer
 from .tracing import InPlaceError, operation, trace
 
@@ -19,19 +19,32 @@ ACTIVATION_LAYERS = tuple(
     kind for name, kind in vars(activation).items() if name in activation.__all__ and name not in NO_ACTIVATIONS
 )
 ACTIVATION_FUNCTIONS = {
-    "celu", "clamp", "clamp_min", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh",
-    "leaky_relu", "logsigmoid", "mish", "prelu", "relu", "relu6", "rrelu", "selu", "sigmoid", "silu", "softplus",
-    "softshrink", "softsign", "tanh", "tanhshrink", "threshold",
+    "celu", "clamp", "clamp_max", "clamp_min", "clip", "elu", "gelu", "glu", "hardshrink", "hardsigmoid", "hardswish",
+    "hardtanh", "leaky_relu", "log_sigmoid", "logsigmoid", "maximum", "minimum", "mish", "prelu", "relu", "relu6",
+    "rrelu", "selu", "sigmoid", "silu", "softplus", "softshrink", "softsign", "special_expit", "tanh", "tanhshrink",
+    "threshold",
 }  # fmt: skip
 TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def relu_names(model: nn.Module) -> list[str]:
     """Names of the ReLU modules of `model`. Raises ValueError if it has none."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.ReLU)]
+    names = [name for name, module in model.named_modules() if is_relu(module) and _is_reached(model, name)]
     if not names:
         raise ValueError(f"{type(model).__name__} has no nn.ReLU module for an activation quantizer to replace")
     return names
+
+
+def _is_reached(model: nn.Module, name: str) -> bool:
+    """Whether `model` finds the module `name` under this name.
+
+    The layers of an nn.TransformerDecoder do not: torch has them call F.relu, whatever their module `activation` is.
+    """
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def float_activations(model: nn.Module) -> list[str]:
@@ -58,8 +71,8 @@ def _activations(model: nn.Module, graph: fx.Graph | None) -> list[tuple[str, st
     """Name and kind of every activation that eval mode calls. Without a graph, all modules count as called."""
     found, called = [], _called(graph)
     for name, module in model.named_modules():
-        if isinstance(module, ACTIVATION_LAYERS) and _is_called(name, called):
-            found.append((name, "ReLU" if isinstance(module, nn.ReLU) else type(module).__name__))
+        if isinstance(module, ACTIVATION_LAYERS) and _is_called(name, called) and _is_reached(model, name):
+            found.append((name, "ReLU" if is_relu(module) else type(module).__name__))
         if isinstance(module, TRANSFORMER_LAYERS) and not isinstance(module.activation, nn.Module):
             found.append((f"{name}.activation", getattr(module.activation, "__name__", "function")))
     for node in graph.nodes if graph else ():
@@ -86,7 +99,8 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
     `ranges` holds the largest value x_max of each ReLU by module name, as `bn_ranges` and `calibrate` return it. A ReLU
     module that the network uses in several places, or under several names, gets one quantizer with the largest of its
     ranges. A ReLU that eval mode never calls, such as that of an auxiliary head, stays. One warning names the other
-    activations that stay in float: modules of other kinds and functions such as F.relu.
+    activations that stay in float: modules of other kinds and functions such as F.relu. Another warning says that
+    functions were not looked for, if torch.fx cannot trace the network.
 
     bits=32 quantizes nothing. inplace=True changes `model` itself and returns it. Raises ValueError for bits outside
     2..8, for a model without ReLU modules, for a ReLU without a range, and (InPlaceError) for a network that reads a
@@ -106,6 +120,11 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
         elif called is not None and _is_called(name, called):
             raise ValueError(f"no activation range is given for {name}")
     _warn_of_floats(_activations(model, graph), quantizers)
+    if graph is None:
+        warnings.warn(
+            f"torch.fx cannot trace {type(model).__name__}: functions such as F.relu, if it calls any, stay float",
+            stacklevel=2,
+        )
     quantized = model if inplace else copy_network(model)
     by_module = {quantized.get_submodule(name): quantizer for name, quantizer in quantizers.items()}
     for name, module in list(quantized.named_modules(remove_duplicate=False)):

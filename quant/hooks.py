@@ -91,22 +91,23 @@ def _called_projection(attention: nn.MultiheadAttention) -> Iterator[None]:
     """Makes `attention` call its out_proj as a layer. The attention itself runs with an identity in place of out_proj,
     which is exact; out_proj is then applied to the result."""
     layer = attention.out_proj
-    own = dict(layer._parameters)
 
     def set_aside(*_: Any) -> None:
-        weight = layer.weight
-        layer._parameters["weight"] = nn.Parameter(torch.eye(len(weight)).to(weight), requires_grad=False)
+        weight = layer.weight  # computed anew at each access, if it is parametrized
+        identity = nn.Linear(len(weight), len(weight), layer.bias is not None, device="meta")
+        identity.weight = nn.Parameter(torch.eye(len(weight)).to(weight), requires_grad=False)
         if layer.bias is not None:
-            layer._parameters["bias"] = nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)
+            identity.bias = nn.Parameter(torch.zeros_like(layer.bias), requires_grad=False)
+        attention._modules["out_proj"] = identity
 
     def project(module: nn.Module, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        layer._parameters.update(own)
+        attention._modules["out_proj"] = layer
         return layer(outputs[0]), *outputs[1:]
 
     handles = [attention.register_forward_pre_hook(set_aside), attention.register_forward_hook(project)]
     try:
         yield
     finally:
-        layer._parameters.update(own)
+        attention._modules["out_proj"] = layer
         for handle in handles:
             handle.remove()

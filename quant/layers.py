@@ -14,6 +14,11 @@ WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def is_relu(module: nn.Module | None) -> bool:
+    """Whether `module` is an nn.ReLU. A subclass that computes something else is not one."""
+    return isinstance(module, nn.ReLU) and type(module).forward is nn.ReLU.forward
+
+
 def layer_grids(model: nn.Module, grid: Grid | int) -> dict[str, Grid]:
     """The grid of every quantized parameter by its state_dict name, in the order of the modules of `model`.
 
@@ -51,6 +56,18 @@ def layer_grids(model: nn.Module, grid: Grid | int) -> dict[str, Grid]:
     return result
 
 
+def warn_of_computed(model: nn.Module) -> None:
+    """Warns of convolutions and linear layers whose weight is computed from other parameters, which have no grid."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
+    computed = [name for name, module in layers if not {"weight", "weight_orig"} & module._parameters.keys()]
+    if computed:
+        warnings.warn(
+            f"the weights of {first_names(computed)} are computed, as by weight_norm or another parametrization, and "
+            "are left alone: make them parameters first (remove_parametrizations, remove_weight_norm)",
+            stacklevel=3,
+        )
+
+
 def first_names(names: Sequence[str]) -> str:
     """The first three of `names`, and how many more there are: for a message."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -86,7 +103,8 @@ def copy_network(model: nn.Module) -> nn.Module:
     """A deep copy of `model`.
 
     It also works after a training step with spectral_norm, weight_norm or a pruning mask. These leave in the module a
-    computed weight that copy.deepcopy rejects.
+    computed weight that copy.deepcopy rejects. And copies of an nn.TransformerDecoderLayer keep an activation that is a
+    module, in place of which torch gives them F.relu.
     """
     computed = [
         value
@@ -94,7 +112,11 @@ def copy_network(model: nn.Module) -> nn.Module:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     ]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    for module, twin in zip(model.modules(), copied.modules(), strict=True):
+        if isinstance(module, nn.TransformerDecoderLayer) and "activation" not in vars(module):
+            vars(twin).pop("activation", None)
+    return copied
 
 
 def psg_param_groups(model: nn.Module, grid: Grid | int) -> list[dict[str, Any]]:
@@ -103,8 +125,9 @@ def psg_param_groups(model: nn.Module, grid: Grid | int) -> list[dict[str, Any]]
 
     `layer_grids` decides which parameters are quantized. A parameter with one element per scale is on its grid whatever
     its value, so PSG would never move it: it stays unscaled. Parameters that do not require a gradient are left out.
-    Pruned weights under an active mask are set to zero in `model` (see `settle_masks`). A warning names the scaled
-    parameters that are all zeros, such as those of a zero-initialized branch.
+    Pruned weights under an active mask are set to zero in `model` (see `settle_masks`). Warnings name the scaled
+    parameters that are all zeros, such as those of a zero-initialized branch, and the layers whose weight is computed
+    from other parameters, as by weight_norm: it is not found.
 
     Raises ValueError for full precision, for a weight_range other than "absmax", and for a model with nothing to scale.
     """
@@ -114,6 +137,7 @@ def psg_param_groups(model: nn.Module, grid: Grid | int) -> list[dict[str, Any]]
     grids = layer_grids(model, grid)
     settle_masks(model, grids)
     bits_of = {name: own.bits for name, own in grids.items() if not _always_on_grid(model.get_parameter(name), own)}
+    warn_of_computed(model)
     scaled, others = split_parameters(model, bits_of)
     if not scaled:
         raise ValueError(f"{type(model).__name__} has no weights to scale: each is frozen or has one element per scale")

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .grid import Grid
-from .layers import check_finite, copy_network, layer_grids, settle_masks, split_parameters, weight_value
+from .layers import (
+    check_finite,
+    copy_network,
+    layer_grids,
+    settle_masks,
+    split_parameters,
+    warn_of_computed,
+    weight_value,
+)
 
 SCOPES = ("global", "layer")
 
@@ -33,11 +41,12 @@ def sparse_param_groups(model: nn.Module, first_last: bool = True) -> list[dict[
     unscaled group with all other parameters.
 
     Parameters that do not require a gradient are left out. Pruned weights under an active mask are set to zero in
-    `model` (see `settle_masks`). A warning names the weights that are all zeros. Raises ValueError for a model without
-    prunable weights, and if all of them are frozen.
+    `model` (see `settle_masks`). Warnings name weights as those of `psg_param_groups` do. Raises ValueError for a model
+    without prunable weights, and if all of them are frozen.
     """
     named = prunable_weights(model, first_last)
     settle_masks(model, named)
+    warn_of_computed(model)
     scaled, others = split_parameters(model, named)
     if not scaled:
         raise ValueError(f"{type(model).__name__} has no weights to scale: all prunable weights are frozen")
@@ -53,7 +62,8 @@ def prune_weights(
 
     `sparsity`, 0 <= sparsity < 1, is the share of the weights that become zero, rounded to whole weights. It applies to
     all prunable weights together (scope "global", the default) or to each layer separately (scope "layer"). There is no
-    fine-tuning. inplace=True changes `model` itself and returns it.
+    fine-tuning. inplace=True changes `model` itself and returns it. A warning names the layers whose weight is computed
+    from other parameters.
 
     Raises ValueError for any other sparsity or scope, and for a weight that is not finite. Source: paper, section 4,
     which does not specify the scope.
@@ -64,6 +74,7 @@ def prune_weights(
         raise ValueError(f"scope must be one of {', '.join(SCOPES)}, got {scope!r}")
     for name, weight in prunable_weights(model, first_last).items():
         check_finite(name, weight)
+    warn_of_computed(model)
     pruned = model if inplace else copy_network(model)
     weights = prunable_weights(pruned, first_last)
     settle_masks(pruned, weights)

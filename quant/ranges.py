@@ -16,7 +16,7 @@ from torch.fx.node import Argument
 from .activations import relu_names
 from .grid import activation_quant_max, check_bits
 from .hooks import Batch, watch
-from .layers import copy_network
+from .layers import copy_network, is_relu
 from .quantizers import ActivationQuantizer, SumQuantizer
 from .tracing import called_module, check_same, is_sum, trace
 
@@ -97,7 +97,8 @@ def quantize_sums(model: nn.Module, batches: Iterable[Batch]) -> fx.GraphModule:
     names: list[str] = []
     for node in list(filter(is_sum, quantized.graph.nodes)):
         for operand in node.args:
-            if not isinstance(called_module(quantized, operand), (nn.ReLU, ActivationQuantizer)):
+            module = called_module(quantized, operand)
+            if not (is_relu(module) or isinstance(module, ActivationQuantizer)):
                 names.append(f"sum_quantizer_{len(names)}")
                 quantized.add_submodule(names[-1], nn.Identity())
                 with quantized.graph.inserting_before(node):
@@ -106,7 +107,10 @@ def quantize_sums(model: nn.Module, batches: Iterable[Batch]) -> fx.GraphModule:
     check_same(model, quantized, batches[:1])
     for name, absmax in _largest_outputs(quantized, names, batches).items():
         quantized.set_submodule(name, SumQuantizer(absmax).to(next(model.parameters()).device))
-    return quantized.train(model.training)
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in quantized.named_modules():
+        module.training = modes.get(name, model.training)
+    return quantized
 
 
 def percentile_ranges(histograms: dict[str, Histogram], percentile: float) -> dict[str, float]:
@@ -176,7 +180,7 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
     statistics = _Statistics(model, shortcut)
     ranges: dict[str, float] = {}
     for node in trace(model).nodes:
-        if isinstance(called_module(model, node), nn.ReLU):
+        if is_relu(called_module(model, node)):
             try:
                 mean, var = statistics.of(node.args[0])
             except LookupError as error:
@@ -206,7 +210,7 @@ class _Statistics:
         module = called_module(self.model, node)
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.affine:
             return ChannelStatistics(module.bias, module.weight.square())
-        if isinstance(module, nn.ReLU):
+        if is_relu(module):
             return rectified(self.of(node.args[0]))
         if isinstance(module, (nn.Identity, nn.Dropout)):
             return self.of(node.args[0])

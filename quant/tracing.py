@@ -8,17 +8,22 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
+from torch.utils._pytree import tree_leaves
 
 from .hooks import Batch, eval_mode, images_of
+from .layers import is_relu
 from .quantizers import Quantizer
 
 # Operations whose result may share memory with their first argument. Dropout and the like do so in eval mode.
 VIEWS = {
-    "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "float", "getattr", "getitem",
-    "movedim", "moveaxis", "narrow", "permute", "ravel", "reshape", "reshape_as", "select", "split", "squeeze",
-    "swapaxes", "swapdims", "t", "tensor_split", "to", "transpose", "type", "type_as", "unbind", "unflatten",
-    "unfold", "unsqueeze", "view", "view_as",
+    "as_strided", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_to", "chunk", "contiguous", "cpu", "cuda",
+    "detach", "diagonal", "double", "dsplit", "expand", "expand_as", "flatten", "float", "getattr", "getitem", "hsplit",
+    "movedim", "moveaxis", "narrow", "pad", "permute", "positive", "ravel", "real", "reshape", "reshape_as", "select",
+    "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "tensor_split", "to", "transpose", "type",
+    "type_as", "unbind", "unflatten", "unfold", "unsafe_chunk", "unsafe_split", "unsqueeze", "view", "view_as",
+    "view_as_real", "vsplit",
     "alpha_dropout", "drop_path", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout",
     "stochastic_depth",
 }  # fmt: skip
@@ -45,7 +50,7 @@ for _name in IN_PLACE_OPERATORS:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, Quantizer) or super().is_leaf_module(module, name)
+        return isinstance(module, Quantizer) or is_relu(module) or super().is_leaf_module(module, name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -86,20 +91,25 @@ def called_module(model: nn.Module, node: fx.Node) -> nn.Module | None:
     return model.get_submodule(operation(node)) if node.op == "call_module" else None
 
 
-def _written(model: nn.Module, node: fx.Node) -> fx.Node | None:
-    """The argument that `node` overwrites, or None."""
-    if isinstance(out := node.kwargs.get("out"), fx.Node):
+def _written(model: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """The arguments that `node` overwrites."""
+    if out := _nodes_in(node.kwargs.get("out")):
         return out
-    first = next(iter([*node.args, *node.kwargs.values()]), None)
-    if not isinstance(first, fx.Node):
-        return None
+    first = _nodes_in(next(iter([*node.args, *node.kwargs.values()]), None))
     if node.op == "call_module":
-        return first if getattr(called_module(model, node), "inplace", False) else None
+        return first if getattr(called_module(model, node), "inplace", False) else []
     if node.op not in ("call_method", "call_function"):
-        return None
+        return []
     name = operation(node)
     in_place = name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    return first if (in_place or _says_in_place(node)) and not _is_size(first) else None
+    return [written for written in first if (in_place or _says_in_place(node)) and not _is_size(written)]
+
+
+def _nodes_in(argument: Any) -> list[fx.Node]:
+    """The nodes in an argument: itself, or those in a list, as the functions torch._foreach_... take them."""
+    found: list[fx.Node] = []
+    map_arg(argument, found.append)
+    return found
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -152,9 +162,10 @@ def _check_in_place(model: nn.Module, graph: fx.Graph) -> None:
         if node.op == "get_attr" and attributes.setdefault(node.target, node) is not node:
             source[node] = attributes[node.target]
         written = _written(model, node)
-        if written is not None:
-            source[node] = written
-            writers[history(node)[-1]].append(node)
+        if written:
+            source[node] = written[0]
+            for operand in written:
+                writers[history(operand)[-1]].append(node)
         elif node.args and isinstance(node.args[0], fx.Node) and _shares_memory(model, node):
             source[node] = node.args[0]
 
@@ -162,14 +173,26 @@ def _check_in_place(model: nn.Module, graph: fx.Graph) -> None:
 @torch.no_grad()
 def check_same(model: nn.Module, rewritten: nn.Module, batches: Iterable[Batch]) -> None:
     """Raises ValueError if the output of `rewritten`, made from the graph of `model`, differs on `batches` from that of
-    `model`. Outputs that are not tensors are not compared."""
+    `model`. Of an output that is a tuple, a list or a dict, all tensors are compared."""
     with eval_mode(model), eval_mode(rewritten):
         for batch in batches:
             images = images_of(batch)
-            outputs = model(images), rewritten(images)
-            tensors = all(isinstance(output, torch.Tensor) for output in outputs)
-            if tensors and not torch.allclose(*outputs, rtol=1e-3, atol=1e-4, equal_nan=True):
+            outputs, others = _tensors_in(model(images)), _tensors_in(rewritten(images))
+            if len(outputs) != len(others) or not all(map(_agree, outputs, others)):
                 raise ValueError(f"the traced graph of {type(model).__name__} does not compute what the network does")
+
+
+def _tensors_in(output: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def _agree(output: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether `other` is `output` up to rounding, whatever the magnitude of the numbers."""
+    if output.shape != other.shape or not output.is_floating_point():
+        return torch.equal(output, other)
+    finite = output[output.isfinite()]
+    largest = finite.abs().amax().item() if finite.numel() else 0.0
+    return torch.allclose(output, other, rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
 
 
 def is_sum(node: fx.Node) -> bool:

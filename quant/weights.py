@@ -4,20 +4,23 @@ import torch
 from torch import nn
 
 from .grid import Grid, as_grid, number, scale_count, snap
-from .layers import WEIGHT_LAYERS, check_finite, copy_network, layer_grids, weight_value
+from .layers import WEIGHT_LAYERS, check_finite, copy_network, layer_grids, warn_of_computed, weight_value
 
 
 @torch.no_grad()
 def quantize_weights(model: nn.Module, grid: Grid | int, inplace: bool = False) -> nn.Module:
     """A copy of `model` whose weights (see `layer_grids`) are rounded to their grid points and stored in float.
 
-    At 32 bits the weights stay as they are. inplace=True changes `model` itself and returns it. Raises ValueError for a
+    At 32 bits the weights stay as they are. inplace=True changes `model` itself and returns it. A warning names the
+    layers whose weight is computed from other parameters, as by weight_norm: it stays float. Raises ValueError for a
     weight that is not finite, and what `layer_grids` raises.
     """
     grid = as_grid(grid)
     grids = {} if grid.is_float else layer_grids(model, grid)
     for name in grids:
         check_finite(name, model.get_parameter(name))
+    if grids:
+        warn_of_computed(model)
     quantized = model if inplace else copy_network(model)
     for name, own in grids.items():
         quantized.get_parameter(name).copy_(snap(weight_value(quantized, name), own)[0])

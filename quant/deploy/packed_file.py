@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import BITS, Grid, quantize, weight_scale
-from ..layers import check_finite, layer_grids, weight_value
+from ..layers import check_finite, layer_grids, warn_of_computed, weight_value
 from .packing import pack_bits, unpack_bits
 
 FORMAT = "psgd-packed-1"
@@ -34,11 +34,12 @@ class IntegerWeight(NamedTuple):
 def integer_weights(model: nn.Module, grid: Grid | int) -> dict[str, IntegerWeight]:
     """The integers of every parameter that `layer_grids` lists, by state_dict name.
 
-    values * scale equals the weight of `quantize_weights`, bit for bit. Raises ValueError for a weight that is not
-    finite, and what `layer_grids` raises.
+    values * scale equals the weight of `quantize_weights`, bit for bit, and a warning is as there. Raises ValueError
+    for a weight that is not finite, and what `layer_grids` raises.
     """
-    found = {}
-    for name, own in layer_grids(model, grid).items():
+    found, grids = {}, layer_grids(model, grid)
+    warn_of_computed(model)
+    for name, own in grids.items():
         weight = weight_value(model, name).detach()
         check_finite(name, weight)
         scale = weight_scale(weight, own)
