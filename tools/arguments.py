@@ -6,12 +6,13 @@ python -m tools.arguments
 import argparse
 import importlib
 import re
+from pathlib import Path
 
 from utils.cli import Parser, run
 from utils.files import atomic_write, check_output_file
 
 SCRIPTS = ("train", "eval", "export", "visualize")
-TOOLS = ("average", "strip_checkpoint", "table", "pace", "hessian", "benchmark", "benchmark_deploy", "trials")
+TOOLS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
 COMMANDS = {f"{name}.py": name for name in SCRIPTS} | {f"python -m tools.{name}": f"tools.{name}" for name in TOOLS}
 TOLD_DEFAULT = re.compile(r" ?\(default: (.*)\)$")  # a help text says what a default of None stands for
 METAVARS = {"FILE": "file", "DIR": "folder", "NAME": "name"}
@@ -75,10 +76,14 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
+def parser() -> Parser:
     p = Parser(__doc__ or "")
     p.add_argument("--out", default="docs/arguments.md", metavar="FILE", help="file to write")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
     check_output_file("--out", args.out)
     text = page()
     with atomic_write(args.out) as file:
