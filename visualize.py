@@ -10,7 +10,7 @@ Some layers of other checkpoints, at 3 bits (the paper's figure 1b)
 The paper's figure 1a, weight error and test error over bit-widths, from the results of eval.py
   python visualize.py --figure 1a --results results/weights/w4/results.csv --out fig
 
-Accuracy and share of weights near the grid over the epochs of runs
+Top-1 over the epochs of runs, float and quantized: the first run beside each of the others
   python visualize.py --figure curves --runs results/runs/vanilla_seed1 results/runs/w4_psgd_seed1 \\
                       --labels SGD PSGD --out fig
 
@@ -62,7 +62,7 @@ def parser() -> Parser:
                    "--report; pace: pace.csv of tools.pace; 4: folder of tools.hessian (default: those in results/)")
     p.add_argument("--sparsity", type=sparsity, default=0.9, metavar="S", help="3: share of weights to mark")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
-                   help="curves: run folders, or any folders with a metrics.csv")
+                   help="curves: run folders, or any folders with a metrics.csv; the first is drawn beside each other")
     p.add_argument("--labels", nargs="+", default=None, metavar="NAME",
                    help="names of the checkpoints or runs in the pictures (default: SGD PSGD for the default ones, "
                    "else the file names)")

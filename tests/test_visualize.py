@@ -96,7 +96,7 @@ def test_figure_1a(cli, rejected, tmp_path):
     assert [[bar.get_height() for bar in group] for group in bars.containers] == [[31, 50], [31]]
     heights = [list(line.get_ydata()) for line in lines.lines]  # a bit-width without a network is a gap
     assert heights == [[1e-6, 1e-3], pytest.approx([numpy.nan, 2e-4], nan_ok=True)]
-    assert [tick.get_text() for tick in bars.get_xticklabels()] == ["W8", "W4"] and lines.get_yscale() == "log"
+    assert [tick.get_text() for tick in lines.get_xticklabels()] == ["W8", "W4"] and lines.get_yscale() == "log"
 
 
 def test_training_curves(cli, tmp_path):
@@ -111,12 +111,22 @@ def test_training_curves(cli, tmp_path):
     assert outcome.code == 0 and (tmp_path / "fig/curves.png").stat().st_size > 10_000, outcome.err
     columns = {"epoch": [1, 2], "fp_top1": [60, 61], "w3_top1": [1, 2], "grid_share": [0.2, 0.4]}
     whole = training_curves({"mine": columns})
-    top, bottom = whole.axes
-    assert [list(line.get_ydata()) for line in top.lines] == [[60, 61], [1, 2]]
-    assert list(bottom.lines[0].get_ydata()) == [20, 40]
-    assert [text.get_text() for text in whole.legends[0].get_texts()] == ["mine, float", "mine, 3 bits"]
-    sparse = training_curves({"mine": {"epoch": [1], "fp_top1": [60], "s90_top1": [50]}})
-    assert [text.get_text() for text in sparse.legends[0].get_texts()] == ["mine, float", "mine, 90 % zeros"]
+    (axis,) = whole.axes
+    assert [list(line.get_ydata()) for line in axis.lines] == [[60, 61], [1, 2]]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["mine, float", "mine, 3 bits"]
+
+
+def test_the_first_run_is_drawn_beside_each_of_the_others():
+    columns = {"epoch": [1, 2, 3, 4], "fp_top1": [60, 61, 62, 63], "w4_top1": [50, 51, 52, 53]}
+    sparse = {"epoch": [3, 4], "fp_top1": [64, 65], "s90_top1": [54, 55]}
+    *panels, empty = training_curves({"SGD": columns, "A": columns, "B": sparse, "C": sparse}).axes
+    for axis, own in zip(panels, ("A, 4 bits", "B, 90 % zeros", "C, 90 % zeros")):
+        texts = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert texts == ["SGD, float", "SGD, 4 bits", f"{own[0]}, float", own]
+    lines = [list(line.get_ydata()) for line in panels[1].lines]
+    assert lines == [columns["fp_top1"], columns["w4_top1"], sparse["fp_top1"], sparse["s90_top1"]]
+    assert 2 < panels[1].get_xlim()[0] < 3 < 4 < panels[1].get_xlim()[1]  # the epochs of B
+    assert len(panels) == 3 and not empty.get_visible()
 
 
 def test_figure_2(cli, tmp_path):
@@ -148,6 +158,10 @@ def test_grid_of_bit_widths(cli, tmp_path, digits_run):
     assert [text.get_text() for text in axis.texts] == ["90.0", "50.0", "10.0", "5.0"]
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["float", "W2"]
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["float", "A2"]
+    cells = {(32, 32): 90.0, (2, 32): 10.0, (2, 2): 5.0}  # a row of one figure would be an empty row
+    (axis,) = accuracy_grids({"SGD 3": cells}).axes
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["W2"]
+    assert axis.get_title() == "SGD 3: top-1 in percent (90.0 in float)"
 
 
 def test_bars_of_a_report(cli, tmp_path):

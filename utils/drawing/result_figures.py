@@ -65,17 +65,15 @@ def layer_histograms(name: str, weights: dict[str, Tensor], grids: dict[str, Gri
 
 @as_written
 def errors_over_bits(series: dict[str, list[dict[str, str]]]) -> Figure:
-    """Figure 1a: for each method a line of weight error (log axis) and bars of test error over bit-widths.
+    """Figure 1a: for each method bars of test error and, below them, a line of weight error (log axis) over bit-widths.
 
     `series` holds rows of eval.py's results by method; rows of one bit-width (seeds) are averaged. PSGD's network at
     each bit-width is the one trained for it.
     """
     widths = sorted({int(row["w_bit"]) for rows in series.values() for row in rows} - {32}, reverse=True)
-    figure, bars = pyplot.subplots(figsize=(7.6, 4.6), layout="constrained")
-    lines = bars.twinx()
-    lines.set_zorder(bars.get_zorder() + 1)  # lines over bars
+    figure, (bars, lines) = pyplot.subplots(2, 1, figsize=(6.4, 6.4), sharex=True, layout="constrained")
     share = 0.8 / len(series)
-    handles, labels, heights = [], [], []
+    legend, heights = {}, []
     for position, (label, rows) in enumerate(series.items()):
         color = color_of(label, position)
         own = [[row for row in rows if int(row["w_bit"]) == width] for width in widths]
@@ -85,25 +83,24 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]) -> Figure:
         errors = [float(numpy.mean([100 - float(row["top1"]) for row in own[place]])) for place in places]
         mses = [float(numpy.mean([float(row["weight_mse"]) for row in found])) if found else math.nan for found in own]
         shift = (position - (len(series) - 1) / 2) * share
-        drawn = draw_bars(bars, numpy.add(places, shift), errors, share, 105, color=color, alpha=0.45)
+        drawn = draw_bars(bars, numpy.add(places, shift), errors, share, 105, color=color)
         told = [f"{error:.1f}" if numpy.isfinite(error) else "" for error in errors]
-        bars.bar_label(drawn, told, fontsize="x-small", label_type="center")  # away from the lines
+        bars.bar_label(drawn, told, fontsize="small", padding=3, rotation=90)  # side by side they would overlap
         on_axis = [mse if 0 < mse < math.inf else math.nan for mse in mses]
-        (line,) = lines.plot(range(len(widths)), on_axis, "o-", color=color)
-        handles += [whole_bar(drawn), line]
-        labels += [f"{label}, test error", f"{label}, weight error"]
+        lines.plot(range(len(widths)), on_axis, "o-", color=color)
+        legend[label] = whole_bar(drawn)
         heights += on_axis
         for place in places:
             mark_off_axis(lines, place, mses[place], color)
-    bars.set_xticks(range(len(widths)), [f"W{width}" for width in widths])
-    bars.set_xlabel("bit-width of the weights (PSGD: trained for that bit-width)")
-    bars.set_ylabel("top-1 test error in percent (bars)")
-    bars.set_ylim(0, 105)
+    bars.set_ylabel("top-1 test error, percent")
+    bars.set_ylim(0, 125)  # room for the numbers
+    bars.set_yticks(range(0, 101, 20))
     log_scale(lines, heights)
-    lines.set_ylabel("mean-squared error of the weights (lines)")
-    order = [*range(0, len(labels), 2), *range(1, len(labels), 2)]  # bars, then lines
-    options = {"loc": "outside upper center", "fontsize": "small", "ncols": 2}
-    add_legend(figure, [handles[n] for n in order], [labels[n] for n in order], **options)
+    lines.set_xticks(range(len(widths)), [f"W{width}" for width in widths])
+    lines.set_xlabel("bit-width of the weights\n(PSGD: trained for that bit-width)")
+    lines.set_ylabel("mean-squared error\nof the weights")
+    lines.grid(alpha=0.3)
+    add_legend(figure, legend.values(), [*legend], loc="outside upper center", fontsize="small", ncols=len(legend))
     return figure
 
 
@@ -164,30 +161,37 @@ def lone_points(values: Sequence[float]) -> dict[str, Any]:
 
 @as_written
 def training_curves(runs: dict[str, dict[str, list[float]]]) -> Figure:
-    """Top-1 (solid: float, dashed: at the run's bit-width or sparsity) and share of weights near the grid, over epochs.
+    """Top-1 over epochs, solid: float, dashed: at the run's bit-width or sparsity.
 
+    Each run after the first has a panel, over its own epochs and a few before them, where the first is drawn beside it.
     `runs` holds the columns of each run's metrics.csv by label.
     """
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9.5, 6), sharex=True, layout="constrained")
-    labels = []
-    for position, (label, columns) in enumerate(runs.items()):
-        color = color_of(label, position)
-        low = target_column(columns)
-        top.plot(columns["epoch"], columns["fp_top1"], color=color, **lone_points(columns["fp_top1"]))
-        number = low[1:].removesuffix("_top1")
-        top.plot(columns["epoch"], columns[low], "--", color=color, linewidth=1.2, **lone_points(columns[low]))
-        labels += [f"{label}, float", f"{label}, {number} bits" if low[0] == "w" else f"{label}, {number} % zeros"]
-        if "grid_share" in columns:
-            shares = [100 * share for share in columns["grid_share"]]
-            bottom.plot(columns["epoch"], shares, color=color, **lone_points(shares))
-    top.set_ylabel("top-1 accuracy in percent")
-    bottom.set_ylabel("weights within a tenth of\na step of the grid, percent")
-    bottom.set_ylim(0, 100)
-    bottom.set_xlabel("epoch")
-    bottom.set_visible(bool(bottom.lines))  # sparse runs only: they have no grid
-    for axis in (top, bottom):
+    first, *others = runs
+    pairs = [[first, other] for other in others] or [[first]]
+    across = min(2, len(pairs))
+    down = math.ceil(len(pairs) / across)
+    figure, axes = pyplot.subplots(
+        down, across, figsize=(0.8 + 3.2 * across, 0.6 + 3.4 * down), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(pairs) :]:
+        axis.set_visible(False)
+    for axis, pair in zip(axes.flat, pairs):
+        labels = []
+        for label, color in zip(pair, COLORS.values()):
+            columns = runs[label]
+            low = target_column(columns)
+            axis.plot(columns["epoch"], columns["fp_top1"], color=color, **lone_points(columns["fp_top1"]))
+            axis.plot(columns["epoch"], columns[low], "--", color=color, **lone_points(columns[low]))
+            number = low[1:].removesuffix("_top1")
+            labels += [f"{label}, float", f"{label}, {number} bits" if low[0] == "w" else f"{label}, {number} % zeros"]
+        own = runs[pair[-1]]["epoch"]
+        axis.set_xlim(own[0] - 0.1 * len(own), own[-1] + 0.05 * len(own))
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    add_legend(figure, top.lines, labels, loc="outside right upper", fontsize="small")
+        axis.set_xlabel("epoch")
+        add_legend(axis, axis.lines, labels, fontsize="small", loc="lower right")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("top-1 accuracy, percent")
     return figure
 
 
@@ -195,16 +199,20 @@ def training_curves(runs: dict[str, dict[str, list[float]]]) -> Figure:
 def accuracy_grids(groups: dict[str, dict[tuple[int, int], float]]) -> Figure:
     """A heat map of top-1 for each network: weight bit-widths down, activation bit-widths across; 32 is float.
 
-    `groups` holds top-1 in percent by (w_bit, a_bit) for each network.
+    `groups` holds top-1 in percent by (w_bit, a_bit) for each network. If float weights were evaluated only with float
+    activations, that figure stands in the title instead of in a row of its own.
     """
-    widths = sorted({w for cells in groups.values() for w, _ in cells}, reverse=True)
-    depths = sorted({a for cells in groups.values() for _, a in cells}, reverse=True)
+    cells = {place for places in groups.values() for place in places}
+    in_title = {a for w, a in cells if w == 32} == {32} and len(cells) > 1
+    cells -= {(32, 32)} if in_title else set()
+    widths = sorted({w for w, _ in cells}, reverse=True)
+    depths = sorted({a for _, a in cells}, reverse=True)
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(1.5 + (1.2 + 0.75 * len(depths)) * len(groups), 1.6 + 0.5 * len(widths)),
+        len(groups), 1, figsize=(1.2 + 0.62 * len(depths), (1.1 + 0.42 * len(widths)) * len(groups)),
         squeeze=False, layout="constrained",
     )  # fmt: skip
-    for axis, (label, cells) in zip(axes[0], groups.items()):
-        values = numpy.array([[cells.get((w, a), numpy.nan) for a in depths] for w in widths])
+    for axis, (label, found) in zip(axes[:, 0], groups.items()):
+        values = numpy.array([[found.get((w, a), numpy.nan) for a in depths] for w in widths])
         finite = numpy.where(numpy.isfinite(values), values, numpy.nan)
         seaborn.heatmap(
             finite, ax=axis, annot=True, fmt=".1f", cmap="viridis", vmin=0, cbar=False,
@@ -212,14 +220,15 @@ def accuracy_grids(groups: dict[str, dict[tuple[int, int], float]]) -> Figure:
             xticklabels=["float" if a == 32 else f"A{a}" for a in depths],
             yticklabels=["float" if w == 32 else f"W{w}" for w in widths],
         )  # fmt: skip
-        for w, a in cells:
-            row, column = widths.index(w), depths.index(a)
-            if not numpy.isfinite(values[row, column]):
-                axis.text(column + 0.5, row + 0.5, f"{values[row, column]:g}", ha="center", va="center")
-        axis.set_title(f"{label}: top-1 in percent")
-        axis.set_xlabel("bit-width of the activations")
+        for w, a in cells & found.keys():
+            if not math.isfinite(found[w, a]):
+                place = depths.index(a) + 0.5, widths.index(w) + 0.5
+                axis.text(*place, f"{found[w, a]:g}", ha="center", va="center")
+        told = f" ({found[32, 32]:.1f} in float)" if in_title and (32, 32) in found else ""
+        axis.set_title(f"{label}: top-1 in percent{told}")
+        axis.set_ylabel("weights")
         axis.tick_params(axis="y", rotation=0)
-    axes[0][0].set_ylabel("bit-width of the weights")
+    axes[-1][0].set_xlabel("activations")
     return figure
 
 
