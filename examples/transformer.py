@@ -1,5 +1,5 @@
 """PSGD on a transformer: linear layers go to the grid, embeddings and LayerNorm are left alone. The base is AdamW,
-whose normalization cancels a scaling of the gradient, so PSG acts on its updates.
+whose normalization cancels a scaling of the gradient, so PSG acts on its updates, which have no momentum (beta1 = 0).
 
     pip install . scikit-learn
     python examples/transformer.py
@@ -63,9 +63,9 @@ def run(optimizer: torch.optim.Optimizer, epochs: int) -> None:
 
 
 run(torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01), epochs=20)
-base = torch.optim.AdamW(psg_param_groups(model, 4), lr=3e-3, weight_decay=0.01)
-optimizer = PSGD(base, lambda_s="auto", acts_on="update", steps=20 * 23)  # 23 batches an epoch
-run(optimizer, epochs=20)
+base = torch.optim.AdamW(psg_param_groups(model, 4), lr=3e-3, betas=(0.0, 0.999), weight_decay=0.01)
+optimizer = PSGD(base, lambda_s="auto", acts_on="update", steps=40 * 23)  # 23 batches an epoch
+run(optimizer, epochs=40)
 
 
 def accuracy(network: nn.Module) -> float:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from .grid import weight_scales
 from .lambda_s import Pace, measured_pace, restore_records, steps_taken, take_step, watch_loss
-from .settings import AUTO, PSG_KEYS, STAGE_KEYS, complete, is_scaled
+from .settings import AUTO, PSG_KEYS, STAGE_KEYS, complete, is_scaled, momentum
 
 STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 SWITCHES = {"train", "eval"}  # methods of base optimizers that keep two sets of weights, such as those of schedule_free
@@ -73,7 +73,8 @@ class PSGD(Optimizer):
     pass. With a closure, gradients are scaled after each evaluation.
 
     With acts_on="update" the gradients stay unscaled, and the whole change that the base optimizer makes to a weight is
-    scaled: momentum, preconditioning, weight decay and penalties. Use it with base optimizers that normalize gradients.
+    scaled: momentum, preconditioning, weight decay and penalties. Use it with base optimizers that normalize gradients,
+    with their momentum set to 0, such as AdamW(groups, lr, betas=(0.0, 0.999)); a warning names any other.
 
     Args:
         base: an optimizer instance. `bits` (2..8) or `target="zero"` in a parameter group marks the group as scaled;
@@ -120,6 +121,13 @@ class PSGD(Optimizer):
             raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, grid)')
         if SWITCHES & set(dir(base)) and any(group.get("acts_on") == "update" for group in base.param_groups):
             raise ValueError(f'{type(base).__name__} keeps weights of its own, which acts_on="update" would not scale')
+        repeated = max((momentum(group) for group in base.param_groups if group.get("acts_on") == "update"), default=0)
+        if repeated:
+            warnings.warn(
+                f'acts_on="update" around {type(base).__name__} with a momentum (beta1) of {repeated:g}, which repeats '
+                "scaled steps: it adds noise to the weights and no draw to the grid; set it to 0",
+                stacklevel=2,
+            )
         super().__init__(base.param_groups, base.defaults)
         self.base = base
         self._follow()

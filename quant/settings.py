@@ -24,6 +24,12 @@ def is_scaled(group: dict[str, Any]) -> bool:
     return "bits" in group or group.get("target") == "zero"
 
 
+def momentum(group: dict[str, Any]) -> float:
+    """The momentum of the base optimizer's steps in a group: SGD's, or beta1 of Adam and its kin; 0 if it has none."""
+    betas = group.get("betas") or (0.0,)
+    return float(group.get("momentum") or betas[0])
+
+
 def complete(group: dict[str, Any], defaults: dict[str, Any], base: Optimizer) -> None:
     """Checks the settings of a scaled group of `base`, then fills in the missing ones. Other groups stay as they are.
 

@@ -179,6 +179,22 @@ def test_auto_on_updates_whether_or_not_they_are_correlated(base):
     assert 0.9 < walk.share() < 0.99
 
 
+def test_momentum_adds_to_the_noise_of_scaled_steps_and_not_to_the_draw():
+    """Of Adam's steps over gradients of pure noise. With beta1 the squares of single steps, which draw the weights to
+    the grid, are (1 - beta1) / (1 + beta1) of those without; the noise of the steps' sum is the same."""
+    taus, shares = [], []
+    for beta1 in (0.0, 0.9):
+        walk = Walk(sizes=(20_000,))
+        base = torch.optim.Adam(walk.groups(), lr=0.01, betas=(beta1, 0.999))
+        optimizer = PSGD(base, 10.0, acts_on="update", steps=600)
+        walk.steps(optimizer, 600)
+        taus.append(optimizer.pace().tau)
+        shares.append(walk.share())
+    assert taus[1] == pytest.approx(taus[0] / 19, rel=0.1)
+    assert shares[0] == pytest.approx(expected_share(taus[0]), abs=0.02)
+    assert shares[1] < shares[0] - 0.1
+
+
 @pytest.mark.parametrize("acts_on", ["gradient", "update"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_stage_goes_on_exactly(net, dtype, acts_on):

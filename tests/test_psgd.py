@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -184,3 +185,25 @@ def test_cuda_graph(net):
     step(reference, PSGD(torch.optim.SGD(psg_param_groups(reference, 4), lr=0.01, fused=True)))
     for a, b in zip(net.parameters(), reference.parameters()):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("base", "warns"),
+    [
+        (lambda groups: torch.optim.AdamW(groups, lr=1e-3), "AdamW with a momentum .beta1. of 0.9"),
+        (lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.5), "SGD with a momentum .beta1. of 0.5"),
+        (lambda groups: torch.optim.AdamW(groups, lr=1e-3, betas=(0.0, 0.999)), None),
+        (lambda groups: torch.optim.RMSprop(groups, lr=1e-3), None),
+        (lambda groups: torch.optim.Adagrad(groups, lr=1e-3), None),
+    ],
+)
+def test_momentum_of_scaled_steps_is_named(net, base, warns):
+    groups = psg_param_groups(net, 4)
+    if warns:
+        with pytest.warns(UserWarning, match=warns):
+            PSGD(base(groups), 50, acts_on="update")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if not warns:
+            PSGD(base(psg_param_groups(net, 4)), 50, acts_on="update")
+        PSGD(base(psg_param_groups(net, 4)), 50)
