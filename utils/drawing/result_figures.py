@@ -189,7 +189,7 @@ def training_curves(runs: dict[str, dict[str, list[float]]]) -> Figure:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.set_xlabel("epoch")
-        add_legend(axis, axis.lines, labels, fontsize="small", loc="lower right")
+        add_legend(axis, axis.lines, labels, fontsize="small", loc="best")
     for axis in axes[:, 0]:
         axis.set_ylabel("top-1 accuracy, percent")
     return figure
