@@ -35,9 +35,12 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modu
     batch holds images [N, C, H, W], and all batches should have about the same N. All other modules are in eval mode
     meanwhile; with torch's update_bn, dropout and stochastic depth would be active.
 
-    Raises ValueError for a network without batch-norm statistics, and if `batches` is empty.
+    Raises ValueError for a network without batch-norm statistics, if `batches` is empty, and for statistics that are
+    not finite.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    kind = nn.modules.batchnorm._BatchNorm
+    names = {m: name for name, m in model.named_modules() if isinstance(m, kind) and m.track_running_stats}
+    norms = [*names]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch-norm statistics to re-estimate")
     batches = iter(batches)
@@ -54,6 +57,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modu
                 norm.train()
             for batch in chain([first], batches):
                 model(images_of(batch))
+            for norm in norms:
+                moments = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+                _check_finite(*moments, of=f"the inputs of {names[norm]}")
         finally:
             for norm, momentum in zip(norms, momenta):
                 norm.momentum = momentum
@@ -69,13 +75,15 @@ def correct_bias(
 
     The layers are corrected in the order in which they run, each after those before it. The mean is that of each output
     channel over `batches`. A convolution without a bias gets one. Source: bias correction (Nagel et al. 2019), but with
-    images instead of batch-norm statistics. Raises ValueError if `batches` is empty.
+    images instead of batch-norm statistics. Raises ValueError if `batches` is empty, and for outputs that are not
+    finite.
     """
     batches = list(batches)
     with restored_on_error(quantized):
         for name in layers_in_order(model, batches, layer_grids(model, Grid(8, first_last))):
             layer = quantized.get_submodule(name)
             shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
+            _check_finite(shift, of=f"the outputs of {name}")
             bias = cast(Tensor | None, layer.bias)
             layer.bias = nn.Parameter(shift if bias is None else bias + shift)
     return quantized.eval()
@@ -100,7 +108,8 @@ def adaround(
 
     Biases stay rounded to the nearest grid point, and so do computed weights, as by spectral_norm. Weights that are
     zero in `model`, such as pruned ones, stay zero. A weight that several layers share is learned in the first of them.
-    Raises ValueError for full precision and if `batches` is empty.
+    Raises ValueError for full precision, if `batches` is empty, and for inputs and outputs of a layer that are not
+    finite.
     """
     batches = list(batches)
     grids = layer_grids(model, grid)
@@ -112,6 +121,7 @@ def adaround(
             layer, weight = quantized.get_submodule(name), model.get_parameter(f"{name}.weight").detach()
             inputs = torch.cat([layer_input for layer_input, _ in capture(quantized, name, batches)])
             targets = torch.cat([output for _, output in capture(model, name, batches)])
+            _check_finite(inputs, targets, of=f"the inputs or outputs of {name}")
             rounding = _Rounding(weight, grids[f"{name}.weight"])
             learned = rounding.learn(layer, inputs, targets, iterations, lr, generator)
             with torch.no_grad():
@@ -157,6 +167,11 @@ class _Rounding:
             optimizer.step()
         with torch.no_grad():
             return self.on_grid((self.up() >= 0.5).to(self.floor.dtype))
+
+
+def _check_finite(*tensors: Tensor, of: str) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{of} are not finite on these images: nothing can be fitted to them")
 
 
 def capture(model: nn.Module, name: str, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
