@@ -33,7 +33,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modu
 
     Quantized weights shift the inputs of batch norm. Statistics taken with the quantized weights undo the shift. Each
     batch holds images [N, C, H, W], and all batches should have about the same N. All other modules are in eval mode
-    meanwhile; with torch's update_bn, dropout and stochastic depth would be active.
+    meanwhile; with torch's update_bn, dropout and stochastic depth would be active. A batch norm that is not called,
+    such as that of an auxiliary head, keeps its statistics.
 
     Raises ValueError for a network without batch-norm statistics, if `batches` is empty, and for statistics that are
     not finite.
@@ -47,6 +48,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modu
     first = next(batches, None)
     if first is None:
         raise ValueError("re-estimating batch norm needs at least one batch of images")
+    before = {norm: {key: value.clone() for key, value in norm.named_buffers()} for norm in norms}
     momenta = [norm.momentum for norm in norms]
     with restored_on_error(model):
         model.eval()
@@ -57,7 +59,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modu
                 norm.train()
             for batch in chain([first], batches):
                 model(images_of(batch))
-            for norm in norms:
+            for norm, buffers in before.items():
+                if not norm.get_buffer("num_batches_tracked"):
+                    norm.load_state_dict(buffers, strict=False)
                 moments = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
                 _check_finite(*moments, of=f"the inputs of {names[norm]}")
         finally:
