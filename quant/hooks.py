@@ -15,11 +15,13 @@ Observer = Callable[[str, Tensor, Tensor], None]  # takes a layer's name, its in
 def images_of(batch: Batch) -> Tensor:
     """The images of a batch: the batch itself if it is a tensor, or the first item of (images, labels, ...).
 
-    Raises TypeError for any other batch, such as a dict.
+    Raises TypeError for any other batch, such as a dict, and ValueError for one without images.
     """
     images = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
     if not isinstance(images, Tensor):
         raise TypeError(f"a batch must be a tensor of images or (images, labels), got a {type(batch).__name__}")
+    if not images.numel():
+        raise ValueError(f"a batch must hold at least one image, got shape {list(images.shape)}")
     return images
 
 

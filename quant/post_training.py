@@ -33,17 +33,22 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modu
 
     Quantized weights shift the inputs of batch norm. Statistics taken with the quantized weights undo the shift. Each
     batch holds images [N, C, H, W], and all batches should have about the same N. All other modules are in eval mode
-    meanwhile; with torch's update_bn, dropout and stochastic depth would be active.
+    meanwhile; with torch's update_bn, dropout and stochastic depth would be active. A batch norm that is not called,
+    such as that of an auxiliary head, keeps its statistics.
 
-    Raises ValueError for a network without batch-norm statistics, and if `batches` is empty.
+    Raises ValueError for a network without batch-norm statistics, if `batches` is empty, and for statistics that are
+    not finite.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    kind = nn.modules.batchnorm._BatchNorm
+    names = {m: name for name, m in model.named_modules() if isinstance(m, kind) and m.track_running_stats}
+    norms = [*names]
     if not norms:
         raise ValueError(f"{type(model).__name__} has no batch-norm statistics to re-estimate")
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("re-estimating batch norm needs at least one batch of images")
+    before = {norm: {key: value.clone() for key, value in norm.named_buffers()} for norm in norms}
     momenta = [norm.momentum for norm in norms]
     with restored_on_error(model):
         model.eval()
@@ -54,6 +59,11 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch]) -> nn.Modu
                 norm.train()
             for batch in chain([first], batches):
                 model(images_of(batch))
+            for norm, buffers in before.items():
+                if not norm.get_buffer("num_batches_tracked"):
+                    norm.load_state_dict(buffers, strict=False)
+                moments = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+                _check_finite(*moments, of=f"the inputs of {names[norm]}")
         finally:
             for norm, momentum in zip(norms, momenta):
                 norm.momentum = momentum
@@ -69,13 +79,15 @@ def correct_bias(
 
     The layers are corrected in the order in which they run, each after those before it. The mean is that of each output
     channel over `batches`. A convolution without a bias gets one. Source: bias correction (Nagel et al. 2019), but with
-    images instead of batch-norm statistics. Raises ValueError if `batches` is empty.
+    images instead of batch-norm statistics. Raises ValueError if `batches` is empty, and for outputs that are not
+    finite.
     """
     batches = list(batches)
     with restored_on_error(quantized):
         for name in layers_in_order(model, batches, layer_grids(model, Grid(8, first_last))):
             layer = quantized.get_submodule(name)
             shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
+            _check_finite(shift, of=f"the outputs of {name}")
             bias = cast(Tensor | None, layer.bias)
             layer.bias = nn.Parameter(shift if bias is None else bias + shift)
     return quantized.eval()
@@ -100,7 +112,8 @@ def adaround(
 
     Biases stay rounded to the nearest grid point, and so do computed weights, as by spectral_norm. Weights that are
     zero in `model`, such as pruned ones, stay zero. A weight that several layers share is learned in the first of them.
-    Raises ValueError for full precision and if `batches` is empty.
+    Raises ValueError for full precision, if `batches` is empty, and for inputs and outputs of a layer that are not
+    finite.
     """
     batches = list(batches)
     grids = layer_grids(model, grid)
@@ -112,6 +125,7 @@ def adaround(
             layer, weight = quantized.get_submodule(name), model.get_parameter(f"{name}.weight").detach()
             inputs = torch.cat([layer_input for layer_input, _ in capture(quantized, name, batches)])
             targets = torch.cat([output for _, output in capture(model, name, batches)])
+            _check_finite(inputs, targets, of=f"the inputs or outputs of {name}")
             rounding = _Rounding(weight, grids[f"{name}.weight"])
             learned = rounding.learn(layer, inputs, targets, iterations, lr, generator)
             with torch.no_grad():
@@ -157,6 +171,11 @@ class _Rounding:
             optimizer.step()
         with torch.no_grad():
             return self.on_grid((self.up() >= 0.5).to(self.floor.dtype))
+
+
+def _check_finite(*tensors: Tensor, of: str) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"{of} are not finite on these images: nothing can be fitted to them")
 
 
 def capture(model: nn.Module, name: str, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:

@@ -62,6 +62,12 @@ def with_gradients(weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor
     return [weight for weight, _ in pairs], [gradient for _, gradient in pairs]
 
 
+def _check_switches(group: dict[str, Any], base: Optimizer) -> None:
+    """Raises ValueError for a group whose update is to be scaled, if `base` keeps a second set of weights."""
+    if SWITCHES & set(dir(base)) and group.get("acts_on") == "update":
+        raise ValueError(f'{type(base).__name__} keeps weights of its own, which acts_on="update" would not scale')
+
+
 class PSGD(Optimizer):
     """Scales each gradient by its weight's distance to the nearest grid point, then lets the base optimizer step.
 
@@ -117,10 +123,9 @@ class PSGD(Optimizer):
         }  # fmt: skip
         for group in base.param_groups:
             complete(group, self.psg_defaults, base)
+            _check_switches(group, base)
         if not any(map(is_scaled, base.param_groups)):
             raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, grid)')
-        if SWITCHES & set(dir(base)) and any(group.get("acts_on") == "update" for group in base.param_groups):
-            raise ValueError(f'{type(base).__name__} keeps weights of its own, which acts_on="update" would not scale')
         repeated = max((momentum(group) for group in base.param_groups if group.get("acts_on") == "update"), default=0)
         if repeated:
             warnings.warn(
@@ -253,6 +258,7 @@ class PSGD(Optimizer):
             super().add_param_group(param_group)
             return
         complete(param_group, self.psg_defaults, self.base)
+        _check_switches(param_group, self.base)
         self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

@@ -174,8 +174,8 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
     shortcut=False is the published rule, which uses only the batch norm of the main branch (the first operand of the
     sum).
 
-    Raises ValueError, with the name, for a ReLU whose input cannot be traced back to a batch norm, and for a network
-    that cannot be traced.
+    Raises ValueError, with the name, for a ReLU whose input cannot be traced back to a batch norm or to one that is not
+    finite, and for a network that cannot be traced.
     """
     statistics = _Statistics(model, shortcut)
     ranges: dict[str, float] = {}
@@ -187,7 +187,10 @@ def bn_ranges(model: nn.Module, n: float = 6.0, shortcut: bool = True) -> dict[s
                 raise ValueError(
                     f"no batch norm feeds {node.target} (found {error}): its range must be calibrated on images"
                 ) from None
-            ranges[node.target] = max(ranges.get(node.target, 0.0), (mean + n * var.sqrt()).max().item())
+            largest = (mean + n * var.sqrt()).max().item()
+            if not math.isfinite(largest):
+                raise ValueError(f"the batch norm before {node.target} has values that are not finite")
+            ranges[node.target] = max(ranges.get(node.target, 0.0), largest)
     return ranges
 
 

@@ -81,6 +81,14 @@ def test_published_bn_ranges(net):
     assert ranges == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bn_ranges_that_are_not_finite_are_refused(net, value):
+    with torch.no_grad():
+        net.bn1.bias[0] = value
+    with pytest.raises(ValueError, match="the batch norm before relu1 has values that are not finite"):
+        bn_ranges(net)
+
+
 def test_bn_ranges_add_the_shortcut(net):
     """The sum of the second batch norm and a rectified normal shortcut, against 400,000 samples of just that."""
     with_statistics(net)

@@ -151,3 +151,9 @@ def test_a_warning_of_the_library_is_one_line(cli, few_digits, tmp_path):
     lines = outcome.err.strip().splitlines()
     assert outcome.code == 0 and len(lines) == 1, outcome
     assert lines[0].startswith("warning: all zeros, which PSG never moves: fc.bias; give PSGD an eps > 0")
+
+
+def test_a_run_folder_in_place_of_a_flag(rejected, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/last.pth").touch()
+    assert "unrecognized arguments: a (did you mean --model_path a/last.pth?)" in rejected("eval.py", "a")

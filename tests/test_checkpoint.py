@@ -248,7 +248,7 @@ def inside(model):
 @pytest.mark.parametrize("wrap", [
     torch.nn.DataParallel, torch.compile, lambda net: torch.compile(torch.nn.DataParallel(net)),
     lambda net: torch.nn.DataParallel(torch.compile(net)), lambda net: inside(torch.nn.DataParallel(net).module),
-    torch.optim.swa_utils.AveragedModel,
+    torch.optim.swa_utils.AveragedModel, lambda net: torch.nn.ModuleDict({"model": torch.compile(net)}),
 ])  # fmt: skip
 def test_names_that_a_wrapper_has_changed(tmp_path, wrap):
     state = ResNet32(10).state_dict()
@@ -270,7 +270,18 @@ def test_a_network_with_a_part_called_module_keeps_its_names():
 
 
 @pytest.mark.parametrize(
-    "place", ["model", "model_state_dict", "model_state", "net", "state_dict_ema", "ema", "model_ema"]
+    "place",
+    [
+        "model",
+        "model_state_dict",
+        "model_state",
+        "net",
+        "state_dict_ema",
+        "ema",
+        "model_ema",
+        "ema_state_dict",
+        "weights",
+    ],
 )
 def test_weights_under_the_keys_of_other_programs(tmp_path, place):
     state, other = ResNet32(10).state_dict(), ResNet32(10).state_dict()
@@ -315,6 +326,18 @@ def test_entries_that_are_no_tensors_are_named(tmp_path):
         torch.save({"state_dict": {"w": torch.ones(1), name: value}}, tmp_path / "a.pth")
         with pytest.raises(UserError, match=rf"a.pth: '{name}' in its state_dict is not a tensor \({kind}\)|'3' in"):
             load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda bias: bias.to(torch.complex64), "fc.bias is torch.complex64 instead of torch.float32"),
+    (lambda bias: bias.to(torch.int8), "fc.bias is torch.int8 instead of torch.float32"),
+    (lambda bias: bias.to_sparse(), "fc.bias is a tensor of layout torch.sparse_coo"),
+    (lambda bias: bias.to("meta"), "fc.bias is on the meta device, without values"),
+])  # fmt: skip
+def test_weights_that_would_lose_something_are_refused(change, message):
+    state = ResNet32(10).state_dict()
+    with pytest.raises(UserError, match=f"a.pth does not fit ResNet32: {message}"):
+        load_weights(ResNet32(10), {"state_dict": state | {"fc.bias": change(state["fc.bias"])}}, "a.pth")
 
 
 def test_a_folder_names_its_checkpoint(rejected, tmp_path, digits_run):

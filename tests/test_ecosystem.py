@@ -179,6 +179,8 @@ def test_a_base_with_modes_lends_them(net):
         assert used.base.mode == "train"
     with pytest.raises(ValueError, match='TwoSets keeps weights of its own, which acts_on="update" would not scale'):
         PSGD(TwoSets(psg_param_groups(net, 4), lr=0.1), acts_on="update")
+    with pytest.raises(ValueError, match="TwoSets keeps weights of its own"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "bits": 4, "acts_on": "update"})
 
 
 def test_complex_weights_are_refused():

@@ -202,4 +202,10 @@ def test_state_that_a_file_cannot_hold(tmp_path):
     net.register_buffer("right", memory[2:])
     with pytest.raises(ValueError, match="a packed file cannot hold tensors that overlap in memory"):
         save_packed(tmp_path / "c.safetensors", net, 4)
+    net = SmallNet()
+    net.register_buffer("sparse", torch.eye(3).to_sparse())
+    with pytest.raises(
+        ValueError, match="sparse is of layout torch.sparse_coo: a packed file holds plain dense tensors"
+    ):
+        save_packed(tmp_path / "d.safetensors", net, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]

@@ -80,7 +80,7 @@ def warn_if_changed(path: Path) -> None:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Copies the checkpoint's weights into `model`; UserError lists what is missing, left over or misshapen.
+    """Copies the checkpoint's weights into `model`; UserError lists what is missing, left over or does not fit.
 
     Parts that a wrapper adds to names, such as module., are ignored.
     """
@@ -95,6 +95,7 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
         for key, value in wanted.items()
         if key in state and state[key].shape != value.shape
     ]
+    problems += [f"{key} {odd}" for key, value in wanted.items() if key in state and (odd := oddity(state[key], value))]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise UserError(f"{path} does not fit {type(model).__name__}: {shown}")
@@ -103,6 +104,15 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], path: str | Path)
         raise UserError(f"{path}: {broken[0]} has values that are NaN or infinite")
     wanted.update(state)  # this keeps the modules' versions, which some modules ask for
     model.load_state_dict(wanted)
+
+
+def oddity(value: torch.Tensor, wanted: torch.Tensor) -> str:
+    """Why `value` cannot be copied to `wanted` without a loss, in words; empty if it can."""
+    if wanted.is_floating_point() and not value.is_floating_point():
+        return f"is {value.dtype} instead of {wanted.dtype}"
+    if value.layout is not torch.strided:
+        return f"is a tensor of layout {value.layout}"
+    return "is on the meta device, without values" if value.is_meta else ""
 
 
 def known_arch(arch: str) -> str:

@@ -11,7 +11,10 @@ from torch import Tensor
 from utils.cli import UserError, first_line
 
 # Keys under which programs keep a state_dict. The first one counts; means over steps only if there is nothing else.
-PLACES = ("state_dict", "model_state_dict", "model_state", "model", "net", "state_dict_ema", "model_ema", "ema")
+PLACES = (
+    "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params",
+    "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "model_ema", "ema", "params_ema",
+)  # fmt: skip
 DEPTH = 2  # how deep such keys may be nested
 WRAPPERS = {"module", "_orig_mod"}  # parts that DataParallel or torch.compile adds to names
 MEANS = {"numpy._core.multiarray.scalar": "a numpy scalar", "numpy._core.multiarray._reconstruct": "a numpy array"}
@@ -57,6 +60,8 @@ def refusal(error: Exception) -> str:
         return f"it is a TorchScript archive: {ADVICE}"
     if found := re.search(r"WeightsUnpickler error:\s*(.+)", text):
         return found[1].strip()[:120]
+    if isinstance(error, (EOFError, KeyError)):  # their messages say nothing
+        return "it is damaged, or not a file of torch.save"
     return first_line(error)[:120]
 
 
@@ -78,8 +83,12 @@ def find_state(content: dict, depth: int = DEPTH) -> dict | None:
 def unwrapped(state: dict[str, Tensor], wanted: Any = ()) -> dict[str, Tensor]:
     """`state` under the network's own names, without the parts that a wrapper adds to them.
 
+    These are WRAPPERS, and a first part that all names share, as in a file of Lightning, whose network is an attribute.
     A name that is in `wanted`, or whose plain form is taken, stays as it is.
     """
+    outer = {str(name).partition(".")[0] for name in state}
+    if len(outer) == 1 and not any(name in wanted for name in state) and all("." in name for name in state):
+        return unwrapped({name.partition(".")[2]: value for name, value in state.items()}, wanted)
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)

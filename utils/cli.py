@@ -59,7 +59,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-            file = next((word for word in unknown if word.endswith((".pth", ".pt"))), None)
+            lasts = [os.path.join(word, "last.pth") for word in unknown]
+            files = [last if os.path.isfile(last) else word for word, last in zip(unknown, lasts)]
+            file = next((file for file in files if file.endswith((".pth", ".pt"))), None)
             near += [f"{flag} {file}" for flag in CHECKPOINT_FLAGS if file and flag in known]
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
         return parsed

@@ -52,7 +52,8 @@ def save_packed(path: str | Path, model: nn.Module, grid: Grid | int, facts: dic
     """Writes `model`, with its weights packed at the bit-widths of `grid`, and `facts` (values that JSON can hold).
 
     A tensor that several layers share is stored once. Raises ValueError for quantized weights that are not float32 or
-    not finite, for extra state that is not a tensor, and for different tensors that overlap in memory.
+    not finite, for extra state that is not a tensor, for sparse tensors, and for different tensors that overlap in
+    memory.
     """
     from safetensors.torch import save_file
 
@@ -86,6 +87,11 @@ def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise ValueError(f"{name} of the state_dict is a {kind}: a packed file holds tensors only, no extra state")
+    if value.layout is not torch.strided or value.is_quantized:
+        kind = f"quantized to {value.dtype}" if value.is_quantized else f"of layout {value.layout}"
+        raise ValueError(
+            f"{name} is {kind}: a packed file holds plain dense tensors only (tensor.to_dense(), tensor.dequantize())"
+        )
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
