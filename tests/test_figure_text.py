@@ -8,10 +8,18 @@ import torch
 from matplotlib import font_manager, pyplot
 from matplotlib.text import Text
 
+import visualize
 from quant import Grid
 from utils.drawing import text as drawing_text
 from utils.drawing.paper_figures import curvature, sparse_histograms
-from utils.drawing.result_figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
+from utils.drawing.result_figures import (
+    accuracy_grids,
+    errors_over_bits,
+    layer_bars,
+    layer_histograms,
+    pace_of_runs,
+    training_curves,
+)
 from utils.drawing.text import LAST_RESORT, add_legend, as_written, save_png
 
 ODD = ["_hidden", "$x", r"$\frac{1}{$", "a$b$_c^2", "%s{0}", "two\nlines", r"\$5", "#&~"]
@@ -33,6 +41,7 @@ FIGURES = {
     "curves": lambda label: training_curves({label: {"epoch": [1.0], "fp_top1": [1.0], "w4_top1": [2.0]}}),
     "grid": lambda label: accuracy_grids({label: {(32, 32): 90.0, (4, 8): 50.0}}),
     "report": lambda label: layer_bars({label: [{"layer": label, "sqnr": "9", "top1_lost": "1"}]}),
+    "pace": lambda label: pace_of_runs({label: ([0.1, 1.0], [0.3, 0.5])}),
     "3": lambda label: sparse_histograms({label: torch.tensor([1.0, 0.3])}, 0.5),
     "4": lambda label: curvature({label: [[1.0, 2.0], [1.0, 2.0]]}, {label: [[1.0, 2.0], [1.0, 2.0]]}),
 }
@@ -47,6 +56,10 @@ def without_display():
     pyplot.close("all")
 
 
+def test_no_figure_with_labels_is_forgotten():
+    assert {*FIGURES, "2"} == {*visualize.FIGURES}  # figure 2 has only texts of its own
+
+
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("label", ODD)
 def test_labels_are_shown_as_they_are(tmp_path, name, label):
@@ -55,6 +68,8 @@ def test_labels_are_shown_as_they_are(tmp_path, name, label):
     assert label in texts(figure)
     assert not any(text.get_parse_math() for text in figure.findobj(Text) if label in text.get_text())
     legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+    if name == "pace":
+        assert [text.get_text() for text in legends[0].get_texts()] == ["the law", label]
     if name in ("1a", "curves", "report", "4"):
         assert legends and all(text.get_text().startswith(label) for text in legends[0].get_texts())
 

@@ -270,14 +270,14 @@ def pace_of_runs(runs: dict[str, tuple[list[float], list[float]]]) -> Figure:
     highest = max(max(taus) for taus, _ in runs.values())
     lowest = min(tau for taus, _ in runs.values() for tau in taus if tau > 0)
     grid = numpy.geomspace(lowest / 1.5, 1.5 * highest, 200)
-    axis.plot(grid, [100 * expected_share(tau) for tau in grid], color="0.2", label="the law")
+    axis.plot(grid, [100 * expected_share(tau) for tau in grid], color="0.2")
     palette = seaborn.color_palette("husl", len(runs))
-    for color, marker, (label, (taus, shares)) in zip(palette, "osD^vP*X" * len(runs), runs.items()):
-        axis.plot(taus, [100 * share for share in shares], marker, color=color, markersize=4, alpha=0.7, label=label)
+    for color, marker, (taus, shares) in zip(palette, "osD^vP*X" * len(runs), runs.values()):
+        axis.plot(taus, [100 * share for share in shares], marker, color=color, markersize=4, alpha=0.7)
     axis.set_xscale("log")
     axis.set_ylim(0, 102)
     axis.grid(alpha=0.3)
     axis.set_xlabel("tau: variance of the logarithm of a weight's distance to its grid point")
     axis.set_ylabel("weights within a tenth of\na step of the grid, percent")
-    add_legend(figure, *axis.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    add_legend(figure, axis.lines, ["the law", *runs], loc="outside right upper", fontsize="small")
     return figure
