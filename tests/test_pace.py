@@ -1,6 +1,7 @@
 """The pace of real runs: what train.py plans, logs and says, and how a run is resumed."""
 
 import csv
+import re
 import shutil
 
 import pytest
@@ -36,8 +37,10 @@ def test_a_run_with_auto_is_resumed_as_it_was(cli, tmp_path, few_digits):
 def test_the_middle_of_a_run_says_where_it_will_end(cli, few_digits):
     short = cli("train.py", *QUICK, "--lr", "1e-4", "--lambda_s", "auto", "--epoch", 3, "--exp_name", "a")
     told = [line for line in short.out.splitlines() if "will be near the grid" in line]
-    # 1334 of the 1000 / 0.75 steps, 4 an epoch
-    assert told == ["about 22 % of the weights will be near the grid at the end: train for 334 epochs or more"]
+    # 1334 = 1000 / 0.75 steps, 4 an epoch, at the limit of 0.1, which steps with large gradients do not reach
+    (line,) = told
+    epochs = re.fullmatch(r"about 22 % .* near the grid at the end: train for (\d+) epochs or more", line)[1]
+    assert 334 <= int(epochs) < 700
     assert short.out.index(told[0]) > short.out.index("epoch   2")
     weak = cli("train.py", *QUICK, "--lr", "1e-4", "--lambda_s", "1e-3", "--epoch", 2, "--exp_name", "b")
     assert "about 20 % of the weights will be near the grid at the end: use --lambda_s auto, a larger" in weak.out

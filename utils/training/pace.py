@@ -1,11 +1,11 @@
 """The pace of a run with PSG: columns of the log, and what is said when the weights will not reach their grid."""
 
+import math
 from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
 from quant import PSGD, expected_share
-from quant.lambda_s import PLAN_END
 from quant.settings import AUTO
 
 ENOUGH = 0.9  # a stage that ends with a smaller share of weights near the grid is announced at its middle
@@ -43,15 +43,16 @@ class PaceWatch:
             pace = self.psgd.pace()  # whose plan has changed
         if epoch == (self.first + self.last) // 2 and epoch < self.last:
             end = pace.planned_tau if self.auto else pace.tau + (pace.tau - self.tau) * self._epochs_left(epoch)
-            lines += self._outlook(expected_share(end))
+            lines += self._outlook(end)
         self.tau = pace.tau
         return columns, lines
 
-    def _outlook(self, share: float) -> list[str]:
-        """One line if the `share` that will be near the grid at the end is too small, else none."""
+    def _outlook(self, tau: float) -> list[str]:
+        """One line if a stage that ends at `tau` leaves too few weights near the grid, else none."""
+        share = expected_share(tau)
         if share >= ENOUGH:
             return []
-        return [f"about {100 * share:.0f} % of the weights will be near the grid at the end: {self._advice()}"]
+        return [f"about {100 * share:.0f} % of the weights will be near the grid at the end: {self._advice(tau)}"]
 
     def _epochs_left(self, epoch: int) -> float:
         """Epochs at the present learning rate in which tau grows as much as in all that are left."""
@@ -61,9 +62,8 @@ class PaceWatch:
 
         return sum(0.01 ** (falls(number) - falls(epoch)) for number in range(epoch + 1, self.last + 1))
 
-    def _advice(self) -> str:
+    def _advice(self, tau: float) -> str:
         if not self.auto:
             return "use --lambda_s auto, a larger --lambda_s, or more epochs before the learning rate falls"
-        needed = self.auto["tau_end"] / self.auto["noise_limit"] ** 2 / PLAN_END
-        epochs = -(-needed * (self.last - self.first + 1) // self.auto["steps"])
-        return f"train for {epochs:.0f} epochs or more"
+        epochs = math.ceil((self.last - self.first + 1) * self.auto["tau_end"] / max(tau, 0.01))
+        return f"train for {epochs} epochs or more"
