@@ -12,6 +12,7 @@ import numpy
 import seaborn
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from quant import Grid, expected_share
@@ -189,6 +190,7 @@ def training_curves(runs: dict[str, dict[str, list[float]]]) -> Figure:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         add_legend(axis, axis.lines, labels, fontsize="small", loc="best")
     for axis in axes[:, 0]:
         axis.set_ylabel("top-1 accuracy, percent")
