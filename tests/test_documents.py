@@ -184,7 +184,7 @@ def test_figures_of_stages_are_those_of_their_runs():
                 for name, key in (("near the grid", "grid_share"), ("law", "expected_share")):
                     assert row[name] == f"{100 * float(last[key]):.1f}", cells
                 settings = json.loads((folder / "args.json").read_text())["args"]
-                granularity = "tensor" if "tensor" in run[1] or settings["adam"] else "channel"
+                granularity = "tensor" if "tensor" in run[1] else "channel"
                 assert settings["w_bit"] == int(row["bits"]) and settings["granularity"] == granularity
                 found += 1
     assert found >= 10
