@@ -2,7 +2,7 @@
 # make test         the tests
 # make portable     the tests with 1, 2 and 4 threads, then as on older processors; stops at the first failure
 # make reproduce    CIFAR-100 from nothing to table and figures: vanilla, PSGD for each bit-width, Adam, evaluation,
-#                   figures. 898 epochs of 75 to 104 seconds on 2 cores, or a few on a GPU (README.md, Performance).
+#                   figures. 898 epochs of 75 to 104 seconds on 2 cores, or a few on a GPU (docs/performance.md).
 #                   Resumes where it was interrupted; make -j4 runs four at a time.
 #                   SEEDS="1 2 3" and TARGETS="4bits 3bits" choose the runs.
 # make check        lint, types and the unit tests of quant/, in a minute: for quick checks while you write
@@ -75,7 +75,7 @@ runs/cifar100/adam_4bits_seed1/epoch_150.pth: | $(VANILLA)
 
 bits = $(firstword $(subst bits, ,$(1)))
 # lambda_s: 150 at 4 bits, as published, at 5 and 6 bits, and at 3 bits with a grid for each channel; else 600
-# (docs/results.md, The choice of lambda_s)
+# (docs/experiments.md, lambda_s as a number)
 lambda_s = $(if $(filter 4bits% 5bits% 6bits% 3bits_channel,$(1)),150,600)
 granularity = $(if $(filter %_channel,$(1)),channel,tensor)
 
