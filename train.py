@@ -87,7 +87,8 @@ def add_training(p: Parser) -> None:
     p.add_argument("--decay_epoch", type=cli.count, nargs="*", default=[123], metavar="N",
                    help="epochs at which the learning rate is divided by 10; ignored up to the run's first epoch")
     p.add_argument("--adam", type=int, choices=[0, 1], default=0,
-                   help="1: Adam; if PSG scales the gradient, --lr is multiplied by 0.01 * lambda_s, as published")
+                   help="1: Adam; without momentum if PSG scales its update; if PSG scales the gradient, "
+                   "--lr is multiplied by 0.01 * lambda_s, as published")
     p.add_argument("--w_decay", type=cli.non_negative, default=None, help="L2 (default: 1e-4, or 0 with PSG at 2 bits)")
     p.add_argument("--l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="for pruning: adds W times the sum of the weights' magnitudes to the loss; PSG scales it only "

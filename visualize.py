@@ -72,13 +72,14 @@ def parser() -> Parser:
 
 
 def parse() -> Namespace:
-    args = parser().parse_args()
+    p = parser()
+    args = p.parse_args()
     args.results = args.results or [RESULTS.get(args.figure, "results/weights/w4/results.csv")]
     flag = {"layers": "model_path", "3": "model_path", "curves": "runs"}.get(args.figure)
     if flag:
         named = getattr(args, flag)
         if args.labels is None:
-            default = named == parser().get_default(flag)
+            default = named == p.get_default(flag)
             args.labels = ["SGD", "PSGD"] if default else [path.removesuffix(".pth") for path in named]
         if len(args.labels) != len(named):
             raise UserError(f"{len(args.labels)} --labels for {len(named)} of --{flag}: give one for each")

@@ -24,10 +24,9 @@ from torch.optim import Optimizer
 
 from .grid import weight_scales
 from .lambda_s import Pace, measured_pace, restore_records, steps_taken, take_step, watch_loss
-from .settings import AUTO, PSG_KEYS, STAGE_KEYS, complete, is_scaled, momentum
+from .settings import AUTO, PSG_KEYS, STAGE_KEYS, SWITCHES, complete, is_scaled, momentum
 
 STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
-SWITCHES = {"train", "eval"}  # methods of base optimizers that keep two sets of weights, such as those of schedule_free
 
 
 def distances(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -60,12 +59,6 @@ def with_gradients(weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor
     """The weights that have a gradient, and their gradients."""
     pairs = [(weight, weight.grad) for weight in weights if weight.grad is not None]
     return [weight for weight, _ in pairs], [gradient for _, gradient in pairs]
-
-
-def _check_switches(group: dict[str, Any], base: Optimizer) -> None:
-    """Raises ValueError for a group whose update is to be scaled, if `base` keeps a second set of weights."""
-    if SWITCHES & set(dir(base)) and group.get("acts_on") == "update":
-        raise ValueError(f'{type(base).__name__} keeps weights of its own, which acts_on="update" would not scale')
 
 
 class PSGD(Optimizer):
@@ -123,7 +116,6 @@ class PSGD(Optimizer):
         }  # fmt: skip
         for group in base.param_groups:
             complete(group, self.psg_defaults, base)
-            _check_switches(group, base)
         if not any(map(is_scaled, base.param_groups)):
             raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, grid)')
         repeated = max((momentum(group) for group in base.param_groups if group.get("acts_on") == "update"), default=0)
@@ -258,7 +250,6 @@ class PSGD(Optimizer):
             super().add_param_group(param_group)
             return
         complete(param_group, self.psg_defaults, self.base)
-        _check_switches(param_group, self.base)
         self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

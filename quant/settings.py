@@ -16,6 +16,7 @@ AUTO = "auto"  # as lambda_s: each tensor's own, set by the pace of the stage
 PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "acts_on"}
 STAGE_KEYS = {"steps", "tau_end", "noise_limit", "psg_loss"}  # of a group whose stage has a known number of steps
 STAGE_DEFAULTS = {"tau_end": 10.0, "noise_limit": 0.1}  # of lambda_s "auto"; see quant/lambda_s.py
+SWITCHES = {"train", "eval"}  # methods of base optimizers that keep two sets of weights, such as those of schedule_free
 LEAST = {"lambda_s": "> 0", "psg_eps": ">= 0", "tau_end": "> 0", "noise_limit": "> 0"}
 
 
@@ -44,6 +45,8 @@ def complete(group: dict[str, Any], defaults: dict[str, Any], base: Optimizer) -
     for key, choices in CHOICES.items():
         if settings[key] not in choices:
             raise ValueError(f"{key} must be one of {choices}, got {settings[key]!r}")
+    if settings["acts_on"] == "update" and SWITCHES & set(dir(base)):
+        raise ValueError(f'{type(base).__name__} keeps weights of its own, which acts_on="update" would not scale')
     params = group["params"] if isinstance(group["params"], (list, tuple)) else ()
     if any(isinstance(parameter, Tensor) and parameter.is_complex() for parameter in params):
         raise ValueError("a scaled group has complex weights: only real ones have a grid")

@@ -102,6 +102,36 @@ def take_steps(net, optimizer, steps=3, first=0):
         optimizer.step()
 
 
+class Walk:
+    """Weights spread evenly over the cells of a 4-bit grid, with gradients of pure noise."""
+
+    def __init__(self, sizes=(4000,), spreads=(1.0,), seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.weights = [
+            nn.Parameter(torch.cat([torch.tensor([7.0]), 13 * torch.rand(n - 1, generator=self.generator) - 6.5]))
+            for n in sizes
+        ]
+        self.spreads = spreads
+
+    def groups(self, **settings):
+        return [{"params": self.weights, "bits": 4} | settings]
+
+    def steps(self, optimizer, count, schedule=None, loss_scale=1.0):
+        for _ in range(count):
+            for weight, spread in zip(self.weights, self.spreads):
+                noise = torch.randn(weight.shape, generator=self.generator)
+                noise[0] = 0  # the largest weight makes the grid
+                weight.grad = loss_scale * spread * noise
+            optimizer.step()
+            if schedule:
+                schedule.step()
+
+    def share(self):
+        """Share of weights at most a tenth of the scale from a grid point. The scale is 1."""
+        apart = torch.cat([(weight - weight.round()).abs() for weight in self.weights])
+        return (apart <= 0.1).float().mean().item()
+
+
 def split(count=130, classes=10):
     """Images of noise with random labels."""
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,5 @@
 """The documents: their form, their links, and their figures, each against the file that it comes from."""
 
-import csv
 import json
 import re
 import statistics
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, read_csv
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 DOCUMENTS += [ROOT / "results/README.md"]
@@ -32,13 +31,8 @@ def tables(text: str) -> Iterator[list[list[str]]]:
         yield [rows[0], *rows[2:]]
 
 
-def csv_rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def results_below(folder: Path) -> list[dict[str, str]]:
-    return [row for path in sorted(folder.rglob("results.csv")) for row in csv_rows(path)]
+    return [row for path in sorted(folder.rglob("results.csv")) for row in read_csv(path)]
 
 
 def test_form_of_the_readme():
@@ -178,7 +172,7 @@ def test_figures_of_stages_are_those_of_their_runs():
                 if not run or "at the target" not in head:
                     continue
                 row, folder = dict(zip(head, cells)), ROOT / "results/runs" / run[1]
-                last = csv_rows(folder / "metrics.csv")[-1]
+                last = read_csv(folder / "metrics.csv")[-1]
                 assert row["FP"] == f"{float(last['fp_top1']):.2f}", cells
                 assert row["at the target"] == f"{float(last['w' + row['bits'] + '_top1']):.2f}", cells
                 for name, key in (("near the grid", "grid_share"), ("law", "expected_share")):

@@ -1,7 +1,6 @@
 """eval.py: sweeps, the files they leave, activation quantization, and what is answered to bad input."""
 
 import copy
-import csv
 import json
 import re
 from functools import partial
@@ -27,7 +26,7 @@ from quant import (
     weight_mse,
 )
 from quant.pruning import nonzero_weights
-from tests.helpers import CIFAR100, ORDER, ROOT, WORDS, copy_with_args, needs_cifar100, permuted
+from tests.helpers import CIFAR100, ORDER, ROOT, WORDS, copy_with_args, needs_cifar100, permuted, read_csv
 from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint
 from utils.data.load import load_dataset
 from utils.training.evaluation import evaluate, evaluate_batches, fold_batch_norm
@@ -67,8 +66,7 @@ def held_out(digits):
 
 
 def rows(folder):
-    with open(folder / "results.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / "results.csv")
 
 
 def test_sweep(cli, tmp_path, digits_run, network, few_digits):
@@ -241,8 +239,7 @@ def test_report(cli, tmp_path, digits_run, network, held_out):
     flags = ["--w_bit", "2", "--report", "--calib_images", "4", *HELD_OUT, "--out", "a"]
     outcome = cli("eval.py", "--model_path", digits_run, *flags)
     assert outcome.code == 0 and outcome.out.endswith("a/results.csv and results.json and layers.csv\n")
-    with open(tmp_path / "a/layers.csv", newline="") as file:
-        layers = list(csv.DictReader(file))
+    layers = read_csv(tmp_path / "a/layers.csv")
     assert len(layers) == 34 and layers[0]["layer"] == "conv1" and layers[-1]["layer"] == "fc"
     row = max(layers[1:-1], key=lambda row: abs(float(row["top1_lost"])))
     alone = copy.deepcopy(network)

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from quant import PSGD, expected_share, psg_param_groups
 from quant.lambda_s import PLAN_END, RECORD
 from quant.settings import STAGE_DEFAULTS
-from tests.helpers import same, sgd, take_steps, weights
+from tests.helpers import Walk, same, sgd, take_steps, weights
 
 SCHEDULES = {
     "constant": lambda o, steps: lr_scheduler.LambdaLR(o, lambda _: 1.0),
@@ -21,36 +21,6 @@ SCHEDULES = {
     "one cycle": lambda o, steps: lr_scheduler.OneCycleLR(o, 0.1, steps),
     "warm-up": lambda o, steps: lr_scheduler.LinearLR(o, 0.01, 1.0, steps // 4),
 }
-
-
-class Walk:
-    """Weights spread evenly over the cells of a 4-bit grid, with gradients of pure noise."""
-
-    def __init__(self, sizes=(4000,), spreads=(1.0,), seed=0):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.weights = [
-            nn.Parameter(torch.cat([torch.tensor([7.0]), 13 * torch.rand(n - 1, generator=self.generator) - 6.5]))
-            for n in sizes
-        ]
-        self.spreads = spreads
-
-    def groups(self, **settings):
-        return [{"params": self.weights, "bits": 4} | settings]
-
-    def steps(self, optimizer, count, schedule=None, loss_scale=1.0):
-        for _ in range(count):
-            for weight, spread in zip(self.weights, self.spreads):
-                noise = torch.randn(weight.shape, generator=self.generator)
-                noise[0] = 0  # the largest weight makes the grid
-                weight.grad = loss_scale * spread * noise
-            optimizer.step()
-            if schedule:
-                schedule.step()
-
-    def share(self):
-        """Share of weights at most a tenth of the scale from a grid point. The scale is 1."""
-        apart = torch.cat([(weight - weight.round()).abs() for weight in self.weights])
-        return (apart <= 0.1).float().mean().item()
 
 
 @pytest.mark.parametrize("tau", [1e-7, 0.3, 1.2, 3.0, 5.4, 9.4, 14.0, 300.0])

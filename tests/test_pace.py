@@ -9,14 +9,10 @@ import torch
 from torch import nn
 
 from quant import PSGD, expected_share
+from tests.helpers import read_csv
 from utils.training.pace import PaceWatch
 
 QUICK = ["--dataset", "cifar10", "--batch_size", "32", "--device", "cpu", "--arch", "squeezenet1_1"]  # 4 steps an epoch
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_run_with_auto_is_resumed_as_it_was(cli, tmp_path, few_digits):
@@ -25,7 +21,7 @@ def test_a_run_with_auto_is_resumed_as_it_was(cli, tmp_path, few_digits):
     cut = shutil.copytree(tmp_path / "runs/whole", tmp_path / "runs/cut")
     (cut / "epoch_2.pth").replace(cut / "last.pth")
     assert cli("train.py", "--exp_name", "cut", "--resume").code == 0
-    whole, again = (rows_of(tmp_path / f"runs/{name}/metrics.csv") for name in ("whole", "cut"))
+    whole, again = (read_csv(tmp_path / f"runs/{name}/metrics.csv") for name in ("whole", "cut"))
     keys = ["train_loss", "grid_share", "tau", "expected_share", "lambda_s"]
     assert [[row[key] for key in keys] for row in whole] == [[row[key] for key in keys] for row in again]
     # 16 steps: the first 12 at the limit of 0.1, which a step never exceeds, the last 4 as fast at a tenth of the rate
@@ -59,20 +55,20 @@ def test_a_run_of_an_older_version_gets_the_new_columns(cli, tmp_path, few_digit
     torch.save(saved, path)
     outcome = cli("train.py", "--exp_name", "old", "--resume", "--epoch", 2)
     assert outcome.code == 0, outcome.err
-    first, second = rows_of(tmp_path / "runs/old/metrics.csv")
+    first, second = read_csv(tmp_path / "runs/old/metrics.csv")
     assert first["tau"] and second["tau"] == "" and second["grid_share"] and None not in second
 
 
 def test_columns_that_came_later_are_added(cli, tmp_path, few_digits):
     assert cli("train.py", *QUICK, "--epoch", 1, "--exp_name", "old").code == 0
     path = tmp_path / "runs/old/metrics.csv"
-    rows = rows_of(path)
+    rows = read_csv(path)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [key for key in rows[0] if key != "tau"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     assert cli("train.py", "--exp_name", "old", "--resume", "--epoch", 2).code == 0
-    first, second = rows_of(path)
+    first, second = read_csv(path)
     assert first["tau"] == "" and float(second["tau"]) > 0 and None not in second
     assert first["train_loss"] == rows[0]["train_loss"] and first["epoch"] == "1" and second["epoch"] == "2"
 
@@ -85,9 +81,9 @@ def test_auto_needs_a_walk(rejected, few_digits):
 def test_adam_on_updates_has_a_pace(cli, tmp_path, few_digits):
     flags = ["--adam", 1, "--psg_acts_on", "update", "--lambda_s", "auto", "--lr", "1e-4", "--epoch", 1]
     assert cli("train.py", *QUICK, *flags, "--exp_name", "a").code == 0
-    assert float(rows_of(tmp_path / "runs/a/metrics.csv")[0]["tau"]) == pytest.approx(0.03, abs=0.011)
+    assert float(read_csv(tmp_path / "runs/a/metrics.csv")[0]["tau"]) == pytest.approx(0.03, abs=0.011)
     assert cli("train.py", *QUICK, "--adam", 1, "--lr", "1e-4", "--epoch", 1, "--exp_name", "b").code == 0
-    assert "tau" not in rows_of(tmp_path / "runs/b/metrics.csv")[0]  # Adam cancels lambda_s on gradients
+    assert "tau" not in read_csv(tmp_path / "runs/b/metrics.csv")[0]  # Adam cancels lambda_s on gradients
 
 
 def test_a_loss_that_rises_is_said_and_slows_auto():
@@ -122,13 +118,13 @@ def test_the_law_of_a_recorded_run(cli, tmp_path, few_digits):
     flags = ["--load_pretrained", "runs/start/last.pth", "--lr", "1e-5", "--lambda_s", "1000", "--epoch", 4]
     assert cli("train.py", *QUICK, *flags, "--decay_epoch", 4, "--exp_name", "new").code == 0
     shutil.copytree(tmp_path / "runs/new", tmp_path / "runs/old")
-    logged = rows_of(tmp_path / "runs/new/metrics.csv")
+    logged = read_csv(tmp_path / "runs/new/metrics.csv")
     with open(tmp_path / "runs/old/metrics.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, [key for key in logged[0] if key != "tau"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(logged)
     assert cli("tools.pace", "--runs", "runs/new", "runs/old", "--labels", "a", "b", "--out", "p").code == 0
-    rows = rows_of(tmp_path / "p/pace.csv")
+    rows = read_csv(tmp_path / "p/pace.csv")
     new, old = ([row for row in rows if row["run"] == label] for label in "ab")
     assert [row["tau"] for row in new] == [row["tau"] for row in logged] and new[0]["tau_from"] == "run"
     for ours, theirs in zip(old, new, strict=True):

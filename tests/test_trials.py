@@ -10,7 +10,7 @@ import quant.psgd
 from quant import PSGD, Grid, expected_share, psg_param_groups, quantize_weights
 from quant import lambda_s as law
 from quant.settings import STAGE_DEFAULTS
-from tests.test_lambda_s import Walk
+from tests.helpers import Walk
 from tools.trials import GAP_CHECKS, Decay, GapRule, change, extend
 from utils.training.goals import GridGoal
 
@@ -76,7 +76,7 @@ def test_the_gap_rule_raises_lambda_s_only_while_the_quantized_network_is_worse(
     if on_grid:
         model = quantize_weights(model, Grid(2))
     optimizer = PSGD(torch.optim.SGD(psg_param_groups(model, Grid(2)), lr=0.0), "auto", steps=16)
-    rule = GapRule(prepared(optimizer, model, [(images, labels)] * GAP_CHECKS), plan_end=1.0)
+    rule = GapRule(prepared(optimizer, model, [(images, labels)] * GAP_CHECKS))
     for _ in range(2):
         rule()
     assert rule.lambda_s == pytest.approx(150 * factor**2)

@@ -10,7 +10,7 @@ from types import ModuleType
 import quant
 import quant.deploy
 from utils.cli import Parser, run
-from utils.files import atomic_write, check_output_file
+from utils.files import write_page
 
 PACKAGES: dict[str, ModuleType] = {"psgd": quant, "psgd.deploy": quant.deploy}
 INTRODUCTION = """# The package psgd
@@ -54,12 +54,7 @@ def parser() -> Parser:
 
 
 def main() -> None:
-    args = parser().parse_args()
-    check_output_file("--out", args.out)
-    text = page()
-    with atomic_write(args.out) as file:
-        file.write(text.encode())
-    print(args.out)
+    write_page(parser().parse_args().out, page)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from utils.cli import Parser, run
-from utils.files import atomic_write, check_output_file
+from utils.files import write_page
 
 SCRIPTS = ("train", "eval", "export", "visualize")
 TOOLS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
@@ -83,12 +83,7 @@ def parser() -> Parser:
 
 
 def main() -> None:
-    args = parser().parse_args()
-    check_output_file("--out", args.out)
-    text = page()
-    with atomic_write(args.out) as file:
-        file.write(text.encode())
-    print(args.out)
+    write_page(parser().parse_args().out, page)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.checkpoint import grid_of, load_checkpoint, training_facts
 from utils.cli import Parser, UserError, run
-from utils.files import atomic_write, check_output_file
+from utils.files import write_page
 from utils.results import read_results
 
 KINDS = ("weights", "sparse")  # folders of results/ that have the rows of the shipped files
@@ -104,11 +104,7 @@ def parser() -> Parser:
 
 def main() -> None:
     args = parser().parse_args()
-    check_output_file("--out", args.out)
-    text = page(Path(args.models), Path(args.results))
-    with atomic_write(args.out) as file:
-        file.write(text.encode())
-    print(args.out)
+    write_page(args.out, lambda: page(Path(args.models), Path(args.results)))
 
 
 if __name__ == "__main__":

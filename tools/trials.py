@@ -12,7 +12,6 @@ from 150, raised by a half when the quantized network's loss is further above th
 zero at the end of the plan allows, else lowered as much.
 """
 
-import copy
 import math
 import sys
 from argparse import Namespace
@@ -28,6 +27,7 @@ import quant.psgd
 import train
 from quant import lambda_s as law
 from quant.lambda_s import Records, State, mean_squares
+from quant.layers import copy_network
 from quant.psgd import distances
 from quant.settings import AUTO, STAGE_DEFAULTS
 from utils.cli import Parser, positive, run
@@ -73,10 +73,10 @@ def grafted(weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], s
 class GapRule:
     """The rule "gap": after every step, see the module. `run` is a utils.training.run.Run."""
 
-    def __init__(self, run: Any, plan_end: float) -> None:
+    def __init__(self, run: Any) -> None:
         self.run, self.steps, self.widest = run, 0, 0.0
         self.every = max(len(run.batches) // GAP_CHECKS, 1)
-        self.plan = plan_end * (run.args.epoch - run.first_epoch + 1) * len(run.batches)
+        self.plan = law.plan_end(staged(run.optimizer))
         self.images = list(islice(run.batches.epoch(0), 4))
         self.set(150.0)
 
@@ -91,7 +91,7 @@ class GapRule:
         if self.steps % self.every or self.steps > self.plan:
             return
         quantized = self.run.goal.deployed(self.run.model)
-        gap = self.loss(quantized) - self.loss(copy.deepcopy(self.run.model))
+        gap = self.loss(quantized) - self.loss(copy_network(self.run.model))
         self.widest = self.widest or gap
         lags = gap > self.widest * (1 - self.steps / self.plan)
         self.set(self.lambda_s * (GAP_FACTOR if lags else 1 / GAP_FACTOR))
@@ -113,6 +113,11 @@ class Decay:
                 group["lr"] /= 10
 
 
+def staged(optimizer: Optimizer) -> dict[str, Any]:
+    """A group that knows the steps of its stage."""
+    return next(group for group in optimizer.param_groups if "steps" in group)
+
+
 @torch.no_grad()
 def shrink(optimizer: Optimizer, w_decay: float) -> None:
     """AdamW's decay of all weights, unscaled."""
@@ -124,15 +129,16 @@ def extend(run: Any, args: Namespace) -> None:
     """Adds what --decay_at, --adamw, --beta1 and the rule "gap" ask for to a prepared run."""
     optimizer = run.optimizer
     if args.rule == "gap":
-        optimizer.register_step_post_hook(GapRule(run, args.plan_end))
+        optimizer.register_step_post_hook(GapRule(run))
     if args.decay_at:
-        steps = (run.args.epoch - run.first_epoch + 1) * len(run.batches)
-        optimizer.register_step_post_hook(Decay(optimizer, math.ceil(args.decay_at * steps)))
-    for group in optimizer.param_groups if args.adamw else ():
-        group["decoupled_weight_decay"] = True
-        group["weight_decay"] = run.args.w_decay if args.adamw == "scaled" else 0.0
-    for group in optimizer.param_groups if args.beta1 is not None else ():
-        group["betas"] = (args.beta1, group["betas"][1])
+        steps = math.ceil(args.decay_at * staged(optimizer)["steps"])
+        optimizer.register_step_post_hook(Decay(optimizer, steps))
+    for group in optimizer.param_groups:
+        if args.adamw:
+            group["decoupled_weight_decay"] = True
+            group["weight_decay"] = run.args.w_decay if args.adamw == "scaled" else 0.0
+        if args.beta1 is not None:
+            group["betas"] = (args.beta1, group["betas"][1])
     if args.adamw == "outside":
         optimizer.register_step_pre_hook(lambda *_: shrink(optimizer, run.args.w_decay))
 

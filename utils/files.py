@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,6 +89,18 @@ def check_output_file(flag: str, path: str | Path) -> None:
     if not os.path.isdir(folder):
         raise UserError(f"{flag} {path} cannot be written: there is no folder {folder}; make it first")
     check_writable(flag, path, folder)
+
+
+def write_page(path: str, page: Callable[[], str]) -> None:
+    """Writes the text that `page` makes to the file `path`, the value of --out, and prints `path`.
+
+    Raises UserError, before `page` is called, if the file cannot be written.
+    """
+    check_output_file("--out", path)
+    text = page()
+    with atomic_write(path) as file:
+        file.write(text.encode())
+    print(path)
 
 
 def check_writable(flag: str, path: str | Path, folder: Path) -> None:
