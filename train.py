@@ -90,6 +90,9 @@ def add_training(p: Parser) -> None:
                    help="1: Adam; without momentum if PSG scales its update; if PSG scales the gradient, "
                    "--lr is multiplied by 0.01 * lambda_s, as published")
     p.add_argument("--w_decay", type=cli.non_negative, default=None, help="L2 (default: 1e-4, or 0 with PSG at 2 bits)")
+    p.add_argument("--w_decay_target", type=cli.non_negative, default=None, metavar="W",
+                   help="for pruning: L2 of the weights that may be pruned (default: --w_decay); beside PSG it acts as "
+                   "an L1 penalty of W / lambda_s (docs/pruning.md)")
     p.add_argument("--l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="for pruning: adds W times the sum of the weights' magnitudes to the loss; PSG scales it only "
                    "with --psg_acts_on update")
@@ -130,6 +133,8 @@ def parse() -> tuple[Namespace, RunFolder | None]:
         resolve_target(args)
         if args.lambda_s == "auto" and args.adam and args.psg and args.psg_acts_on == "gradient":
             raise UserError("--lambda_s auto with --adam 1 needs --psg_acts_on update: Adam cancels it on gradients")
+        if args.w_decay_target is not None and not (args.psg and args.target == "zero"):
+            raise UserError(f"--w_decay_target {args.w_decay_target:g} needs --target zero and --psg 1")
         if args.weights and args.load_pretrained:
             raise UserError(f"--weights {args.weights} and --load_pretrained {args.load_pretrained}: choose one")
         if args.w_decay is None:

@@ -3,9 +3,15 @@ whose normalization cancels a scaling of the gradient, so PSG acts on its update
 
     pip install . scikit-learn
     python examples/transformer.py
+    python examples/transformer.py runs/transformer    # writes its pace too, as `python -m tools.pace --runs` reads it
 
 scikit-learn's digits as sequences of eight rows.
 """
+
+import csv
+import json
+import sys
+from pathlib import Path
 
 import torch
 from psgd import PSGD, grid_share, layer_grids, psg_param_groups, quantize_weights
@@ -53,13 +59,19 @@ left_alone = [name for name, _ in model.named_parameters() if name not in layer_
 print(f"left alone: {', '.join(left_alone)}")
 
 
+history = []
+
+
 def run(optimizer: torch.optim.Optimizer, epochs: int) -> None:
-    for _ in range(epochs):
+    for epoch in range(1, epochs + 1):
         for chosen in torch.randperm(1437).split(64):
             loss = cross_entropy(model(rows[train][chosen]), labels[train][chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        if isinstance(optimizer, PSGD):
+            pace, near = optimizer.pace(), grid_share(model, 4)
+            history.append([epoch, 3e-3, near, pace.tau, pace.expected_share])
 
 
 run(torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01), epochs=20)
@@ -76,3 +88,9 @@ def accuracy(network: nn.Module) -> float:
 expected = 100 * optimizer.pace().expected_share
 print(f"weights within a tenth of a step of the 4-bit grid: {100 * grid_share(model, 4):.1f} % (law: {expected:.1f})")
 print(f"test accuracy: float {accuracy(model):.2f}, 4 bits {accuracy(quantize_weights(model, 4)):.2f}")
+
+if folder := sys.argv[1:]:
+    Path(folder[0]).mkdir(parents=True)
+    (Path(folder[0]) / "args.json").write_text(json.dumps({"args": {"psg": 1, "w_bit": 4}}))
+    with open(Path(folder[0]) / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["epoch", "lr", "grid_share", "tau", "expected_share"], *history])

@@ -36,21 +36,30 @@ def prunable_weights(model: nn.Module, first_last: bool = True) -> dict[str, nn.
     return found
 
 
-def sparse_param_groups(model: nn.Module, first_last: bool = True) -> list[dict[str, Any]]:
+def sparse_param_groups(
+    model: nn.Module, first_last: bool = True, weight_decay: float | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups for sparse training with PSGD: one group of prunable weights with target "zero", then one
     unscaled group with all other parameters.
 
+    `weight_decay` >= 0 is that of the prunable weights; by default they have the optimizer's, as the others do. The
+    decay of torch.optim.SGD is not scaled. Beside scaled gradients it acts as an L1 penalty of weight_decay / lambda_s
+    times the sum of |w| (docs/pruning.md). The other parameters, such as those of batch norm, do not bear as much.
+
     Parameters that do not require a gradient are left out. Pruned weights under an active mask are set to zero in
-    `model` (see `settle_masks`). Warnings name weights as those of `psg_param_groups` do. Raises ValueError for a model
-    without prunable weights, and if all of them are frozen.
+    `model` (see `settle_masks`). Warnings name weights as those of `psg_param_groups` do. Raises ValueError for a
+    weight_decay that is not a finite number >= 0, for a model without prunable weights, and if all of them are frozen.
     """
+    if weight_decay is not None and not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay must be a finite number >= 0, got {weight_decay!r}")
     named = prunable_weights(model, first_last)
     settle_masks(model, named)
     warn_of_computed(model)
     scaled, others = split_parameters(model, named)
     if not scaled:
         raise ValueError(f"{type(model).__name__} has no weights to scale: all prunable weights are frozen")
-    groups: list[dict[str, Any]] = [{"params": [*scaled.values()], "target": "zero"}]
+    own = {} if weight_decay is None else {"weight_decay": weight_decay}
+    groups: list[dict[str, Any]] = [{"params": [*scaled.values()], "target": "zero", **own}]
     return groups + ([{"params": others}] if others else [])
 
 

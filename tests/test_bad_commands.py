@@ -19,6 +19,7 @@ BAD = [
         ["--target", "zero", "--granularity", "channel"],
         "--granularity channel does not go with --target zero",
     ),
+    ("train.py", ["--w_decay_target", "0.004"], "--w_decay_target 0.004 needs --target zero and --psg 1"),
     ("train.py", ["--sparsity", "0.9"], "--sparsity 0.9 does not go with --target grid"),
     ("train.py", ["--target", "zero", "--sparsity", "1"], "--sparsity: 1 must be less than 1"),
     ("train.py", ["--l1", "-1"], "--l1: -1 must be 0 or greater"),

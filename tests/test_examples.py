@@ -8,13 +8,14 @@ import sys
 import pytest
 
 from tests.helpers import ROOT
+from tools.pace import rows_of
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
-def output(name, installed, folder):
+def output(name, installed, folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    command = [sys.executable, ROOT / "examples" / name]
+    command = [sys.executable, ROOT / "examples" / name, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -23,7 +24,8 @@ def output(name, installed, folder):
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "torchvision_model.py"])
 def test_trained_examples_keep_their_accuracy_at_4_bits(installed, tmp_path, name):
     """Seen: shares of 52 % and more, and 0.9 points lost at most; of the transformer 52 to 65 %, law 53 to 67 %."""
-    text = output(name, installed, tmp_path)
+    folder = ["runs/transformer"] if name == "transformer.py" else []
+    text = output(name, installed, tmp_path, *folder)
     share = float(re.search(r"4-bit grid: ([\d.]+) %", text)[1])
     full, low = map(float, re.search(r"float ([\d.]+), 4 bits ([\d.]+)", text).groups())
     assert share > 40 and full > 30 and low > full - 4
@@ -31,6 +33,9 @@ def test_trained_examples_keep_their_accuracy_at_4_bits(installed, tmp_path, nam
         expected = float(re.search(r"law: ([\d.]+)", text)[1])
         assert full > 80 and share == pytest.approx(expected, abs=10)
         assert "left alone: position.weight, blocks.0.norm1.weight" in text and "qkv" not in text
+        rows = rows_of(str(tmp_path / folder[0]), "transformer", measure=None)
+        assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 41)]
+        assert 100 * float(rows[-1]["grid_share"]) == pytest.approx(share, abs=0.05)
 
 
 def test_torchvision_model(installed, tmp_path):

@@ -8,6 +8,8 @@ from torch import nn
 from quant.pruning import prunable_weights
 from utils.cli import UserError, first_line
 
+VANISHED = 1e-6  # weights this small are outweighed by batch norm's eps, 1e-5 beside the variance of a layer's output
+
 
 @torch.no_grad()
 def check_takes(model: nn.Module, name: str, size: int, smallest_step: int) -> None:
@@ -33,3 +35,9 @@ def check_moves(model: nn.Module, first_last: bool = True) -> None:
             raise UserError(
                 f"{name} is all zeros, which PSG never moves: use --eps 0.01, or start from trained weights"
             )
+
+
+def vanished_layer(model: nn.Module, first_last: bool = True) -> str | None:
+    """Name of a prunable weight of `model` none of whose elements is above VANISHED in magnitude, or None."""
+    weights = prunable_weights(model, first_last).items()
+    return next((name for name, weight in weights if weight.detach().abs().amax() <= VANISHED), None)

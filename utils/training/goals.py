@@ -38,6 +38,7 @@ class SparseGoal:
 
     sparsity: float
     first_last: bool = True
+    w_decay: float | None = None  # of the weights that may become zero, where it is not that of all
 
     @property
     def name(self) -> str:
@@ -45,7 +46,7 @@ class SparseGoal:
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for PSGD towards this goal."""
-        return sparse_param_groups(model, self.first_last)
+        return sparse_param_groups(model, self.first_last, self.w_decay)
 
     def deployed(self, model: nn.Module) -> nn.Module:
         """A copy of `model` as it is deployed."""

@@ -29,7 +29,7 @@ from utils.files import command_line, git_commit
 from utils.opening import matched
 from utils.runs import KEPT_BY_RESUMES, RunFolder
 from utils.signals import StopRequest
-from utils.training.checks import check_moves, check_takes
+from utils.training.checks import VANISHED, check_moves, check_takes, vanished_layer
 from utils.training.epochs import Training
 from utils.training.evaluation import evaluate_goal
 from utils.training.goals import Goal
@@ -204,6 +204,11 @@ def train_epoch_and_evaluate(run: Run, training: Training, epoch: int) -> dict[s
         raise UserError(
             f"{error} of epoch {epoch}; last good checkpoint: {run.last_good}; try a smaller --lr or --lambda_s"
         ) from None
+    if args.target == "zero" and (name := vanished_layer(run.model, bool(args.first_last_quant))):
+        raise UserError(
+            f"{name} has no weight above {VANISHED:g} after epoch {epoch}; last good checkpoint: {run.last_good}; "
+            "try a smaller --w_decay_target or --l1"
+        )
     return {
         "epoch": epoch, "lr": lr, "train_loss": trained.loss, "train_top1": trained.top1, **figures,
         "train_seconds": trained_at - started, "eval_seconds": time.perf_counter() - trained_at,

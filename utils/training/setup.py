@@ -10,12 +10,14 @@ from quant import PSGD, Grid, penalize_l1
 from quant.settings import AUTO
 from utils.training.goals import Goal, GridGoal, SparseGoal
 
+EXTRAS = ("w_decay_target", "l1", "grad_l1")  # flags that the log names where they are set
+
 
 def build_goal(args: Namespace) -> Goal:
     """What the weights are trained for."""
     first_last = bool(args.first_last_quant)
     if args.target == "zero":
-        return SparseGoal(args.sparsity, first_last)
+        return SparseGoal(args.sparsity, first_last, args.w_decay_target)
     return GridGoal(Grid(args.w_bit, first_last, per_channel=args.granularity == "channel"))
 
 
@@ -46,6 +48,6 @@ def described(args: Namespace, goal: Goal, optimizer: Optimizer) -> str:
     strength = lambda_s if lambda_s == AUTO else f"{lambda_s:g}"
     method = f"PSG for {goal.name}, lambda_s {strength}" if args.psg else "no PSG"
     method += f" on the {args.psg_acts_on}" if args.psg else ""
-    method += "".join(f", {flag} {getattr(args, flag):g}" for flag in ("l1", "grad_l1") if getattr(args, flag))
+    method += "".join(f", {flag} {getattr(args, flag):g}" for flag in EXTRAS if getattr(args, flag))
     why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
     return f"from {start}, {method}, weight decay {args.w_decay:g}{why}"
