@@ -1,27 +1,38 @@
 """The examples as a user runs them, with psgd installed, in an empty folder."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from torchvision.io import write_png
 
 from tests.helpers import ROOT
 from tools.pace import rows_of
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+NEEDS = {
+    "huggingface_trainer.py": "transformers", "lightning_module.py": "lightning",
+    "pretrained.py": "efficientnet_lite_pytorch",
+}  # fmt: skip
+OTHERS = {"torchvision_model.py", "pretrained.py"}
 
 
 def output(name, installed, folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    if name in NEEDS and not importlib.util.find_spec(NEEDS[name]):
+        pytest.skip(f"needs {NEEDS[name]}")
+    paths = [str(installed), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, ROOT / "examples" / name, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "torchvision_model.py"])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in OTHERS])
 def test_trained_examples_keep_their_accuracy_at_4_bits(installed, tmp_path, name):
     """Seen: shares of 52 % and more, and 0.9 points lost at most; of the transformer 52 to 65 %, law 53 to 67 %."""
     folder = ["runs/transformer"] if name == "transformer.py" else []
@@ -42,3 +53,18 @@ def test_torchvision_model(installed, tmp_path):
     assert "{3: 19, 8: 3, 'float': 40}" in output("torchvision_model.py", installed, tmp_path)
     packed, graph = (tmp_path / f"resnet18_w3.{suffix}" for suffix in ("safetensors", "onnx"))
     assert packed.stat().st_size < graph.stat().st_size < 8e6  # 44.7 MB in float
+
+
+def test_pretrained(installed, tmp_path):
+    """Three batches of noise: that it runs, and what it prints."""
+    for part in ("train", "val"):
+        for kind in ("cat", "dog"):
+            folder = tmp_path / part / kind
+            folder.mkdir(parents=True)
+            for number in range(24):
+                write_png(torch.randint(0, 256, (3, 40, 48), dtype=torch.uint8), str(folder / f"{number}.png"))
+    text = output("pretrained.py", installed, tmp_path, ".", "--epochs", "1", "--size", "32", "--limit", "32")
+    share = float(re.search(r"4-bit grid: ([\d.]+) %", text)[1])
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith(("| SGD", "| PSGD"))]
+    assert 15 < share < 60 and [len(row) for row in rows] == [5, 5]
+    assert all(0 <= float(cell) <= 100 for row in rows for cell in row[1:])
