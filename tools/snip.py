@@ -48,7 +48,7 @@ def hold_at_zero(weights: Sequence[Tensor], masks: list[Tensor], optimizer: torc
 
     @torch.no_grad()
     def mask(*_: Any) -> None:
-        torch._foreach_mul_(weights, masks)
+        torch._foreach_mul_([*weights], masks)
 
     mask()
     optimizer.register_step_post_hook(mask)
