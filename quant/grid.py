@@ -149,8 +149,7 @@ def weight_scale(weight: Tensor, grid: Grid | int) -> Tensor:
     dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
     if weight.numel() == 0:
         return nonzero_scale(weight.new_zeros(()))
-    absmax = weight.abs().amax(dims, keepdim=True) if own else largest_magnitude(weight)
-    scale = nonzero_scale(absmax / quant_max)
+    scale = nonzero_scale(largest_magnitude(weight, own) / quant_max)
     if grid.weight_range == "absmax":
         return scale
     best, least = scale, torch.full_like(scale, float("inf"))
