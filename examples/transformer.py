@@ -8,7 +8,7 @@ scikit-learn's digits as sequences of eight rows.
 """
 
 import torch
-from psgd import PSGD, Grid, describe, grid_share, psg_param_groups, quantize_weights
+from psgd import PSGD, Grid, grid_share, layer_grids, psg_param_groups, quantize_weights
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -50,7 +50,8 @@ class Classifier(nn.Module):
 
 model = Classifier()
 grid = Grid(4, exclude=nn.Embedding)  # which stays in float anyway; said here, it needs no warning
-print(describe(model, grid))
+left_alone = [name for name, _ in model.named_parameters() if name not in layer_grids(model, grid)]
+print(f"left alone: {', '.join(left_alone)}")
 
 
 def run(optimizer: torch.optim.Optimizer, epochs: int) -> None:
@@ -74,5 +75,7 @@ def accuracy(network: nn.Module) -> float:
 
 
 expected = 100 * optimizer.pace().expected_share
-print(f"weights within a tenth of a step of the 4-bit grid: {100 * grid_share(model, grid):.1f} % (law: {expected:.1f})")
+print(
+    f"weights within a tenth of a step of the 4-bit grid: {100 * grid_share(model, grid):.1f} % (law: {expected:.1f})"
+)
 print(f"test accuracy: float {accuracy(model):.2f}, 4 bits {accuracy(quantize_weights(model, grid)):.2f}")

@@ -147,9 +147,7 @@ def test_a_step_is_scaled_by_the_distance_to_the_grid(kind, per_channel, acts_on
     groups = psg_param_groups(network, Grid(4, per_channel=per_channel))
     optimizer = PSGD(torch.optim.SGD(groups, lr=0.1), lambda_s=3.0, acts_on=acts_on)
     fill_gradients(network, 0)
-    gradients = {
-        name: parameter.grad.clone() for name, parameter in network.named_parameters(remove_duplicate=False)
-    }
+    gradients = {name: parameter.grad.clone() for name, parameter in network.named_parameters(remove_duplicate=False)}
     optimizer.step()
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if name == "transformer.wte.weight":
@@ -199,7 +197,9 @@ def test_the_first_layer_may_be_an_attention():
     torch.manual_seed(0)
     bits = {row.name: row.bits for row in describe(nn.Transformer(8, 2, 1, 1, 16, batch_first=True), 3).rows}
     assert bits["encoder.layers.0.self_attn.in_proj_weight"] == 8 and bits["decoder.layers.0.linear2.weight"] == 8
-    assert bits["encoder.layers.0.self_attn.out_proj.weight"] == bits["decoder.layers.0.multihead_attn.in_proj_bias"] == 3
+    assert (
+        bits["encoder.layers.0.self_attn.out_proj.weight"] == bits["decoder.layers.0.multihead_attn.in_proj_bias"] == 3
+    )
 
 
 def test_other_tensors_of_three_dims_stay_in_float():
