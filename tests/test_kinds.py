@@ -213,6 +213,7 @@ def test_other_tensors_of_three_dims_stay_in_float():
     assert [stacked[name].scale_dims for name in ("0.up", "0.down")] == [(0,), (0,)]
 
 
+@pytest.mark.filterwarnings("ignore:stays in float")
 def test_experts_of_transformers():
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
