@@ -1,4 +1,4 @@
-"""PSGD on a transformer: linear layers go to the grid, embeddings and LayerNorm are left alone. The base is AdamW,
+"""PSGD on a transformer: linear layers go to the grid, the embedding and LayerNorm are left alone. The base is AdamW,
 whose normalization cancels a scaling of the gradient, so PSG acts on its updates, which have no momentum (beta1 = 0).
 
     pip install . scikit-learn
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from psgd import PSGD, grid_share, layer_grids, psg_param_groups, quantize_weights
+from psgd import PSGD, Grid, grid_share, layer_grids, psg_param_groups, quantize_weights
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
@@ -55,7 +55,8 @@ class Classifier(nn.Module):
 
 
 model = Classifier()
-left_alone = [name for name, _ in model.named_parameters() if name not in layer_grids(model, 4)]
+grid = Grid(4, exclude=nn.Embedding)  # which stays in float anyway; said here, it needs no warning
+left_alone = [name for name, _ in model.named_parameters() if name not in layer_grids(model, grid)]
 print(f"left alone: {', '.join(left_alone)}")
 
 
@@ -70,12 +71,12 @@ def run(optimizer: torch.optim.Optimizer, epochs: int) -> None:
             loss.backward()
             optimizer.step()
         if isinstance(optimizer, PSGD):
-            pace, near = optimizer.pace(), grid_share(model, 4)
+            pace, near = optimizer.pace(), grid_share(model, grid)
             history.append([epoch, 3e-3, near, pace.tau, pace.expected_share])
 
 
 run(torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01), epochs=20)
-base = torch.optim.AdamW(psg_param_groups(model, 4), lr=3e-3, betas=(0.0, 0.999), weight_decay=0.01)
+base = torch.optim.AdamW(psg_param_groups(model, grid), lr=3e-3, betas=(0.0, 0.999), weight_decay=0.01)
 optimizer = PSGD(base, lambda_s="auto", acts_on="update", steps=40 * 23)  # 23 batches an epoch
 run(optimizer, epochs=40)
 
@@ -86,8 +87,10 @@ def accuracy(network: nn.Module) -> float:
 
 
 expected = 100 * optimizer.pace().expected_share
-print(f"weights within a tenth of a step of the 4-bit grid: {100 * grid_share(model, 4):.1f} % (law: {expected:.1f})")
-print(f"test accuracy: float {accuracy(model):.2f}, 4 bits {accuracy(quantize_weights(model, 4)):.2f}")
+print(
+    f"weights within a tenth of a step of the 4-bit grid: {100 * grid_share(model, grid):.1f} % (law: {expected:.1f})"
+)
+print(f"test accuracy: float {accuracy(model):.2f}, 4 bits {accuracy(quantize_weights(model, grid)):.2f}")
 
 if folder := sys.argv[1:]:
     Path(folder[0]).mkdir(parents=True)

@@ -7,14 +7,15 @@ a user's tasks; the modules hold the functions behind them.
 from .activations import float_activations, quantize_activations
 from .deploy import export, load_packed, read_facts
 from .grid import Grid, fake_quantize_weight, weight_scale
+from .groups import psg_param_groups
 from .lambda_s import Pace, expected_share
-from .layers import layer_grids, psg_param_groups
+from .layers import layer_grids
 from .penalties import penalize_l1
 from .post_training import adaround, correct_bias, reestimate_batch_norm
 from .pruning import prune_weights, sparse_param_groups
 from .psgd import PSGD
 from .ranges import bn_ranges, calibrate, quantize_sums
-from .report import layer_rows
+from .report import describe, layer_rows
 from .weights import grid_share, packed_bytes, quantize_weights, weight_mse
 
 __version__ = "2.0.0"
@@ -27,6 +28,7 @@ __all__ = [
     "bn_ranges",
     "calibrate",
     "correct_bias",
+    "describe",
     "expected_share",
     "export",
     "fake_quantize_weight",

@@ -5,20 +5,28 @@ after a ReLU lie on an unsigned grid: integers 0 ... 2^bits - 1, zero_point 0. T
 neighboring grid points. Every function accepts any shape and any float dtype.
 """
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from .selectors import Selector, selectors
+from .sharded import is_sharded, largest_magnitude
 
 BITS = range(2, 9)
 FLOAT_BITS = 32  # means "not quantized" wherever a bit-width is given
 FIRST_LAST_BITS = 8  # bits of the first and last layers if the other layers have fewer than 4
 WEIGHT_RANGES = ("absmax", "mse")
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def quant_max_of(bits: int) -> int:
+    """Largest integer of the narrow-range weight grid, 2^(bits-1) - 1. Raises ValueError for bits outside 2..8."""
+    return (1 << (check_bits(bits) - 1)) - 1
 
 
 def check_bits(bits: int) -> int:
@@ -36,10 +44,17 @@ class Grid:
         bits: bit-width, 2 to 8; or 32 for full precision, where nothing is quantized.
         first_last: whether the first and last layers are quantized too (default True). They then have `bits` bits if
             `bits` is at least 4, and 8 bits otherwise (published rule). False leaves them in float.
-        per_channel: whether each output channel (index of dim 0) has its own scale. By default each tensor has one.
+        per_channel: whether each output channel has its own scale. By default each tensor has one, and each expert of a
+            stack of experts.
         weight_range: "absmax" (default, published) sets the scale to max|w| / (2^(bits-1) - 1). "mse" (ours, for
             evaluation) tries 1%, 2%, ..., 100% of that scale and takes the one with the smallest squared error, which
             clips large weights. PSGD trains only for "absmax".
+        include: adds parameters with at least two dims that the rule of `layer_grids` leaves out, such as embeddings. A
+            pattern (as of fnmatch) for state_dict names of parameters or names of modules, a module class, or a
+            sequence of these; a module stands for all of its parameters. Default: nothing.
+        exclude: leaves parameters in float, in the same words; it prevails over `include`.
+        scale_dims: for a single weight, the dims whose every index has a scale of its own, such as (1,). By default
+            none, or dim 0 if per_channel. `layer_grids` sets it; a grid for a whole network has none.
 
     Raises ValueError, showing the value, for any other setting.
     """
@@ -48,6 +63,9 @@ class Grid:
     first_last: bool = True
     per_channel: bool = False
     weight_range: str = "absmax"
+    include: Selector | Sequence[Selector] = ()
+    exclude: Selector | Sequence[Selector] = ()
+    scale_dims: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         is_float = isinstance(self.bits, Integral) and self.bits == FLOAT_BITS
@@ -57,6 +75,10 @@ class Grid:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.weight_range not in WEIGHT_RANGES:
             raise ValueError(f"weight_range must be one of {', '.join(WEIGHT_RANGES)}, got {self.weight_range!r}")
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, selectors(name, getattr(self, name)))
+        if self.scale_dims is not None:
+            object.__setattr__(self, "scale_dims", check_scale_dims(self.scale_dims))
 
     @property
     def is_float(self) -> bool:
@@ -69,12 +91,36 @@ class Grid:
 
         Raises ValueError for full precision.
         """
-        return (1 << (check_bits(self.bits) - 1)) - 1
+        return quant_max_of(self.bits)
 
     @property
     def of_ends(self) -> "Grid":
         """The grid of the first and last layers, provided that they are quantized."""
         return replace(self, bits=FIRST_LAST_BITS) if self.bits < 4 else self
+
+    def facts(self) -> dict[str, Any]:
+        """The settings that JSON can hold, of which `Grid(**facts)` makes the grid again; `include`, `exclude` and
+        `scale_dims` only where they are set.
+
+        Raises ValueError for module classes in `include` or `exclude`, which JSON cannot hold.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        classes = [entry.__name__ for entry in (*values["include"], *values["exclude"]) if isinstance(entry, type)]
+        if classes:
+            raise ValueError(
+                f"a grid with the class {classes[0]} cannot be written to a file: name its modules instead"
+            )
+        chosen = {name: list(values.pop(name) or ()) for name in ("include", "exclude", "scale_dims")}
+        return values | {name: value for name, value in chosen.items() if value}
+
+
+def check_scale_dims(dims: Any) -> tuple[int, ...]:
+    """Returns `dims` as a tuple. Raises ValueError unless they are distinct whole numbers of at least 0, in order."""
+    if not isinstance(dims, Sequence) or any(type(dim) is not int or dim < 0 for dim in dims):
+        raise ValueError(f"scale_dims must be whole numbers of at least 0, such as (1,), got {dims!r}")
+    if sorted(set(dims)) != list(dims):
+        raise ValueError(f"scale_dims must rise, got {dims!r}")
+    return tuple(dims)
 
 
 def as_grid(grid: Grid | int) -> Grid:
@@ -89,27 +135,28 @@ def activation_quant_max(bits: int) -> int:
 
 
 def weight_scale(weight: Tensor, grid: Grid | int) -> Tensor:
-    """Scale of the grid of `weight`, in the dtype of `weight`.
+    """Scale of the grid of `weight`, in the dtype of `weight`; in float32 for float16 and bfloat16, whose range and
+    precision are too small for it.
 
-    The result is a 0-d tensor. With per_channel it has shape [C, 1, ..., 1], one scale for each index of dim 0; a 1-D
-    tensor (a bias) still has a single, 0-d scale. A tensor or channel of zeros has scale 1: zero is a grid point at any
-    scale, and 1 avoids a division by zero. Raises ValueError for full precision.
+    The result is a 0-d tensor. With per_channel it has shape [C, 1, ..., 1], one scale for each index of dim 0. With
+    scale_dims=(1,) it has shape [1, C, 1, ..., 1], and so on. A 1-D tensor (a bias) always has a single, 0-d scale. A
+    tensor or channel of zeros has scale 1: zero is a grid point at any scale, and 1 avoids a division by zero. Raises
+    ValueError for full precision, and for scale_dims that `weight` does not have.
     """
-    grid = as_grid(grid)
+    grid, weight = as_grid(grid), in_float32(weight)
     quant_max = grid.quant_max
-    by_channel = grid.per_channel and weight.dim() > 1
-    dims = tuple(range(1 if by_channel else 0, weight.dim()))
+    own = dims_with_scales(weight, grid.per_channel, grid.scale_dims)
+    dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
     if weight.numel() == 0:
         return nonzero_scale(weight.new_zeros(()))
-    absmax = weight.abs().amax(dims, keepdim=True) if by_channel else _largest_magnitude(weight)
-    scale = nonzero_scale(absmax / quant_max)
+    scale = nonzero_scale(largest_magnitude(weight, own) / quant_max)
     if grid.weight_range == "absmax":
         return scale
     best, least = scale, torch.full_like(scale, float("inf"))
     for hundredths in range(100, 0, -1):
         tried = nonzero_scale(scale * (hundredths / 100))
         error = quantize(weight, tried, -quant_max, quant_max).mul_(tried).sub_(weight).square_()
-        error = error.sum(dim=dims, keepdim=by_channel)
+        error = error.sum(dim=dims, keepdim=bool(own))
         best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
     return best
 
@@ -121,7 +168,7 @@ def snap(weight: Tensor, grid: Grid | int) -> tuple[Tensor, Tensor]:
     """
     grid = as_grid(grid)
     scale = weight_scale(weight.detach(), grid)
-    return fake_quantize(weight, scale, -grid.quant_max, grid.quant_max), scale
+    return fake_quantize(in_float32(weight), scale, -grid.quant_max, grid.quant_max).to(weight.dtype), scale
 
 
 def fake_quantize_weight(weight: Tensor, grid: Grid | int) -> Tensor:
@@ -133,56 +180,55 @@ def fake_quantize_weight(weight: Tensor, grid: Grid | int) -> Tensor:
     return snap(weight, grid)[0]
 
 
-def weight_scales(weights: list[Tensor], bits: int, per_channel: bool = False) -> list[Tensor]:
-    """`weight_scale` of each of `weights`, computed with a few operations for all of them together.
+def in_float32(weight: Tensor) -> Tensor:
+    """`weight` in float32 if it is float16 or bfloat16, else `weight` itself."""
+    return weight.float() if weight.dtype in HALVES else weight
 
-    All `weights` share one device and dtype. Sharded weights are processed one by one. With `per_channel` the scale of
-    a 1-D tensor may have shape [1] instead of []. Raises ValueError for bits outside 2..8.
+
+def weight_scales(
+    weights: list[Tensor], bits: int, per_channel: bool = False, scale_dims: Sequence[int] | None = None
+) -> list[Tensor]:
+    """`weight_scale` of each of `weights`, in their dtype, computed with a few operations for all of them together.
+
+    All `weights` share one device and dtype. Sharded weights are processed one by one. With `per_channel` or
+    `scale_dims` the scale of a 1-D tensor may have shape [1] instead of []. Raises ValueError for bits outside 2..8.
     """
-    grid = Grid(bits, per_channel=per_channel)
     if any(map(is_sharded, weights)):
-        return [weight_scale(weight, grid) for weight in weights]
+        grid = Grid(bits, per_channel=per_channel, scale_dims=scale_dims)
+        return [weight_scale(weight, grid).to(weight.dtype) for weight in weights]
     # Not _foreach_norm(weights, inf): on a CPU it takes as long as the rest of PSG together.
     magnitudes = torch._foreach_abs(weights)
-    if per_channel:
-        peaks = [magnitude.amax(tuple(range(1, magnitude.dim())) or 0, keepdim=True) for magnitude in magnitudes]
+    if per_channel or scale_dims:
+        peaks = [_peak(magnitude, dims_with_scales(magnitude, per_channel, scale_dims)) for magnitude in magnitudes]
     else:
         peaks = list(torch._foreach_max(magnitudes))
-    scales = nonzero_scale(torch.cat([peak.flatten() for peak in peaks]) / grid.quant_max)
+    scales = nonzero_scale(torch.cat([peak.flatten() for peak in peaks]) / quant_max_of(bits))
     sizes = [peak.numel() for peak in peaks]
     return [scale.view_as(peak) for scale, peak in zip(scales.split_with_sizes(sizes), peaks)]
 
 
-def scale_count(weight: Tensor, per_channel: bool) -> int:
-    """Number of scales of `weight`: one, or one for each index of dim 0 (see `weight_scale`)."""
-    return len(weight) if per_channel and weight.dim() > 1 else 1
+def _peak(magnitude: Tensor, own: Sequence[int]) -> Tensor:
+    """The maximum over all dims except `own`, which are kept."""
+    return magnitude.amax(tuple(dim for dim in range(magnitude.dim()) if dim not in own) or 0, keepdim=True)
 
 
-def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
-    """Whether `tensor` is a DTensor. This process may hold only a part of it, or nothing."""
-    return hasattr(tensor, "full_tensor")
+def dims_with_scales(weight: Tensor, per_channel: bool, scale_dims: Sequence[int] | None) -> tuple[int, ...]:
+    """The dims of `weight` whose every index has a scale of its own. A 1-D tensor has one scale and no such dims.
+
+    Raises ValueError for scale_dims that `weight` does not have.
+    """
+    if weight.dim() < 2:
+        return ()
+    if scale_dims is None:
+        return (0,) if per_channel else ()
+    if any(dim >= weight.dim() for dim in scale_dims):
+        raise ValueError(f"scale_dims {tuple(scale_dims)} do not fit a weight of shape {list(weight.shape)}")
+    return tuple(scale_dims)
 
 
-def number(value: Tensor) -> float:
-    """The 0-d `value` as a Python number. For a DTensor it is the value over all processes; .item() would read only
-    this process's part."""
-    return (value.full_tensor() if is_sharded(value) else value).item()
-
-
-def is_all_zeros(weight: Tensor) -> bool:
-    """Whether `weight`, which may be sharded, has at least one element and all of them are zero."""
-    return weight.numel() > 0 and not weight.is_meta and number(_largest_magnitude(weight.detach())) == 0
-
-
-def _largest_magnitude(weight: Tensor) -> Tensor:
-    """max|w|, 0-d. `weight` is not empty as a whole, but this process's part of it may be."""
-    if not is_sharded(weight):
-        return weight.abs().amax()
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    part, mesh = weight.to_local(), weight.device_mesh
-    peak = part.abs().amax() if part.numel() else part.new_zeros(())
-    return DTensor.from_local(peak, mesh, [Partial("max")] * mesh.ndim).redistribute(mesh, [Replicate()] * mesh.ndim)
+def scale_count(weight: Tensor, grid: Grid) -> int:
+    """Number of scales of `weight` (see `weight_scale`)."""
+    return math.prod(weight.shape[dim] for dim in dims_with_scales(weight, grid.per_channel, grid.scale_dims))
 
 
 def nonzero_scale(scale: Tensor) -> Tensor:

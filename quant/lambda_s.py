@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grid import is_sharded
 from .settings import AUTO
+from .sharded import is_sharded
 
 PLAN_END = 0.75  # share of the stage in which tau grows; lambda_s is constant in the rest
 MEMORY = 100  # steps over which the mean square of the gradients is averaged

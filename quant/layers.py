@@ -2,15 +2,20 @@
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .grid import Grid, as_grid, check_bits, is_all_zeros, scale_count
+from .grid import Grid, as_grid, check_bits
+from .kinds import EXPERTS, LINEAR, Role, is_computed, kind_of, role_of
+from .selectors import selectors, selects
 
-WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+FLOAT_SHARE = 0.01  # of the parameters: a larger matrix does not stay in float without a word
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -19,52 +24,173 @@ def is_relu(module: nn.Module | None) -> bool:
     return isinstance(module, nn.ReLU) and type(module).forward is nn.ReLU.forward
 
 
+class Choice(NamedTuple):
+    """What becomes of a parameter: its `grid`, or None if it stays in float, and why. `own_word` says that it stays in
+    float because the user said so."""
+
+    name: str
+    parameter: nn.Parameter
+    role: Role
+    grid: Grid | None
+    reason: str
+    own_word: bool = False
+
+
+def choices(model: nn.Module, grid: Grid | int) -> list[Choice]:
+    """The choice for every parameter of `model`, each parameter once: for one that several modules share, that of the
+    first layer that quantizes it. In the order of the modules.
+
+    Raises ValueError as `layer_grids` does, except for a model with nothing to quantize.
+    """
+    rule = _Rule(model, as_grid(grid))
+    found: dict[int, Choice] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            choice, before = rule.choose(name, parameter), found.get(id(parameter))
+            if before is None or _weight_of(choice) > _weight_of(before):
+                found.pop(id(parameter), None)
+                found[id(parameter)] = choice
+    return list(found.values())
+
+
+def _weight_of(choice: Choice) -> tuple[bool, bool]:
+    """How a choice counts among those for the names of one parameter."""
+    return choice.grid is not None, choice.role.by_rule
+
+
+class _Rule:
+    """The rule for the parameters of one network."""
+
+    def __init__(self, model: nn.Module, grid: Grid) -> None:
+        if grid.scale_dims is not None:
+            raise ValueError(f"scale_dims={grid.scale_dims} are those of a single weight: the layers of a network "
+                             "have their own")  # fmt: skip
+        self.grid, self.model = grid, model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if is_lazy(parameter):
+                raise ValueError(f"{name} has no shape yet: run a batch through the network first")
+            self.names[id(parameter)].append(name)
+        layers = [path for path, module in model.named_modules() if kind_of(module)]
+        self.ends = {layers[-1]: "last layer", layers[0]: "first layer"} if layers else {}
+        self.included = self.selected("include", 2)
+        self.excluded = self.selected("exclude", 0)
+
+    def selected(self, key: str, least_dims: int) -> set[int]:
+        """The ids of the parameters that `include` or `exclude` stands for, under any of their names."""
+        found: set[int] = set()
+        for selector in selectors(key, getattr(self.grid, key)):
+            own = {
+                number for number, names in self.names.items()
+                if any(selects(selector, name, self.modules) for name in names)
+                and self.model.get_parameter(names[0]).dim() >= least_dims
+            }  # fmt: skip
+            if not own:
+                shown = repr(selector) if isinstance(selector, str) else selector.__name__
+                which = f"parameter with {least_dims} dims or more" if least_dims else "parameter"
+                raise ValueError(f"{key}={shown} matches no {which} of {type(self.model).__name__}")
+            found |= own
+        return found
+
+    def choose(self, name: str, parameter: nn.Parameter) -> Choice:
+        role = role_of(name, self.modules)
+        end = self.ends.get(role.layer)
+        if id(parameter) in self.excluded:
+            return Choice(name, parameter, role, None, "excluded", True)
+        if role.by_rule and role.kind:
+            if end and not self.grid.first_last:
+                return Choice(name, parameter, role, None, f"{end}, left out", True)
+            reason = f"{role.kind.name}, {end}" if end else role.kind.name
+            return Choice(name, parameter, role, self.own_grid(parameter, role, bool(end)), reason)
+        # The parts of weight_norm lie on no grid that the weight would lie on.
+        whole = not role.computed or name.endswith(".original")
+        if id(parameter) in self.included and whole:
+            return Choice(name, parameter, role, self.own_grid(parameter, role, False), "included")
+        return Choice(name, parameter, role, None, float_reason(role, self.modules[role.layer], parameter))
+
+    def own_grid(self, parameter: nn.Parameter, role: Role, at_end: bool) -> Grid:
+        """The grid of one parameter."""
+        if parameter.dtype not in WEIGHT_DTYPES:
+            name = self.names[id(parameter)][0]
+            raise ValueError(f"{name} is {parameter.dtype}: only real floating-point weights have a grid")
+        grid = self.grid.of_ends if at_end else self.grid
+        kind = EXPERTS if parameter.dim() == 3 else LINEAR  # of an included parameter
+        if role.kind and (role.is_weight or role.by_rule):
+            kind = role.kind
+        dims = kind.scale_dims(grid.per_channel) if parameter.dim() > 1 else None
+        return replace(grid, include=(), exclude=(), scale_dims=dims)
+
+
+def float_reason(role: Role, module: nn.Module, parameter: nn.Parameter) -> str:
+    """Why the rule leaves a parameter of `module` in float."""
+    if role.computed:
+        return "the weight is computed from it"
+    if role.kind:
+        return f"{role.attribute} of a {role.kind.name}"
+    if isinstance(module, nn.modules.batchnorm._NormBase) or "Norm" in type(module).__name__:
+        return "normalization"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    return f"of {type(module).__name__}, not a known kind of layer"
+
+
 def layer_grids(model: nn.Module, grid: Grid | int) -> dict[str, Grid]:
     """The grid of every quantized parameter by its state_dict name, in the order of the modules of `model`.
 
-    The weights of convolutions and linear layers and the biases of linear layers are quantized. All other parameters
-    stay in float: those of normalization layers, the biases of convolutions, and embeddings unless they share the
-    weight of a linear layer. The first and last of the convolutions and linear layers follow `Grid.first_last`. A
-    parameter that several layers share appears once, under its first name.
+    The rule takes the weights of convolutions, transposed convolutions and linear layers, of transformers' Conv1D and
+    of nn.MultiheadAttention, stacks of experts (see `quant.kinds.kind_of`), and the biases of linear layers, Conv1D and
+    MultiheadAttention. All other parameters stay in float: those of normalization layers, the biases of convolutions,
+    and embeddings unless they share the weight of a linear layer. `Grid.include` adds to these and `Grid.exclude` takes
+    away. The first and last of the layers of the rule, excluded or not, follow `Grid.first_last`; what is included does
+    not. A parameter that several layers share appears once, under its first name.
 
-    Raises ValueError for full precision, for a model with nothing to quantize, and for weights that are not real
-    floating-point numbers.
+    With a grid for each output channel the channels are dim 0, but dim 1 of a transposed convolution (channels at the
+    same place in their groups share a scale) and of a Conv1D. A stack of experts [E, out, in] has a scale for each
+    expert, or for each of their output channels; so has an included parameter with three dims.
+
+    Raises ValueError for full precision, for a model with nothing to quantize, for weights that are not real
+    floating-point numbers or have no shape yet, and for an `include` or `exclude` that matches nothing.
     """
     grid = as_grid(grid)
     check_bits(grid.bits)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
-    if not layers:
+    chosen = choices(model, grid)
+    result = {choice.name: choice.grid for choice in chosen if choice.grid is not None}
+    if not result and not any(choice.role.kind for choice in chosen):
         raise ValueError(f"{type(model).__name__} has no convolution or linear layer to quantize")
-    ends = (layers[0][1], layers[-1][1])
-    result: dict[str, Grid] = {}
-    seen: set[int] = set()
-    for name, module in layers:
-        at_end = module in ends
-        if at_end and not grid.first_last:
-            continue
-        for key, parameter in module.named_parameters(name, recurse=False):
-            kind = key.rpartition(".")[2].removesuffix("_orig")  # nn.utils.spectral_norm and prune append it
-            quantized = kind == "weight" or (kind == "bias" and isinstance(module, nn.Linear))
-            if id(parameter) in seen or not quantized:
-                continue
-            if parameter.dtype not in WEIGHT_DTYPES:
-                raise ValueError(f"{key} is {parameter.dtype}: only real floating-point weights have a grid")
-            seen.add(id(parameter))
-            result[key] = grid.of_ends if at_end else grid
     if not result:
         raise ValueError(f"{type(model).__name__} has no weights to quantize in its convolution and linear layers")
     return result
 
 
-def warn_of_computed(model: nn.Module) -> None:
-    """Warns of convolutions and linear layers whose weight is computed from other parameters, which have no grid."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)]
-    computed = [name for name, module in layers if not {"weight", "weight_orig"} & module._parameters.keys()]
+def warn_of_float(model: nn.Module, grid: Grid | int) -> None:
+    """Warns of the matrices that stay in float, without the user's word, and are above 1 % of the parameters. And, as
+    `warn_of_computed` does, of computed weights."""
+    warn_of_computed(model, stacklevel=4)
+    chosen = choices(model, grid)
+    least = FLOAT_SHARE * sum(choice.parameter.numel() for choice in chosen)
+    large = [
+        choice.name for choice in chosen
+        if choice.grid is None and not choice.own_word and not (choice.role.kind and choice.role.computed)
+        and choice.parameter.dim() > 1 and choice.parameter.numel() > least
+    ]  # fmt: skip
+    if large:
+        warnings.warn(
+            f"stays in float, and is above 1 % of the parameters: {first_names(large)}; "
+            "Grid(include=...) quantizes it, Grid(exclude=...) leaves it so without this warning",
+            stacklevel=3,
+        )
+
+
+def warn_of_computed(model: nn.Module, stacklevel: int = 3) -> None:
+    """Warns of layers whose weight is computed from other parameters, which have no grid."""
+    layers = [(path, module, kind) for path, module in model.named_modules() if (kind := kind_of(module))]
+    computed = [path for path, module, kind in layers if any(is_computed(module, key) for key in kind.weights)]
     if computed:
         warnings.warn(
             f"the weights of {first_names(computed)} are computed, as by weight_norm or another parametrization, and "
             "are left alone: make them parameters first (remove_parametrizations, remove_weight_norm)",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -119,64 +245,14 @@ def copy_network(model: nn.Module) -> nn.Module:
     return copied
 
 
-def psg_param_groups(model: nn.Module, grid: Grid | int) -> list[dict[str, Any]]:
-    """Parameter groups for a base optimizer: one group of quantized parameters for each bit-width, then one unscaled
-    group with all other parameters.
-
-    `layer_grids` decides which parameters are quantized. A parameter with one element per scale is on its grid whatever
-    its value, so PSG would never move it: it stays unscaled. Parameters that do not require a gradient are left out.
-    Pruned weights under an active mask are set to zero in `model` (see `settle_masks`). Warnings name the scaled
-    parameters that are all zeros, such as those of a zero-initialized branch, and the layers whose weight is computed
-    from other parameters, as by weight_norm: it is not found.
-
-    Raises ValueError for full precision, for a weight_range other than "absmax", and for a model with nothing to scale.
-    """
-    grid = as_grid(grid)
-    if grid.weight_range != "absmax":
-        raise ValueError(f'PSGD trains only for weight_range "absmax", got {grid.weight_range!r}')
-    grids = layer_grids(model, grid)
-    settle_masks(model, grids)
-    bits_of = {name: own.bits for name, own in grids.items() if not _always_on_grid(model.get_parameter(name), own)}
-    warn_of_computed(model)
-    scaled, others = split_parameters(model, bits_of)
-    if not scaled:
-        raise ValueError(f"{type(model).__name__} has no weights to scale: each is frozen or has one element per scale")
-    groups: list[dict[str, Any]] = [
-        {"params": [scaled[name] for name in scaled if bits_of[name] == bits], "bits": bits,
-         "per_channel": grid.per_channel}
-        for bits in sorted({bits_of[name] for name in scaled})
-    ]  # fmt: skip
-    return groups + ([{"params": others}] if others else [])
-
-
-def split_parameters(model: nn.Module, names: Collection[str]) -> tuple[dict[str, nn.Parameter], list[nn.Parameter]]:
-    """Splits the parameters of `model` that require a gradient: PSG scales those among `names`, but not the others.
-
-    Returns the scaled parameters by name, then the others, both in the order of model.parameters(). A warning names the
-    scaled parameters that are all zeros.
-    """
-    # By identity: named_parameters() lists a parameter shared with, say, an embedding under the embedding's name.
-    name_of = {id(model.get_parameter(name)): name for name in names}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scaled = {name_of[id(parameter)]: parameter for parameter in trained if id(parameter) in name_of}
-    zeros = [name for name, parameter in scaled.items() if is_all_zeros(parameter)]
-    if zeros:
-        warnings.warn(
-            f"all zeros, which PSG never moves: {first_names(zeros)}; give PSGD an eps > 0, such as 0.01, "
-            "start from trained weights, or leave them out of the scaled groups",
-            stacklevel=3,
-        )
-    return scaled, [parameter for parameter in trained if id(parameter) not in name_of]
-
-
-def _always_on_grid(parameter: nn.Parameter, grid: Grid) -> bool:
-    """Whether each scale of `parameter` covers one element only, which is then on the grid whatever its value."""
-    return parameter.numel() <= scale_count(parameter, grid.per_channel)
-
-
 def check_finite(name: str, weight: Tensor) -> None:
     """Raises ValueError, with the name, for a weight that is not finite or that is on the meta device."""
-    if weight.is_meta:
-        raise ValueError(f"{name} is on the meta device: it has no values to quantize or prune")
+    check_values(name, weight)
     if not weight.isfinite().all():
         raise ValueError(f"{name} has values that are not finite: it can be neither quantized nor pruned")
+
+
+def check_values(name: str, weight: Tensor) -> None:
+    """Raises ValueError, with the name, for a weight that is on the meta device."""
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device: it has no values to scale, quantize or prune")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .grid import Grid, weight_scale
 from .hooks import Batch, images_of, restored_on_error, watch
+from .kinds import CONV1D, LINEAR, PLAIN, kind_of, layer_of
 from .layers import layer_grids
 
 # AdaRound (Nagel et al. 2020) learns each rounding as a stretched sigmoid with a regularizer that sharpens over time.
@@ -187,7 +188,7 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch]) -> list[tuple
 
 def _mean_output(model: nn.Module, name: str, batches: list[Batch]) -> Tensor:
     """Mean of each output channel of the layer `name` over `batches`, shape [C]."""
-    channel = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
+    channel = -1 if kind_of(model.get_submodule(name)) in (LINEAR, CONV1D) else 1
     outputs = [output.movedim(channel, 0).flatten(1) for _, output in capture(model, name, batches)]
     sums = reduce(torch.add, [part.cpu().double().sum(1) for part in outputs])
     return (sums / sum(part.shape[1] for part in outputs)).to(outputs[0])
@@ -196,12 +197,14 @@ def _mean_output(model: nn.Module, name: str, batches: list[Batch]) -> Tensor:
 def layers_in_order(model: nn.Module, batches: Sequence[Batch], parameters: Iterable[str]) -> list[str]:
     """Names of the layers that own `parameters` (state_dict names), in the order in which they run in eval mode.
 
-    One warning names the layers that are not called, such as an auxiliary head or a layer whose weights are used
-    without calling it. Raises ValueError if `batches` is empty.
+    These are layers that take one tensor and return one (`quant.kinds.PLAIN`), so neither nn.MultiheadAttention itself
+    nor a stack of experts. One warning names the layers that are not called, such as an auxiliary head or a layer whose
+    weights are used without calling it. Raises ValueError if `batches` is empty.
     """
     if not batches:
         raise ValueError("the layers of a network are found by running it, which needs at least one batch of images")
-    names = list(dict.fromkeys(key.rpartition(".")[0] for key in parameters))
+    owners = dict.fromkeys(map(layer_of, parameters))
+    names = [name for name in owners if kind_of(model.get_submodule(name)) in PLAIN]
     order: dict[str, None] = {}
     watch(model, names, [images_of(batches[0])[:1]], lambda name, *_: order.setdefault(name))
     silent = [name for name in names if name not in order]

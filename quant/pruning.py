@@ -1,6 +1,6 @@
 """Sparse training and pruning: parameter groups with target "zero", and one-shot magnitude pruning.
 
-Only the weights of convolutions and linear layers are pruned; biases and normalization layers never are. The first and
+Only the weights that `layer_grids` lists are pruned; biases and normalization layers never are. The first and
 last layers are pruned like the others by default; first_last=False keeps them whole and does not count their weights.
 """
 
@@ -11,15 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .grid import Grid
-from .layers import (
-    check_finite,
-    copy_network,
-    layer_grids,
-    settle_masks,
-    split_parameters,
-    warn_of_computed,
-    weight_value,
-)
+from .groups import warn_of_values
+from .layers import check_finite, copy_network, layer_grids, settle_masks, warn_of_computed, weight_value
 
 SCOPES = ("global", "layer")
 
@@ -55,11 +48,15 @@ def sparse_param_groups(
     named = prunable_weights(model, first_last)
     settle_masks(model, named)
     warn_of_computed(model)
-    scaled, others = split_parameters(model, named)
-    if not scaled:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    name_of = {id(weight): name for name, weight in named.items() if weight.requires_grad}
+    if not name_of:
         raise ValueError(f"{type(model).__name__} has no weights to scale: all prunable weights are frozen")
+    warn_of_values({name: named[name] for name in name_of.values()})
+    scaled = [parameter for parameter in trained if id(parameter) in name_of]
+    others = [parameter for parameter in trained if id(parameter) not in name_of]
     own = {} if weight_decay is None else {"weight_decay": weight_decay}
-    groups: list[dict[str, Any]] = [{"params": [*scaled.values()], "target": "zero", **own}]
+    groups: list[dict[str, Any]] = [{"params": scaled, "target": "zero", **own}]
     return groups + ([{"params": others}] if others else [])
 
 

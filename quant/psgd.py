@@ -37,7 +37,7 @@ def distances(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
     """
     if group["target"] == "zero":
         return list(torch._foreach_abs(weights))
-    scales = weight_scales(weights, group["bits"], group["per_channel"])
+    scales = weight_scales(weights, group["bits"], group["per_channel"], group.get("scale_dims"))
     # |round(w / s) * s - w|. No clamp is needed: max|w| / s is quant_max (approximately so in bfloat16).
     found = list(torch._foreach_div(weights, scales))
     torch._foreach_round_(found)

@@ -1,16 +1,65 @@
-"""A report on the effect of quantization on each layer of a network."""
+"""Reports on a network: what becomes of each parameter, and the effect of quantization on each layer."""
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .grid import Grid, snap
+from .grid import FLOAT_BITS, Grid, snap
 from .hooks import Batch
-from .layers import layer_grids
+from .layers import choices, layer_grids
 from .post_training import capture, layers_in_order
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """A parameter: its state_dict name, its shape, its bits (32 if it stays in float), and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    reason: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row as words."""
+        bits = "float" if self.bits == FLOAT_BITS else f"{self.bits} bits"
+        return self.name, "x".join(map(str, self.shape)) or "scalar", bits, self.reason
+
+
+@dataclass(frozen=True)
+class Description:
+    """The rows of all parameters of a network. As a string it is a table."""
+
+    rows: tuple[ParameterRow, ...]
+
+    def __str__(self) -> str:
+        cells = [row.cells for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        count = sum(math.prod(row.shape) for row in self.rows)
+        quantized = sum(math.prod(row.shape) for row in self.rows if row.bits != FLOAT_BITS)
+        return "\n".join([*lines, f"{quantized:,} of {count:,} parameters are quantized"])
+
+
+def describe(model: nn.Module, grid: Grid | int) -> Description:
+    """Every parameter of `model`, its shape, its bits or "float", and why: `print(describe(model, 4))` is a table.
+
+    The rows are in the order of the modules. A parameter that several modules share has one row, and so one name. The
+    reasons are the kind of layer that a quantized parameter belongs to, and what a float parameter is; "frozen" is
+    added to those that do not require a gradient. It takes a network on the meta device too. Raises ValueError as
+    `layer_grids` does, except for full precision and for a network with nothing to quantize.
+    """
+    return Description(tuple(
+        ParameterRow(
+            choice.name, tuple(choice.parameter.shape), choice.grid.bits if choice.grid else FLOAT_BITS,
+            choice.reason + ("" if choice.parameter.requires_grad else ", frozen"),
+        )
+        for choice in choices(model, grid)
+    ))  # fmt: skip
 
 
 def layer_rows(
@@ -30,7 +79,8 @@ def layer_rows(
         input_min, input_max: range of the layer's inputs over `batches` of images
 
     A weight that several layers share has one row, that of the first of them. A computed weight, as by spectral_norm,
-    has none. Raises ValueError for full precision and if `batches` is empty.
+    has none, and neither have nn.MultiheadAttention itself (its out_proj has one), stacks of experts, and what
+    `Grid.include` adds. Raises ValueError for full precision and if `batches` is empty.
     """
     batches = list(batches)
     grids = layer_grids(model, grid)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .grid import check_bits
+from .grid import check_bits, check_scale_dims
 
 CHOICES = {"target": ("grid", "zero"), "acts_on": ("gradient", "update")}
 AUTO = "auto"  # as lambda_s: each tensor's own, set by the pace of the stage
 # The key is psg_eps because Adam and others have their own eps in the same dict.
-PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "acts_on"}
+PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "scale_dims", "acts_on"}
 STAGE_KEYS = {"steps", "tau_end", "noise_limit", "psg_loss"}  # of a group whose stage has a known number of steps
 STAGE_DEFAULTS = {"tau_end": 10.0, "noise_limit": 0.1}  # of lambda_s "auto"; see quant/lambda_s.py
 SWITCHES = {"train", "eval"}  # methods of base optimizers that keep two sets of weights, such as those of schedule_free
@@ -52,6 +52,8 @@ def complete(group: dict[str, Any], defaults: dict[str, Any], base: Optimizer) -
         raise ValueError("a scaled group has complex weights: only real ones have a grid")
     if settings["target"] == "grid":
         check_bits(group["bits"])
+        if settings.get("scale_dims") is not None:
+            settings["scale_dims"] = check_scale_dims(settings["scale_dims"])
     if settings["lambda_s"] == AUTO:
         settings = STAGE_DEFAULTS | settings
         _check_auto(settings)

@@ -3,27 +3,29 @@
 import torch
 from torch import nn
 
-from .grid import Grid, as_grid, number, scale_count, snap
-from .layers import WEIGHT_LAYERS, check_finite, copy_network, layer_grids, warn_of_computed, weight_value
+from .grid import Grid, as_grid, scale_count, snap
+from .layers import check_finite, check_values, choices, copy_network, layer_grids, warn_of_float, weight_value
+from .sharded import number
 
 
-@torch.no_grad()
 def quantize_weights(model: nn.Module, grid: Grid | int, inplace: bool = False) -> nn.Module:
     """A copy of `model` whose weights (see `layer_grids`) are rounded to their grid points and stored in float.
 
-    At 32 bits the weights stay as they are. inplace=True changes `model` itself and returns it. A warning names the
-    layers whose weight is computed from other parameters, as by weight_norm: it stays float. Raises ValueError for a
-    weight that is not finite, and what `layer_grids` raises.
+    At 32 bits the weights stay as they are. inplace=True changes `model` itself and returns it. Weights in float16 or
+    bfloat16 are rounded in float32, and then to their dtype. Warnings name the layers whose weight is computed from
+    other parameters, as by weight_norm, and the other matrices that stay in float, without the user's word, and are
+    above 1 % of the parameters. Raises ValueError for a weight that is not finite, and what `layer_grids` raises.
     """
     grid = as_grid(grid)
     grids = {} if grid.is_float else layer_grids(model, grid)
     for name in grids:
         check_finite(name, model.get_parameter(name))
     if grids:
-        warn_of_computed(model)
+        warn_of_float(model, grid)
     quantized = model if inplace else copy_network(model)
-    for name, own in grids.items():
-        quantized.get_parameter(name).copy_(snap(weight_value(quantized, name), own)[0])
+    with torch.no_grad():
+        for name, own in grids.items():
+            quantized.get_parameter(name).copy_(snap(weight_value(quantized, name), own)[0])
     return quantized
 
 
@@ -35,6 +37,7 @@ def weight_mse(model: nn.Module, grid: Grid | int) -> float:
         return 0.0
     total, count = 0.0, 0
     for name, own in layer_grids(model, grid).items():
+        check_values(name, model.get_parameter(name))
         weight = weight_value(model, name)
         total += number((weight - snap(weight, own)[0]).cpu().double().square().sum())
         count += weight.numel()
@@ -50,6 +53,7 @@ def grid_share(model: nn.Module, grid: Grid | int, tolerance: float = 0.1) -> fl
     """
     near, count = 0.0, 0
     for name, own in layer_grids(model, grid).items():
+        check_values(name, model.get_parameter(name))
         weight = weight_value(model, name)
         nearest, scale = snap(weight, own)
         near += number(((weight - nearest).abs() <= tolerance * scale).sum())
@@ -58,25 +62,16 @@ def grid_share(model: nn.Module, grid: Grid | int, tolerance: float = 0.1) -> fl
 
 
 def packed_bytes(model: nn.Module, grid: Grid | int) -> int:
-    """Size in bytes of the parameters of convolutions and linear layers, packed at their bit-widths.
+    """Size in bytes of the parameters of the layers of `layer_grids`, and of those included, packed at their
+    bit-widths.
 
     A quantized tensor takes ceil(numel * bits / 8) bytes, and 4 bytes for each scale. A float tensor takes 4 bytes for
     each element. Batch norm is not counted, since it stays in float at every bit-width.
     """
-    grid = as_grid(grid)
-    grids = {} if grid.is_float else layer_grids(model, grid)
     total = 0
-    seen: set[int] = set()  # a parameter that layers share is stored once
-    for name, module in model.named_modules():
-        if not isinstance(module, WEIGHT_LAYERS):
-            continue
-        for key, parameter in module.named_parameters(name, recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if key in grids:
-                scales = scale_count(parameter, grid.per_channel)
-                total += (parameter.numel() * grids[key].bits + 7) // 8 + 4 * scales
-            else:
-                total += 4 * parameter.numel()
+    for _, parameter, role, own, *_ in choices(model, grid):
+        if own is not None and not own.is_float:
+            total += (parameter.numel() * own.bits + 7) // 8 + 4 * scale_count(parameter, own)
+        elif own is not None or role.kind:
+            total += 4 * parameter.numel()
     return total

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
-from quant import PSGD, grid_share, layer_grids, psg_param_groups, weight_mse
+from quant import PSGD, Grid, grid_share, layer_grids, psg_param_groups, weight_mse, weight_scale
 from tests.helpers import backward, fill_gradients, same, scale_by_hand, sgd, take_steps, twin_multiplier, weights
 
 BASES = {
@@ -322,6 +322,8 @@ def distributed(rank, ranks, store, wraps):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     for wrap, per_channel in product(wraps, (False, True)):
         compare_with_one_process(rank, ranks, wrap, per_channel)
+    if sharded in wraps:
+        compare_scales()
     torch.distributed.barrier()  # a rank that leaves early may take the other down with it
     torch.distributed.destroy_process_group()
     os._exit(0)  # gloo's threads may outlive the group, and one that wakes while Python shuts down aborts the process
@@ -353,6 +355,16 @@ def compare_with_one_process(rank, ranks, wrap, per_channel):
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         assert torch.allclose(whole, expected, rtol=1e-5, atol=1e-7)
     assert optimizer.pace().tau == pytest.approx(other.pace().tau, rel=1e-4) and other.pace().tau > 0
+
+
+def compare_scales():
+    """Scales over other dims than the sharded one, of which the last of 3 ranks holds nothing."""
+    torch.manual_seed(0)
+    weight = nn.ConvTranspose1d(2, 5, 3)
+    part = sharded(copy.deepcopy(weight)).weight.detach()
+    for dims in ((), (0,), (1,), (0, 1), (1, 2)):
+        grid = Grid(4, scale_dims=dims)
+        assert torch.equal(weight_scale(part, grid).full_tensor(), weight_scale(weight.weight.detach(), grid)), dims
 
 
 def sharded(model):

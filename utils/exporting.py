@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def file_facts(exported: Exported) -> dict[str, Any]:
     """What the packed file holds beside the weights."""
     opened, path = exported.opened, Path(exported.opened.path)
     classes = opened.checkpoint.get("classes") or (opened.dataset.classes if opened.dataset else None)
-    grid = {key: value for key, value in asdict(exported.grid).items() if key != "weight_range"}  # always absmax
+    grid = {key: value for key, value in exported.grid.facts().items() if key != "weight_range"}  # always absmax
     return {
         "arch": opened.arch, "num_classes": exported.expected.shape[1], "dataset": opened.dataset_name, "grid": grid,
         **({"classes": classes} if classes else {}),

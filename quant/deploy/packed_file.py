@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..grid import BITS, Grid, quantize, weight_scale
-from ..layers import check_finite, layer_grids, warn_of_computed, weight_value
+from ..grid import BITS, Grid, in_float32, quantize, weight_scale
+from ..layers import check_finite, layer_grids, warn_of_float, weight_value
 from .packing import pack_bits, unpack_bits
 
 FORMAT = "psgd-packed-1"
 
 
 class IntegerWeight(NamedTuple):
-    """A quantized parameter: int8 `values` in its shape, its `scale` (0-d, or [C, 1, ..., 1] if per_channel), its
-    bit-width."""
+    """A quantized parameter: int8 `values` in its shape, its `scale`, which broadcasts against it (0-d, or of as many
+    dims, with a size of 1 where indices share a scale), its bit-width."""
 
     values: Tensor
     scale: Tensor
@@ -34,16 +34,16 @@ class IntegerWeight(NamedTuple):
 def integer_weights(model: nn.Module, grid: Grid | int) -> dict[str, IntegerWeight]:
     """The integers of every parameter that `layer_grids` lists, by state_dict name.
 
-    values * scale equals the weight of `quantize_weights`, bit for bit, and a warning is as there. Raises ValueError
-    for a weight that is not finite, and what `layer_grids` raises.
+    values * scale, in the dtype of the weight, equals that of `quantize_weights`, bit for bit, and warnings are as
+    there. Raises ValueError for a weight that is not finite, and what `layer_grids` raises.
     """
     found, grids = {}, layer_grids(model, grid)
-    warn_of_computed(model)
+    warn_of_float(model, grid)
     for name, own in grids.items():
         weight = weight_value(model, name).detach()
         check_finite(name, weight)
         scale = weight_scale(weight, own)
-        values = quantize(weight, scale, -own.quant_max, own.quant_max).to(torch.int8)
+        values = quantize(in_float32(weight), scale, -own.quant_max, own.quant_max).to(torch.int8)
         found[name] = IntegerWeight(values, scale, own.bits)
     return found
 
@@ -177,8 +177,9 @@ def _unpacked(path: str | Path, name: str, wanted: Tensor, values: list[Tensor],
     bits = entry.get("bits") if isinstance(entry, dict) else None
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
         raise ValueError(f"{path}: {name} has {bits!r} bits, which is not one of {BITS[0]} to {BITS[-1]}")
-    one_a_channel = (len(wanted), *[1] * (wanted.dim() - 1)) if wanted.dim() else ()
-    if scale.dtype != torch.float32 or scale.shape not in ((), one_a_channel):
+    fits = not scale.dim() or len(scale.shape) == wanted.dim()
+    fits = fits and all(count in (1, size) for count, size in zip(scale.shape, wanted.shape))
+    if scale.dtype != torch.float32 or not fits:
         raise ValueError(f"{path}: the scale of {name} is {scale.dtype} {list(scale.shape)}")
     if not (scale.isfinite().all() and (scale > 0).all()):
         raise ValueError(f"{path}: the scale of {name} is not a positive finite number")
