@@ -85,8 +85,8 @@ def one_network(target: str, kind: str) -> list[list[float]]:
         channel = "channel" if "channel" in path.stem else "tensor"
         return [top1(results_below(ROOT / "results/weights"), f"models/{path.name}", post, channel)]
     rows = results_below(path)
-    if path.name == "sgd_channel_grids":
-        return [top1(rows, "ResNet150.pth", post)]
+    if path.name in ("sgd_channel_grids", "adam_update"):
+        return [top1(rows, "ResNet150.pth" if "sgd" in path.name else "epoch_150.pth", post)]
     family, renewed = path.name.removesuffix("_seeds"), ONCE in kind
     ours = f"W{family.removeprefix('w')}_ResNet{'_bn' if renewed else ''}.pth"
     later = [top1(rows, f"seed{seed}/{'bn' if renewed else 'epoch_150'}.pth", post) for seed in (2, 3)]
