@@ -110,8 +110,9 @@ class Grid:
             raise ValueError(
                 f"a grid with the class {classes[0]} cannot be written to a file: name its modules instead"
             )
-        chosen = {name: list(values.pop(name) or ()) for name in ("include", "exclude", "scale_dims")}
-        return values | {name: value for name, value in chosen.items() if value}
+        lists = {name: values.pop(name) for name in ("include", "exclude", "scale_dims")}
+        said = {name for name, value in lists.items() if value or (name == "scale_dims" and value is not None)}
+        return values | {name: list(lists[name]) for name in lists if name in said}
 
 
 def check_scale_dims(dims: Any) -> tuple[int, ...]:

@@ -47,13 +47,13 @@ def choices(model: nn.Module, grid: Grid | int) -> list[Choice]:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
             choice, before = rule.choose(name, parameter), found.get(id(parameter))
-            if before is None or _weight_of(choice) > _weight_of(before):
+            if before is None or _precedence(choice) > _precedence(before):
                 found.pop(id(parameter), None)
                 found[id(parameter)] = choice
     return list(found.values())
 
 
-def _weight_of(choice: Choice) -> tuple[bool, bool]:
+def _precedence(choice: Choice) -> tuple[bool, bool]:
     """How a choice counts among those for the names of one parameter."""
     return choice.grid is not None, choice.role.by_rule
 
@@ -115,9 +115,8 @@ class _Rule:
             name = self.names[id(parameter)][0]
             raise ValueError(f"{name} is {parameter.dtype}: only real floating-point weights have a grid")
         grid = self.grid.of_ends if at_end else self.grid
-        kind = EXPERTS if parameter.dim() == 3 else LINEAR  # of an included parameter
-        if role.kind and (role.is_weight or role.by_rule):
-            kind = role.kind
+        included = EXPERTS if parameter.dim() == 3 else LINEAR  # what the user includes is like one of these
+        kind = role.kind if role.kind and role.is_weight else included
         dims = kind.scale_dims(grid.per_channel) if parameter.dim() > 1 else None
         return replace(grid, include=(), exclude=(), scale_dims=dims)
 
@@ -176,8 +175,8 @@ def warn_of_float(model: nn.Module, grid: Grid | int) -> None:
     ]  # fmt: skip
     if large:
         warnings.warn(
-            f"stays in float, and is above 1 % of the parameters: {first_names(large)}; "
-            "Grid(include=...) quantizes it, Grid(exclude=...) leaves it so without this warning",
+            f"matrices that stay in float, each above 1 % of the parameters: {first_names(large)}; "
+            "Grid(include=...) quantizes them, Grid(exclude=...) leaves them so without this warning",
             stacklevel=3,
         )
 

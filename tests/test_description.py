@@ -29,7 +29,7 @@ def test_every_parameter_has_a_row_with_its_reason(net):
     assert {row.name: row.shape for row in rows} == {name: tuple(p.shape) for name, p in net.named_parameters()}
 
 
-@pytest.mark.filterwarnings("ignore:stays in float")
+@pytest.mark.filterwarnings("ignore:matrices that stay in float")
 @pytest.mark.parametrize("grid", [4, Grid(2, per_channel=True), Grid(3, False), Grid(4, include="words")])
 def test_it_says_what_is_done(net, grid):
     net.words = nn.Embedding(4, 3)

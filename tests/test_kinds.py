@@ -118,7 +118,7 @@ def by_hand(weight, bits, dims):
     return result, count
 
 
-@pytest.mark.filterwarnings("ignore:stays in float")
+@pytest.mark.filterwarnings("ignore:matrices that stay in float")
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_weights_on_the_grid(kind, per_channel):
     network, dims = kind
@@ -138,7 +138,7 @@ def test_weights_on_the_grid(kind, per_channel):
     assert packed_bytes(network, grid) == size + sum(owners[name] for name in of_layers)
 
 
-@pytest.mark.filterwarnings("ignore:stays in float")
+@pytest.mark.filterwarnings("ignore:matrices that stay in float")
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("acts_on", ["gradient", "update"])
 def test_a_step_is_scaled_by_the_distance_to_the_grid(kind, per_channel, acts_on):
@@ -158,7 +158,7 @@ def test_a_step_is_scaled_by_the_distance_to_the_grid(kind, per_channel, acts_on
         assert torch.allclose(parameter, before[name] - 0.1 * change, rtol=1e-5, atol=1e-6), name
 
 
-@pytest.mark.filterwarnings("ignore:stays in float")
+@pytest.mark.filterwarnings("ignore:matrices that stay in float")
 @pytest.mark.parametrize("bits, per_channel", [(3, True), (4, False)])
 def test_a_packed_file_holds_them_bit_for_bit(kind, tmp_path, bits, per_channel):
     network, dims = kind
@@ -213,7 +213,7 @@ def test_other_tensors_of_three_dims_stay_in_float():
     assert [stacked[name].scale_dims for name in ("0.up", "0.down")] == [(0,), (0,)]
 
 
-@pytest.mark.filterwarnings("ignore:stays in float")
+@pytest.mark.filterwarnings("ignore:matrices that stay in float")
 def test_experts_of_transformers():
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,

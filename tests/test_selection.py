@@ -83,7 +83,7 @@ def test_a_class_or_a_module_stands_for_all_that_is_in_it():
     assert attention == {f"1.self_attn.{name}" for name in names}
 
 
-@pytest.mark.filterwarnings("ignore:stays in float")
+@pytest.mark.filterwarnings("ignore:matrices that stay in float")
 @pytest.mark.parametrize("include", ["words", "words.weight", nn.Embedding, (nn.Embedding, "body")])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_what_is_included_is_quantized_with_a_grid_of_the_bits_asked_for(include, per_channel):
@@ -167,7 +167,7 @@ CALLS = {"groups": psg_param_groups, "quantized": quantize_weights, "integers": 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_large_matrix_in_float_is_named_once(call):
-    with pytest.warns(UserWarning, match="stays in float, and is above 1 % of the parameters: places, words") as seen:
+    with pytest.warns(UserWarning, match="each above 1 % of the parameters: places, words") as seen:
         call(Words(), 4)
     assert len(seen) == 1 and seen[0].filename == __file__
 
