@@ -144,16 +144,17 @@ def _restore(module: nn.Module, forward: Callable[..., Any] | None) -> None:
 
 def _forward(forward: Callable[..., Any], parent: nn.Module, children: Sequence[str], *args: Any, **kwargs: Any) -> Any:
     # Cached, so that a parametrized weight is the same tensor wherever it is read.
-    with parametrize.cached(), _Calls([parent.get_submodule(name) for name in children]):
+    with parametrize.cached(), _Calls(parent, children):
         return forward(*args, **kwargs)
 
 
 class _Calls(TorchFunctionMode):
-    """Replaces functions that are given the weight of one of `layers` by calls of that layer."""
+    """Replaces functions that are given the weight of one of the `children` of `parent` by calls of that layer."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, parent: nn.Module, children: Sequence[str]) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers = [parent.get_submodule(name) for name in children]
+        self.batch_first = getattr(parent, "batch_first", False)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -172,7 +173,9 @@ class _Calls(TorchFunctionMode):
                 # Attention with an identity as its last projection, which is exact, and then the projection itself.
                 identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
                 output, shares = func(*args[:11], identity, None, *args[13:], **kwargs)
-                return layer(output), shares
+                swaps = self.batch_first and output.dim() == 3  # the function has the batch second
+                output = layer(output.transpose(0, 1)).transpose(0, 1) if swaps else layer(output)
+                return output, shares
         return func(*args, **kwargs)
 
     def layer_of(self, weight: Tensor) -> nn.Module | None:

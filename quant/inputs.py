@@ -57,9 +57,9 @@ def input_layers(model: nn.Module, grid: Grid | int) -> dict[str, bool]:
 def input_histograms(model: nn.Module, batches: Iterable[Batch], grid: Grid | int = 8) -> dict[str, InputHistogram]:
     """Histogram of the inputs of each of `input_layers(model, grid)` over `batches`, by the layer's name.
 
-    It takes two passes, so all of `batches` is held in memory, and the first batch runs once more. One warning names
-    the inputs that no hook reaches, as `calibrate` says. Raises ValueError if `batches` is empty, for a network with
-    activation quantizers, and, with its name, for an input that is not finite.
+    It takes three passes, so all of `batches` is held in memory. The first finds which layers are called, the second
+    their ranges. One warning names the inputs that no hook reaches, as `calibrate` says. Raises ValueError if `batches`
+    is empty, for a network with activation quantizers, and, with its name, for an input that is not finite.
     """
     check_float(model)
     batches, ends = list(batches), input_layers(model, grid)
@@ -99,12 +99,12 @@ def check_float(model: nn.Module) -> None:
 
 
 def uncalled_layers(model: nn.Module, names: Collection[str], batches: Sequence[Batch]) -> list[str]:
-    """The layers among `names` that `model` does not call on the first of `batches`, and the last projections of
-    attentions. Their weights may be given to functions. Raises ValueError if `batches` is empty."""
+    """The layers among `names` that `model` does not call on any of `batches`, and the last projections of attentions.
+    Their weights may be given to functions. Raises ValueError if `batches` is empty."""
     if not batches:
         raise ValueError("calibration needs at least one batch of images")
     called: set[str] = set()
-    watch(model, names, batches[:1], lambda name, *_: called.add(name))
+    watch(model, names, batches, lambda name, *_: called.add(name))
     return [name for name in names if name not in called or is_projection(model, name)]
 
 

@@ -61,9 +61,9 @@ class InputQuantizer(Quantizer):
 
     The output is (clamp(round(x / scale) + zero_point, 0, 2^bits - 1) - zero_point) * scale: ONNX's QuantizeLinear and
     DequantizeLinear. Ties round to even. The range is widened to hold zero, which is a grid point. From it follow
-    `scale` = (high - low) / (2^bits - 1) and `zero_point` = round(-low / scale): 0 where no value is negative, as after
-    a ReLU; 2^(bits-1) where the range is symmetric, which is the signed grid moved by half its length; in between where
-    negative values are smaller, as after GELU. `low` and `high` of 0 give scale 1.
+    `scale` = (high - low) / (2^bits - 1) and `zero_point` = round(-low / scale). The zero point is 0 where no value is
+    negative, as after a ReLU. It is 2^(bits-1) where the range is symmetric: the grid is then the signed one, moved by
+    half its length. It is in between where negative values are smaller, as after GELU. A range of zeros has scale 1.
 
     Buffers: `scale`, float32, and `zero_point`, int32, both 0-d. They keep these dtypes whatever the network is cast
     to. Inputs of 16 bits are quantized in float32; the output has the dtype of the input. The gradient is straight
@@ -78,8 +78,8 @@ class InputQuantizer(Quantizer):
             raise ValueError(f"the range of an input must be low <= high, got {low!r} to {high!r}")
         low, high = min(low, 0.0), max(high, 0.0)
         super().__init__(high - low, 0, activation_quant_max(bits))
-        zero_point = round(-low / self.scale.item())
-        self.register_buffer("zero_point", torch.tensor(min(zero_point, self.quant_max), dtype=torch.int32))
+        zero_point = round(-low / ((high - low) or 1.0) * self.quant_max)
+        self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         held = x.to(torch.promote_types(x.dtype, self.scale.dtype))
