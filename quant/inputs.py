@@ -5,6 +5,7 @@ The layers are found by running the network, so functions, concatenations, atten
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -73,7 +74,7 @@ def input_histograms(model: nn.Module, batches: Iterable[Batch], grid: Grid | in
         tops[name] = torch.maximum(tops.get(name, torch.zeros_like(top)), top)
 
     watch(model, ends, batches, observe_ends, uncalled)
-    _warn_of_missed(model, ends, lows)
+    _warn_of_missed(model, grid, [name for name in ends if name not in lows])
     limits = {name: (lows[name].item(), tops[name].item()) for name in ends if name in lows}
     for name, (low, top) in limits.items():
         if not math.isfinite(top - low):
@@ -108,21 +109,18 @@ def uncalled_layers(model: nn.Module, names: Collection[str], batches: Sequence[
     return [name for name in names if name not in called or is_projection(model, name)]
 
 
-def _warn_of_missed(model: nn.Module, layers: Iterable[str], seen: Collection[str]) -> None:
-    """Warns of the inputs of `layers` that stay float: those that were not seen, and those of the second and later
-    weights of a layer, as of experts, whose inputs are computed inside it."""
-    missed = [name for name in layers if name not in seen]
-    for name in layers:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.MultiheadAttention):
-            weights = [key for key, parameter in layer.named_parameters(name, recurse=False) if parameter.dim() > 1]
-            missed += weights[1:]
+def _warn_of_missed(model: nn.Module, grid: Grid | int, missed: list[str]) -> None:
+    """Warns that the inputs of the layers `missed` stay float, and those of the second and later weights of a layer,
+    such as one of experts, which are computed inside it."""
+    weights: dict[str, list[str]] = defaultdict(list)
+    for name in layer_grids(model, grid):
+        if model.get_parameter(name).dim() > 1:
+            weights[name.rpartition(".")[0]].append(name)
+    for owner, names in weights.items():
+        if not isinstance(model.get_submodule(owner), nn.MultiheadAttention):
+            missed = [*missed, *names[1:]]
     if missed:
-        warnings.warn(
-            f"the inputs of {first_names(missed)} stay float: the network does not call these layers, nor does it give "
-            "their weights to F.linear in the module that holds them",
-            stacklevel=4,
-        )
+        warnings.warn(f"the inputs of {first_names(missed)} stay float: no hook reaches them", stacklevel=4)
 
 
 def input_ranges(

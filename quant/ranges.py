@@ -45,7 +45,8 @@ def calibrate(
 
     `rule` is "mse" (default: smallest squared error at `bits` bits), "minmax" (smallest and largest value) or
     "percentile" (the `percentile`, 0 to 100, of the values; below zero, 100 minus that). A ReLU that eval mode never
-    calls has no range, and neither has an input that no hook reaches. One warning names such inputs, which stay float.
+    calls has no range. Neither has an input that no hook reaches: that of a layer which is not called, unless the
+    module that holds the layer gives its weight to F.linear. One warning names such inputs, which stay float.
 
     Raises ValueError for any other rule or place, for bits outside 2..8, if `batches` is empty, for activations that
     are not finite, and for a model without ReLU modules or without layers to quantize.

@@ -95,7 +95,7 @@ class Functions(nn.Module):
 def test_weights_that_are_given_to_functions():
     torch.manual_seed(0)
     net, x = Functions().eval(), torch.randn(64, 4)
-    with pytest.warns(UserWarning, match="the inputs of without, hidden stay float: the network does not call"):
+    with pytest.warns(UserWarning, match="the inputs of without, hidden stay float: no hook reaches them"):
         ranges = calibrate(net, [x], 8, "minmax", at="inputs")
     assert list(ranges) == ["plain", "other"]
     quantized = quantize_activations(net, 8, ranges)
