@@ -78,6 +78,17 @@ def test_token_ids_and_shared_weights():
     assert list(noise) == ["hidden", "again", "head", ""] and min(noise.values()) > 30
 
 
+def test_a_gpt2():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    net, ids = transformers.GPT2LMHeadModel(config).eval(), torch.randint(0, 50, (4, 16))
+    quantized = quantize_activations(net, 8, calibrate(net, [ids], 8, at="inputs"))
+    assert quantizers(quantized) == [f"{name}.input_quantizer" for name in input_layers(net, 8)]
+    noise = layer_sqnr(net, quantized, [ids])
+    assert set(noise) == {*input_layers(net, 8), ""} and min(noise.values()) > 20
+
+
 class Functions(nn.Module):
     """Weights that go to functions: F.linear, with the layer's bias, without it or with another, and a product."""
 
