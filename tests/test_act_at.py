@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import build_model
-from quant import Grid, calibrate, quantize_activations, quantize_weights
+from quant import Grid, calibrate, quantize_activations, quantize_weights, reestimate_batch_norm
 from tests.helpers import read_csv
 from utils.checkpoint import save_checkpoint
 from utils.data.load import load_dataset
@@ -15,9 +15,11 @@ FLAGS = ["--w_bit", "8", "--val_split", "16", "--calib_images", "16", "--seed", 
 
 @pytest.fixture
 def mobile(tmp_path):
-    """mobilenet_v3_small with random weights, and its checkpoint: Hardswish and Hardsigmoid beside ReLU."""
+    """mobilenet_v3_small with random weights and statistics of digits, and its checkpoint: Hardswish and Hardsigmoid
+    beside ReLU."""
     torch.manual_seed(0)
-    net = build_model("mobilenet_v3_small", 10).eval()
+    net = build_model("mobilenet_v3_small", 10)
+    reestimate_batch_norm(net, load_dataset("digits", "", torch.device("cpu")).train.calibration(64, seed=1))
     facts = {"arch": "mobilenet_v3_small", "num_classes": 10, "args": {"dataset": "digits"}}
     save_checkpoint(tmp_path / "m.pth", facts | {"state_dict": net.state_dict()})
     return net.to(memory_format=torch.channels_last), tmp_path / "m.pth"
