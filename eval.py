@@ -11,6 +11,9 @@ Weights and activations, with data-free ranges, and with ranges calibrated on tr
   python eval.py --w_bit 8 4 --a_bit 32 8 4 --act_range bn --clipping_range search
   python eval.py --w_bit 8 4 --a_bit 32 8 4 --act_range mse --calib_images 1024
 
+The same at the inputs of layers instead of ReLUs, for a network with any activations
+  python eval.py --w_bit 8 4 --a_bit 8 --act_at inputs --act_range mse
+
 Post-training methods on training images, each beside the plain network
   python eval.py --w_bit 4 3 --post none bn_reestimate bias_correct adaround
 
@@ -69,6 +72,7 @@ def add_deployment(p: Parser) -> None:
                    help="activation bit-widths (default: 8 with --act_quant 1, else 32)")
     p.add_argument("--act_quant", type=int, choices=[0, 1], default=None,
                    help="1: quantize activations; 0: ignore --a_bit (default: 1 if --a_bit is given)")
+    flags.add_act_at(p)
     p.add_argument("--act_range", choices=ACT_RANGES, default=None,
                    help="range of activations; bn: mean + n standard deviations, from batch norm, shortcuts included; "
                    "bn_published: the same without shortcuts; from training images: minmax: the largest value, "
@@ -79,7 +83,7 @@ def add_deployment(p: Parser) -> None:
                    help="n of the bn ranges; of several, or of search, the one of least loss on training images is "
                    "taken")
     p.add_argument("--percentile", type=cli.percent, default=99.99,
-                   help="percentile of a ReLU's values, zeros included")
+                   help="percentile of a ReLU's values, zeros included, or of a layer's inputs")
     p.add_argument("--post", nargs="+", choices=POST, default=["none"],
                    help="methods applied after quantization, on training images; bn_reestimate: re-estimate batch-norm "
                    "statistics; bias_correct: restore mean outputs; adaround: learn roundings layer by layer")
@@ -116,6 +120,8 @@ def parse() -> Namespace:
     args.act_range = args.act_range or ("bn_published" if args.act_clipping else "minmax")
     args.clipping_range = SEARCHED if "search" in args.clipping_range else list(dict.fromkeys(args.clipping_range))
     args.out = args.out or (f"results/{args.exp_name}" if args.exp_name else None)
+    if args.act_at == "inputs" and args.act_range.startswith("bn"):
+        raise UserError(f"--act_range {args.act_range} is for ReLUs: --act_at inputs needs minmax, percentile or mse")
     if args.report and not args.out:
         raise UserError("--report writes layers.csv: name a folder with --out DIR")
     if args.report and args.w_bit[0] == 32:

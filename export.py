@@ -26,6 +26,7 @@ def parser() -> Parser:
     flags.add_granularity(p)
     flags.add_first_last_quant(p)
     p.add_argument("--a_bit", type=bits_or_float, default=32, help="bit-width of the activations in the .onnx file")
+    flags.add_act_at(p)
     p.add_argument("--integer_kernels", action="store_true",
                    help="with --a_bit, for speed: .onnx weights as INT8 at any bit-width, and the inputs of residual "
                    "sums at 8 bits too, so that a runtime computes in integers from the second layer to the last sum")
@@ -45,6 +46,8 @@ def main() -> None:
     args = parser().parse_args()
     if args.integer_kernels and args.a_bit == 32:
         raise UserError("--integer_kernels needs --a_bit: there are none for float activations")
+    if args.act_at == "inputs" and args.a_bit != 32:
+        raise UserError("--act_at inputs: no .onnx file can be written with these quantizers yet; take --act_at relu")
 
     from utils.exporting import export_checked
 

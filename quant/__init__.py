@@ -15,7 +15,7 @@ from .post_training import adaround, correct_bias, reestimate_batch_norm
 from .pruning import prune_weights, sparse_param_groups
 from .psgd import PSGD
 from .ranges import bn_ranges, calibrate, quantize_sums
-from .report import describe, layer_rows
+from .report import describe, layer_rows, layer_sqnr
 from .weights import grid_share, packed_bytes, quantize_weights, weight_mse
 
 __version__ = "2.0.0"
@@ -36,6 +36,7 @@ __all__ = [
     "grid_share",
     "layer_grids",
     "layer_rows",
+    "layer_sqnr",
     "load_packed",
     "packed_bytes",
     "penalize_l1",

@@ -1,15 +1,16 @@
-"""Replacing the ReLUs of a network by activation quantizers."""
+"""Networks with activation quantizers: in place of their ReLUs, or at the inputs of their layers."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 from torch.nn.modules import activation
 
 from .grid import FLOAT_BITS
+from .inputs import InputRange, check_float, quantize_inputs
 from .layers import copy_network, first_names, is_relu
-from .quantizers import ActivationQuantizer
+from .quantizers import ActivationQuantizer, Quantizer
 from .tracing import InPlaceError, operation, trace
 
 # Modules that torch lists as activations but that do not count here: a softmax computes the weights of a mean, and
@@ -93,21 +94,42 @@ def _is_called(name: str, called: set[str] | None) -> bool:
     return called is None or any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1))
 
 
-def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], inplace: bool = False) -> nn.Module:
-    """A copy of `model` with an `ActivationQuantizer` of `bits` bits in place of every nn.ReLU.
+def quantize_activations(
+    model: nn.Module, bits: int, ranges: Mapping[str, float] | Mapping[str, InputRange], inplace: bool = False
+) -> nn.Module:
+    """A copy of `model` with activation quantizers of `bits` bits, where the `ranges` of `calibrate` are.
 
-    `ranges` holds the largest value x_max of each ReLU by module name, as `bn_ranges` and `calibrate` return it. A ReLU
-    module that the network uses in several places, or under several names, gets one quantizer with the largest of its
-    ranges. A ReLU that eval mode never calls, such as that of an auxiliary head, stays. One warning names the other
-    activations that stay in float: modules of other kinds and functions such as F.relu. Another warning says that
-    functions were not looked for, if torch.fx cannot trace the network.
+    With the largest values x_max of `calibrate`, or of `bn_ranges`, an `ActivationQuantizer` replaces every nn.ReLU
+    (published). A ReLU module that the network uses in several places, or under several names, gets one quantizer with
+    the largest of its ranges. A ReLU that eval mode never calls, such as that of an auxiliary head, stays. One warning
+    names the other activations that stay in float: modules of other kinds and functions such as F.relu. Another warning
+    says that functions were not looked for, if torch.fx cannot trace the network.
+
+    With the ranges of `calibrate(..., at="inputs")`, each of their layers gets an `InputQuantizer`, its child
+    `input_quantizer`, which a forward pre-hook calls (ours). The inputs of the first and last layers, which include the
+    image, have 8 bits. An nn.MultiheadAttention has one quantizer for its query, key and value. Layers whose weights
+    are given to functions, as in torchvision's Swin, are called instead, so their inputs are quantized too.
 
     bits=32 quantizes nothing. inplace=True changes `model` itself and returns it. Raises ValueError for bits outside
-    2..8, for a model without ReLU modules, for a ReLU without a range, and (InPlaceError) for a network that reads a
-    tensor again after an in-place operation has overwritten it.
+    2..8, for a network with activation quantizers, for a model without ReLU modules, for a ReLU without a range, for a
+    range of a layer that `model` lacks, and (InPlaceError, for ReLUs) for a network that reads a tensor again after an
+    in-place operation has overwritten it.
     """
     if bits == FLOAT_BITS:
         return model if inplace else copy_network(model)
+    inputs = {name: own for name, own in ranges.items() if isinstance(own, InputRange)}
+    largest = {name: own for name, own in ranges.items() if not isinstance(own, InputRange)}
+    if inputs and largest:
+        raise ValueError("ranges must be those of ReLUs or those of inputs, got both")
+    check_float(model)
+    quantized = (
+        quantize_inputs(model, bits, inputs, inplace) if inputs else _replace_relus(model, bits, largest, inplace)
+    )
+    _leave_fast_path(quantized)
+    return quantized
+
+
+def _replace_relus(model: nn.Module, bits: int, ranges: Mapping[str, float], inplace: bool) -> nn.Module:
     graph = _graph(model)
     called = _called(graph)
     quantizers: dict[str, ActivationQuantizer] = {}
@@ -123,14 +145,13 @@ def quantize_activations(model: nn.Module, bits: int, ranges: dict[str, float], 
     if graph is None:
         warnings.warn(
             f"torch.fx cannot trace {type(model).__name__}: functions such as F.relu, if it calls any, stay float",
-            stacklevel=2,
+            stacklevel=3,
         )
     quantized = model if inplace else copy_network(model)
     by_module = {quantized.get_submodule(name): quantizer for name, quantizer in quantizers.items()}
     for name, module in list(quantized.named_modules(remove_duplicate=False)):
         if module in by_module:
             quantized.set_submodule(name, by_module[module])
-    _leave_fast_path(quantized)
     return quantized
 
 
@@ -138,11 +159,12 @@ def _warn_of_floats(activations: Sequence[tuple[str, str]], quantizers: dict[str
     left = [f"{name} ({kind})" for name, kind in activations if name not in quantizers]
     if left:
         message = f"{len(left)} of {len(activations)} activations stay float: {first_names(left)}"
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)
 
 
 def _leave_fast_path(model: nn.Module) -> None:
-    """Makes torch's transformer layers call their activation. Their fused kernel would apply a ReLU instead."""
+    """Makes torch's transformer layers call their modules. Their fused kernels would apply a ReLU, and quantize
+    nothing."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and _has_quantizer(module):
             module.activation_relu_or_gelu = 0
@@ -151,5 +173,5 @@ def _leave_fast_path(model: nn.Module) -> None:
 
 
 def _has_quantizer(layer: nn.Module) -> bool:
-    """Whether the activation of a transformer layer is a quantizer."""
-    return isinstance(getattr(layer, "activation", None), ActivationQuantizer)
+    """Whether a transformer layer has a quantizer."""
+    return any(isinstance(module, Quantizer) for module in layer.modules())

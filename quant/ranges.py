@@ -14,38 +14,50 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 
 from .activations import relu_names
-from .grid import activation_quant_max, check_bits
+from .grid import Grid, check_bits
+from .histograms import Histogram, count, mse_part, upper_edge
 from .hooks import Batch, watch
+from .inputs import InputRange, input_histograms, input_ranges
 from .layers import copy_network, is_relu
 from .quantizers import ActivationQuantizer, SumQuantizer
 from .tracing import called_module, check_same, is_sum, trace
 
-BINS = 2048
 RULES = ("minmax", "percentile", "mse")
-CANDIDATES = 100  # number of ranges that the rule mse tries: 1%, 2%, ..., 100% of the largest value
-
-
-class Histogram(NamedTuple):
-    """The outputs of one ReLU: float64 counts [BINS] in equal bins from 0 to `top`, the largest output."""
-
-    counts: Tensor
-    top: float
+PLACES = ("relu", "inputs")
+Ranges = dict[str, float] | dict[str, InputRange]
 
 
 def calibrate(
-    model: nn.Module, batches: Iterable[Batch], bits: int, rule: str = "mse", percentile: float = 99.99
-) -> dict[str, float]:
-    """Ranges for `quantize_activations`: the largest value x_max of each ReLU by module name, from `batches` of images.
+    model: nn.Module,
+    batches: Iterable[Batch],
+    bits: int,
+    rule: str = "mse",
+    percentile: float = 99.99,
+    at: str = "relu",
+    grid: Grid | int = 8,
+) -> Ranges:
+    """Ranges for `quantize_activations` from `batches` of images, by module name.
 
-    `rule` is "mse" (default: smallest squared error at `bits` bits), "minmax" (largest output) or "percentile" (the
-    `percentile`, 0 to 100, of the outputs). A ReLU that eval mode never calls has no range.
+    `at` decides where the quantizers stand. "relu" (default, published) finds the largest value x_max of every nn.ReLU.
+    "inputs" (ours) finds the InputRange of the input of each layer that has a parameter in `layer_grids(model, grid)`,
+    by default of all convolutions and linear layers: it suits networks with any activations. Give it the grid of the
+    weights. There a batch may hold anything that the network takes as its only argument, such as int64 token ids.
 
-    Raises ValueError for any other rule, for bits outside 2..8, if `batches` is empty, for activations that are not
-    finite, and for a model without ReLU modules.
+    `rule` is "mse" (default: smallest squared error at `bits` bits), "minmax" (smallest and largest value) or
+    "percentile" (the `percentile`, 0 to 100, of the values; below zero, 100 minus that). A ReLU that eval mode never
+    calls has no range. Neither has an input that no hook reaches: that of a layer which is not called, unless the
+    module that holds the layer gives its weight to F.linear. One warning names such inputs, which stay float.
+
+    Raises ValueError for any other rule or place, for bits outside 2..8, if `batches` is empty, for activations that
+    are not finite, and for a model without ReLU modules or without layers to quantize.
     """
     check_bits(bits)
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if at not in PLACES:
+        raise ValueError(f"at must be one of {', '.join(PLACES)}, got {at!r}")
+    if at == "inputs":
+        return input_ranges(input_histograms(model, batches, grid), rule, bits, percentile)
     if rule == "minmax":
         return minmax_ranges(model, batches)
     histograms = relu_histograms(model, batches)
@@ -62,9 +74,7 @@ def relu_histograms(model: nn.Module, batches: Iterable[Batch]) -> dict[str, His
     counts: dict[str, Tensor] = {}
 
     def observe(name: str, _: Tensor, output: Tensor) -> None:
-        for part in torch.split(output.float().flatten(), 2**24):  # histc counts in float32, exact up to there
-            bins = torch.histc(part, BINS, 0, tops[name] or 1.0).cpu().double()
-            counts[name] = counts[name] + bins if name in counts else bins
+        counts[name] = counts.get(name, 0) + count(output, 0.0, tops[name])
 
     watch(model, tops, batches, observe)
     return {name: Histogram(bins, tops[name]) for name, bins in counts.items()}
@@ -115,25 +125,12 @@ def quantize_sums(model: nn.Module, batches: Iterable[Batch]) -> fx.GraphModule:
 
 def percentile_ranges(histograms: dict[str, Histogram], percentile: float) -> dict[str, float]:
     """For each ReLU, the upper edge of the bin that holds the `percentile` (0 to 100) of its outputs, with zeros."""
-    ranges = {}
-    for name, (counts, top) in histograms.items():
-        share = counts.cumsum(0) / counts.sum()
-        ranges[name] = top * (int((share < percentile / 100).sum()) + 1) / BINS
-    return ranges
+    return {name: upper_edge(histogram, percentile) for name, histogram in histograms.items()}
 
 
 def mse_ranges(histograms: dict[str, Histogram], bits: int) -> dict[str, float]:
-    """For each ReLU, the range with the smallest mean squared error at `bits` bits.
-
-    The candidates are k / CANDIDATES of the largest output, for k = 1 ... CANDIDATES. Every output is taken to lie at
-    the center of its bin. Raises ValueError for bits outside 2..8.
-    """
-    quant_max = activation_quant_max(bits)
-    centers = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
-    parts = torch.arange(1, CANDIDATES + 1, dtype=torch.float64) / CANDIDATES
-    scales = (parts / quant_max)[:, None]
-    errors = ((centers / scales).round().clamp(max=quant_max) * scales - centers).square()
-    return {name: top * parts[(errors @ counts).argmin()].item() for name, (counts, top) in histograms.items()}
+    """For each ReLU, the range with the smallest mean squared error at `bits` bits, as `mse_part` finds it."""
+    return {name: histogram.top * mse_part(histogram, bits) for name, histogram in histograms.items()}
 
 
 def _largest_outputs(model: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, float]:

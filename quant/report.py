@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .grid import FLOAT_BITS, Grid, snap
-from .hooks import Batch
+from .hooks import Batch, watch
+from .inputs import input_layers, uncalled_layers
 from .layers import choices, layer_grids
 from .post_training import capture, layers_in_order
 
@@ -108,11 +110,56 @@ def layer_rows(
                     layer.get_parameter(key).copy_(value)
 
 
+def layer_sqnr(model: nn.Module, quantized: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    """Signal-to-quantization-noise ratio, in dB, of the outputs of each layer of `quantized`, and of the whole network.
+
+    `quantized` is a copy of `model` with quantized weights, activations or both. The layers are the convolutions and
+    linear layers (see `layer_grids`), by name, in the order in which they run in eval mode; the network itself has the
+    name "". The ratio is 10 log10(sum y^2 / sum (y - y')^2) over all elements of the outputs y of `model` and y' of
+    `quantized` on all `batches`; infinite if they are equal. Of an output with several tensors the first counts. A
+    layer's noise holds that of the layers before it. Layers that are not called are left out.
+
+    Raises ValueError if `batches` is empty, and if a layer runs more or less often in `quantized` than in `model`.
+    """
+    batches, layers = list(batches), list(input_layers(model, 8))
+    uncalled, names = uncalled_layers(model, layers, batches), [*layers, ""]
+    signal: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    for batch in batches:
+        before, after = (_outputs(network, names, batch, uncalled) for network in (model, quantized))
+        if [(name, len(outputs)) for name, outputs in before.items()] != [(n, len(o)) for n, o in after.items()]:
+            raise ValueError("the layers that run in the quantized network are not those that run in the network")
+        for name, outputs in before.items():
+            for output, other in zip(outputs, after[name]):
+                signal[name] = signal.get(name, 0.0) + output.double().square().sum().item()
+                noise[name] = noise.get(name, 0.0) + (output.double() - other.double()).square().sum().item()
+    return {name: _decibels(signal[name], noise[name]) for name in signal}
+
+
+def _outputs(model: nn.Module, names: Iterable[str], batch: Batch, uncalled: Iterable[str]) -> dict[str, list[Tensor]]:
+    """What each of the modules `names` returns on `batch`, a tensor for each call, in the order of the first calls."""
+    outputs: dict[str, list[Tensor]] = {}
+
+    def observe(name: str, _: Tensor, output: Any) -> None:
+        first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        outputs.setdefault(name, []).append(first.clone())
+
+    watch(model, names, [batch], observe, uncalled)
+    return outputs
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """Their ratio in dB. Without noise it is infinite; without signal, but with noise, minus infinity."""
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
 def _weight_figures(weight: Tensor, nearest: Tensor, scale: Tensor) -> dict[str, float]:
     """The entries of a row that describe the weight. `nearest` and `scale` are what `snap` returns for it."""
     error = nearest - weight
     noise, signal = error.square().mean().item(), weight.square().mean().item()
     return {
-        "weights": weight.numel(), "mse": noise, "sqnr": 10 * math.log10(signal / noise) if noise else math.inf,
+        "weights": weight.numel(), "mse": noise, "sqnr": _decibels(signal, noise),
         "grid_share": (error.abs() <= 0.1 * scale).float().mean().item(),
     }  # fmt: skip

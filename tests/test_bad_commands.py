@@ -77,6 +77,12 @@ BAD = [
     ("export.py", ["--model_path", "no.pth"], "no checkpoint at no.pth"),
     ("export.py", ["--w_bit", "32"], "--w_bit: 32 must be from 2 to 8"),
     ("export.py", ["--a_bit", "1"], "--a_bit: 1 must be from 2 to 8, or 32 for full precision"),
+    (
+        "eval.py",
+        ["--a_bit", "8", "--act_at", "inputs", "--act_range", "bn"],
+        "--act_at inputs needs minmax, percentile",
+    ),
+    ("export.py", ["--a_bit", "8", "--act_at", "inputs"], "no .onnx file can be written with these quantizers yet"),
     ("export.py", ["--integer_kernels"], "--integer_kernels needs --a_bit"),
     ("export.py", ["--granularity", "row"], "--granularity: invalid choice: 'row'"),
     ("export.py", ["--calib_images", "few"], "'few' is not a whole number"),

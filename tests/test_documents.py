@@ -184,6 +184,15 @@ def test_figures_of_stages_are_those_of_their_runs():
     assert found >= 10
 
 
+def test_noise_of_quantized_activations():
+    """docs/deployment.md has the table that tools.activation_table makes of its file."""
+    from tools.activation_table import NETWORKS, markdown
+
+    rows = read_csv(ROOT / "results/benchmarks/activations.csv")
+    assert list(dict.fromkeys(row["network"] for row in rows)) == NETWORKS
+    assert markdown(rows) in text_of("docs/deployment.md")
+
+
 def test_figures_of_the_readme_are_those_of_the_documents():
     """Each row of its tables with figures, and its first line of figures, is a row of a table in docs/."""
     known = [

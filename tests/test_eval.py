@@ -33,8 +33,8 @@ from utils.training.evaluation import evaluate, evaluate_batches, fold_batch_nor
 
 COLUMNS = [
     "model", "arch", "dataset", "split", "trained", "seed", "epoch", "sparsity", "prune", "nonzero", "w_bit",
-    "weight_range", "granularity", "a_bit", "act_range", "clipping_range", "post", "top1", "loss", "weight_mse",
-    "bytes",
+    "weight_range", "granularity", "a_bit", "act_at", "act_range", "clipping_range", "post", "top1", "loss",
+    "weight_mse", "bytes",
 ]  # fmt: skip
 
 

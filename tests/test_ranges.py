@@ -7,8 +7,9 @@ from torch import nn
 from models import vgg16_bn
 from quant import calibrate, quantize_sums
 from quant.grid import fake_quantize
+from quant.histograms import BINS
 from quant.quantizers import SumQuantizer
-from quant.ranges import BINS, minmax_ranges, mse_ranges, percentile_ranges, relu_histograms
+from quant.ranges import minmax_ranges, mse_ranges, percentile_ranges, relu_histograms
 
 
 @pytest.fixture

@@ -18,8 +18,10 @@ from quant import (
     quantize_weights,
     reestimate_batch_norm,
 )
-from quant.grid import FLOAT_BITS
-from quant.ranges import Histogram, mse_ranges, percentile_ranges, relu_histograms
+from quant.grid import FIRST_LAST_BITS, FLOAT_BITS
+from quant.histograms import Histogram
+from quant.inputs import InputHistogram, input_histograms, input_ranges
+from quant.ranges import Ranges, mse_ranges, percentile_ranges, relu_histograms
 from utils.cli import UserError
 from utils.data.split import LabelledBatch
 from utils.training.evaluation import evaluate_batches, fold_batch_norm
@@ -33,7 +35,7 @@ def check_activations(model: nn.Module, path: str | Path) -> None:
     if left:
         raise UserError(
             f"{path}: {len(left)} activations would stay float, such as {left[0]}: only nn.ReLU modules are quantized; "
-            "leave the activations in float (--a_bit 32)"
+            "quantize the inputs of layers instead (--act_at inputs), or leave the activations in float (--a_bit 32)"
         )
 
 
@@ -56,6 +58,7 @@ class Deployment:
     images: Callable[[], Iterable[LabelledBatch]]
     template: Grid  # of the weights; each row has its own bits
     prune: str = "global"
+    act_at: str = "relu"
     act_range: str = "minmax"
     percentile: float = 99.99
     iterations: int = 1000  # of adaround
@@ -66,14 +69,21 @@ class Deployment:
         """Histograms of the model's ReLUs on the training images."""
         return relu_histograms(self.model, self.images())
 
+    @cached_property
+    def input_histograms(self) -> dict[str, InputHistogram]:
+        """Histograms of the inputs of the model's layers on the training images."""
+        return input_histograms(self.model, self.images(), self.weight_grid(FIRST_LAST_BITS))
+
     def weight_grid(self, w_bit: int) -> Grid:
         """The grid of the weights at `w_bit` bits."""
         return replace(self.template, bits=w_bit)
 
-    def activation_ranges(self, a_bit: int, n: float) -> dict[str, float]:
-        """x_max of every ReLU by `act_range`; the bn ranges end `n` standard deviations above the mean. Raises
-        ValueError if the model has no such ranges.
+    def activation_ranges(self, a_bit: int, n: float) -> Ranges:
+        """Ranges of the ReLUs or inputs, as `act_at` says, by `act_range`; the bn ranges end `n` standard deviations
+        above the mean. Raises ValueError if the model has no such ranges.
         """
+        if self.act_at == "inputs":
+            return input_ranges(self.input_histograms, self.act_range, a_bit, self.percentile)
         if self.act_range == "minmax":
             return {name: histogram.top for name, histogram in self.histograms.items()}
         if self.act_range == "percentile":

@@ -98,10 +98,12 @@ def with_activations(args: Namespace, opened: OpenedNetwork, reference: nn.Modul
         raise UserError(f"--a_bit {args.a_bit} needs training images, and {missing}")
     train = opened.dataset.train
     count = train.count_for(args.calib_images)
-    check_activations(opened.model, opened.path)
+    if args.act_at == "relu":
+        check_activations(opened.model, opened.path)
     batches = [images for images, _ in train.calibration(count, args.seed)]
     try:
-        ranges = calibrate(opened.model, batches, args.a_bit)
+        grid = Grid(args.w_bit, bool(args.first_last_quant))
+        ranges = calibrate(opened.model, batches, args.a_bit, at=args.act_at, grid=grid)
         deployed = quantize_activations(reference, args.a_bit, ranges)
         return quantize_sums(deployed, batches) if args.integer_kernels else deployed
     except ValueError as error:

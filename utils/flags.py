@@ -39,3 +39,11 @@ def add_first_last_quant(p: Parser) -> None:
         "0: leave them in float and unpruned"
     )
     p.add_argument("--first_last_quant", type=int, choices=[0, 1], default=1, help=help_text)
+
+
+def add_act_at(p: Parser) -> None:
+    help_text = (
+        "where activations are quantized: at every nn.ReLU, as published, or at the input of every convolution and "
+        "linear layer, for networks with any activations; there the first and the last layer's input has 8 bits"
+    )
+    p.add_argument("--act_at", choices=["relu", "inputs"], default="relu", help=help_text)

@@ -25,7 +25,8 @@ from utils.training.evaluation import evaluate, fold_batch_norm
 COLUMNS = {  # name: (least width on screen, format); those of width 0 are only in the files
     "model": (5, "s"), "arch": (0, "s"), "dataset": (0, "s"), "split": (0, "s"), "trained": (12, "s"),
     "seed": (5, "s"), "epoch": (7, "s"), "sparsity": (8, "g"), "prune": (6, "s"), "nonzero": (8, "d"),
-    "w_bit": (6, "d"), "weight_range": (0, "s"), "granularity": (0, "s"), "a_bit": (6, "d"), "act_range": (13, "s"),
+    "w_bit": (6, "d"), "weight_range": (0, "s"), "granularity": (0, "s"), "a_bit": (6, "d"), "act_at": (0, "s"),
+    "act_range": (13, "s"),
     "clipping_range": (0, "s"), "post": (14, "s"), "top1": (7, ".2f"), "loss": (8, ".4f"), "weight_mse": (11, ".3e"),
     "bytes": (9, "d"),
 }  # fmt: skip
@@ -68,7 +69,8 @@ def load_networks(args: Namespace, device: torch.device) -> list[Network]:
         deployment = deployed_as(args, opened, train, counts.get(len(train), 0))
         try:
             if quantizes:
-                check_activations(opened.model, path)
+                if args.act_at == "relu":
+                    check_activations(opened.model, path)
                 deployment.activation_ranges(8, args.clipping_range[0])
         except ValueError as error:
             advice = "; use --act_range minmax, percentile or mse" if by_batch_norm else ""
@@ -84,8 +86,8 @@ def deployed_as(args: Namespace, opened: OpenedNetwork, train: Split, count: int
     return Deployment(
         opened.model, lambda: train.calibration(count, args.seed),
         grid_of(opened.checkpoint, FLOAT_BITS, bool(args.first_last_quant), args.granularity, args.weight_range),
-        prune=args.prune, act_range=args.act_range, percentile=args.percentile, iterations=args.iterations,
-        seed=args.seed,
+        prune=args.prune, act_at=args.act_at, act_range=args.act_range, percentile=args.percentile,
+        iterations=args.iterations, seed=args.seed,
     )  # fmt: skip
 
 
@@ -145,7 +147,8 @@ def evaluated(args: Namespace, net: Network, setting: Setting, n: float) -> dict
         "sparsity": setting.sparsity, "prune": args.prune if setting.sparsity else "none", "nonzero": nonzero,
         "w_bit": setting.w_bit, "weight_range": args.weight_range,
         "granularity": "channel" if grid.per_channel else "tensor",
-        "a_bit": setting.a_bit, "act_range": "none" if setting.a_bit == FLOAT_BITS else args.act_range,
+        "a_bit": setting.a_bit, "act_at": "none" if setting.a_bit == FLOAT_BITS else args.act_at,
+        "act_range": "none" if setting.a_bit == FLOAT_BITS else args.act_range,
         "clipping_range": f"{n:g}" if n else "", "post": setting.post, "top1": round(result.top1, 4),
         "loss": round(result.loss, 6), "weight_mse": weight_mse(deployment.pruned(setting.sparsity), grid),
         "bytes": packed_bytes(deployment.model, grid),
