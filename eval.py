@@ -46,9 +46,11 @@ def add_networks(p: Parser) -> None:
     p.add_argument("--dataset", default=None, choices=list(DATASETS),
                    help="data set (default: the one that the file was trained on, cifar100 if it names none)")
     flags.add_data_dir(p)
+    flags.add_image_size(p)
     flags.add_workers(p)
-    p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
-                   help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
+    p.add_argument("--val_split", type=cli.index, default=None, metavar="N",
+                   help="evaluate on the N training images that train.py --val_split N holds out, not on the test set "
+                   "(default: 0, or as in training for a folder without val/)")
     p.add_argument("--sparsity", type=cli.sparsity, nargs="+", default=[0.0], metavar="S",
                    help="shares of weights to prune, smallest magnitudes first, before --w_bit is applied")
     p.add_argument("--prune", choices=["global", "layer"], default="global",

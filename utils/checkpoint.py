@@ -70,6 +70,12 @@ def dataset_name(checkpoint: dict[str, Any]) -> str:
     return str(checkpoint.get("args", {}).get("dataset", DEFAULT))
 
 
+def image_size(checkpoint: dict[str, Any], name: str) -> int | None:
+    """Pixels per side of the images of the data set `name` that a network was trained on; None if it does not say."""
+    size = checkpoint.get("args", {}).get("image_size") if dataset_name(checkpoint) == name else None
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
+
+
 def warn_if_changed(path: Path) -> None:
     """Prints a warning if the SHA256SUMS beside `path` has another sum for it."""
     sums = path.parent / "SHA256SUMS"

@@ -15,8 +15,14 @@ def add_data_dir(p: Parser, default: str | None = None) -> None:
     p.add_argument("--data_dir", default=default, metavar="DIR", help=where + ("" if default else of_file))
 
 
+def add_image_size(p: Parser, default: str = "as in training, 224 if the file does not say") -> None:
+    """`default`: what happens without the flag."""
+    help_text = f"pixels per side that the images of an imagefolder are cut to (default: {default})"
+    p.add_argument("--image_size", type=count, default=None, metavar="N", help=help_text)
+
+
 def add_workers(p: Parser) -> None:
-    help_text = "processes that read images of an imagefolder, for each process of torchrun; at most one per core"
+    help_text = "processes that read images of an imagefolder, for each process of torchrun; never more than the cores"
     p.add_argument("--workers", type=index, default=4, help=help_text)
 
 

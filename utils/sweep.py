@@ -13,7 +13,7 @@ import torch
 from quant import layer_rows, packed_bytes, weight_mse
 from quant.grid import FLOAT_BITS
 from quant.pruning import nonzero_weights
-from utils.checkpoint import grid_of, training_facts
+from utils.checkpoint import dataset_name, grid_of, training_facts
 from utils.cli import UserError, first_line, warn
 from utils.data.split import Split
 from utils.deployment import BN_RANGES, Deployment, Setting, check_activations
@@ -52,7 +52,7 @@ def evaluate_all(args: Namespace) -> None:
 
 def load_networks(args: Namespace, device: torch.device) -> list[Network]:
     """Every network with its data. Everything that can be wrong is checked here, before the first evaluation."""
-    datasets = Datasets(args.data_dir, device, args.workers)
+    datasets = Datasets(args.data_dir, device, args.workers, args.image_size)
     counts: dict[int, int] = {}  # calibration images, by the number of training images
     quantizes = any(a_bit != FLOAT_BITS for a_bit in args.a_bit)
     by_batch_norm = args.act_range in BN_RANGES
@@ -62,7 +62,7 @@ def load_networks(args: Namespace, device: torch.device) -> list[Network]:
     for path in args.model_path:
         opened = open_network(path, datasets, args.dataset, args.arch)
         opened.model.to(memory_format=torch.channels_last)
-        train, test, split_name = opened.data.splits(args.val_split)
+        train, test, split_name = opened.data.splits(held_out(args, opened))
         if needs_images and len(train) not in counts:
             counts[len(train)] = train.count_for(args.calib_images)
         deployment = deployed_as(args, opened, train, counts.get(len(train), 0))
@@ -77,6 +77,16 @@ def load_networks(args: Namespace, device: torch.device) -> list[Network]:
         networks.append(Network(facts | training_facts(opened.checkpoint), deployment, test))
     args.calib_images = max(counts.values(), default=args.calib_images)  # for the record
     return networks
+
+
+def held_out(args: Namespace, opened: OpenedNetwork) -> int:
+    """How many training images to evaluate on: --val_split, or without it and without test images as in training."""
+    trained = opened.checkpoint.get("args", {}).get("val_split")
+    if args.val_split is None:
+        return 0 if len(opened.data.test) else trained or 0
+    if trained is not None and args.val_split > trained and opened.dataset_name == dataset_name(opened.checkpoint):
+        warn(f"{opened.path} was trained with --val_split {trained}: it has seen images that it is evaluated on")
+    return args.val_split
 
 
 def deployed_as(args: Namespace, opened: OpenedNetwork, train: Split, count: int) -> Deployment:

@@ -58,7 +58,7 @@ def trouble(error: Exception) -> str:
     if isinstance(error, UnknownRangeError):
         return str(error)
     reason = "it is not an image file" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
-    return f"cannot be read as an image ({reason})"
+    return f"cannot be read as an image ({reason}): replace it, or leave it out"
 
 
 def check_range(image: Image.Image) -> None:

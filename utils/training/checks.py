@@ -10,7 +10,7 @@ from utils.cli import UserError, first_line
 
 
 @torch.no_grad()
-def check_takes(model: nn.Module, name: str, size: int, smallest_step: int) -> None:
+def check_takes(model: nn.Module, name: str, size: int, smallest_step: int = 2) -> None:
     """Raises UserError if `model`, called `name`, cannot take images of size x size, or be trained on `smallest_step`
     of them."""
     image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
