@@ -8,6 +8,11 @@ def add_device(p: Parser) -> None:
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
 
 
+def add_arch(p: Parser) -> None:
+    of_file = "(default: the one that the file names, ResNet32 if it names none)"
+    p.add_argument("--arch", default=None, help=f"architecture; an error if the file names another {of_file}")
+
+
 def add_data_dir(p: Parser, default: str | None = None) -> None:
     """`default` None: the folder that the checkpoint was trained with, else data."""
     where = "folder that holds <dataset>.npz, torchvision's archive, or train/ and val/ with a folder for each class"

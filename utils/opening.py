@@ -120,6 +120,17 @@ class OpenedNetwork:
         return self.checkpoint.get("arch") or type(self.model).__name__
 
     @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes, of the file or else of the data set; None if there are none."""
+        return self.checkpoint.get("classes") or (self.dataset.classes if self.dataset else None)
+
+    @property
+    def val_split(self) -> int:
+        """How many training images to evaluate on if the user does not say: none if there are test images, else as
+        many as in training."""
+        return 0 if len(self.data.test) else self.checkpoint.get("args", {}).get("val_split") or 0
+
+    @property
     def data(self) -> Dataset:
         """The data set. Raises UserError if there is none."""
         if self.dataset is None:
@@ -132,14 +143,15 @@ def open_network(
     datasets: Datasets,
     dataset: str | None = None,
     arch: str | None = None,
-    download: bool = True,
+    data: str = "download",
     sizes: tuple[int, ...] = (),
 ) -> OpenedNetwork:
     """The network of the checkpoint `path` with its data set, or the one called `dataset`.
 
-    `arch`: the architecture that it must have. `sizes`: the image sizes that are accepted, all if empty. With
-    download=False a data set that is not at hand is left out. Raises UserError for what `load_checkpoint`,
-    `model_from_checkpoint` and `Datasets.of` refuse, and for a data set of images of another size.
+    `arch`: the architecture that it must have. `sizes`: the image sizes that are accepted, all if empty. `data`:
+    "download" loads the data set, "at hand" leaves it out if that needs a download, "none" does not look for it. Raises
+    UserError for what `load_checkpoint`, `model_from_checkpoint` and `Datasets.of` refuse, and for images of a size
+    that is not accepted or that the network cannot take.
     """
     checkpoint = load_checkpoint(path)
     name = dataset or dataset_name(checkpoint)
@@ -148,11 +160,11 @@ def open_network(
         told = " or ".join(f"{size} x {size}" for size in sizes)
         raise UserError(f"{path} is for {name}; this command takes networks for images of {told}")
     folder = datasets.folder(checkpoint, name)
-    there = download or at_hand(name, folder)
-    data = datasets.of(checkpoint, path, name) if there else None
-    model = model_from_checkpoint(checkpoint, path, arch, len(data.classes) if data else spec.classes)
+    there = data == "download" or (data == "at hand" and at_hand(name, folder))
+    found = datasets.of(checkpoint, path, name) if there else None
+    model = model_from_checkpoint(checkpoint, path, arch, len(found.classes) if found else spec.classes)
     model.to(datasets.device)
-    opened = OpenedNetwork(str(path), checkpoint, model.eval(), name, data, folder, spec)
+    opened = OpenedNetwork(str(path), checkpoint, model.eval(), name, found, folder, spec)
     if dataset or datasets.size:  # other images than it was trained on
         check_takes(model, opened.arch, spec.size)
     return opened

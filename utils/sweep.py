@@ -20,6 +20,7 @@ from utils.deployment import BN_RANGES, Deployment, Setting, check_activations
 from utils.device import machine, resolve_precision, select_device
 from utils.files import output_folder, write_csv, write_results
 from utils.opening import Datasets, OpenedNetwork, open_network
+from utils.trained_for import warn_of_bits
 from utils.training.evaluation import evaluate, fold_batch_norm
 
 COLUMNS = {  # name: (least width on screen, format); those of width 0 are only in the files
@@ -66,6 +67,7 @@ def load_networks(args: Namespace, device: torch.device) -> list[Network]:
         if needs_images and len(train) not in counts:
             counts[len(train)] = train.count_for(args.calib_images)
         deployment = deployed_as(args, opened, train, counts.get(len(train), 0))
+        warn_of_bits(path, opened.checkpoint, [deployment.weight_grid(w_bit) for w_bit in args.w_bit])
         try:
             if quantizes:
                 check_activations(opened.model, path)
@@ -80,10 +82,10 @@ def load_networks(args: Namespace, device: torch.device) -> list[Network]:
 
 
 def held_out(args: Namespace, opened: OpenedNetwork) -> int:
-    """How many training images to evaluate on: --val_split, or without it and without test images as in training."""
-    trained = opened.checkpoint.get("args", {}).get("val_split")
+    """How many training images to evaluate on; a warning if the network was trained on some of them."""
     if args.val_split is None:
-        return 0 if len(opened.data.test) else trained or 0
+        return opened.val_split
+    trained = opened.checkpoint.get("args", {}).get("val_split")
     if trained is not None and args.val_split > trained and opened.dataset_name == dataset_name(opened.checkpoint):
         warn(f"{opened.path} was trained with --val_split {trained}: it has seen images that it is evaluated on")
     return args.val_split

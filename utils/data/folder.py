@@ -35,6 +35,12 @@ def middle(spec: DataSpec) -> v2.Compose:
     return v2.Compose([v2.Resize(spec.resized), v2.CenterCrop(spec.size), v2.ToImage()])
 
 
+def pixels(paths: Sequence[str], spec: DataSpec) -> Tensor:
+    """The image files as a network for `spec` gets them, before normalization: uint8 [N, S, S, 3]."""
+    look = middle(spec)
+    return torch.stack([look(read_image(path)).permute(1, 2, 0) for path in paths])
+
+
 def _transform(spec: DataSpec, augment: bool) -> v2.Compose:
     """PIL image -> normalized float32 [3, spec.size, spec.size]."""
     cut: Any = middle(spec)
@@ -114,6 +120,11 @@ class FolderSplit(Split):
 
     def chosen(self, indices: Iterable[Tensor]) -> Iterator[LabelledBatch]:
         return self.read([part.tolist() for part in indices])
+
+    def pixels(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = [self.files[index] for index in indices.tolist()]
+        images, labels = pixels([path for path, _ in chosen], self.spec), torch.tensor([label for _, label in chosen])
+        return images.to(self.device), labels.to(self.device)
 
     def shuffled(self, batch_size: int, seed: int, world: World = ALONE) -> "FolderBatches":
         return FolderBatches(self, batch_size, seed, world)
