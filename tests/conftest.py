@@ -144,10 +144,14 @@ def own_photographs(tmp_path, photographs):
 def photograph_network(own_photographs):
     """A checkpoint of a small network for `own_photographs` at 48 px, which says that it was trained for 4 bits."""
     torch.manual_seed(0)
+    model = ResNet32(2)
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.momentum = 1.0  # one batch is enough for statistics that fit
+    model(torch.randn(16, 3, 48, 48))
     args = {"dataset": "imagefolder", "data_dir": str(own_photographs), "image_size": 48, "psg": 1, "w_bit": 4}
     path = own_photographs.parent / "p.pth"
     facts = {"arch": "ResNet32", "num_classes": 2, "classes": ["blue", "red"], "args": args}
-    save_checkpoint(path, facts | {"state_dict": ResNet32(2).state_dict()})
+    save_checkpoint(path, facts | {"state_dict": model.state_dict()})
     return path
 
 

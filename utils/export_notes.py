@@ -56,7 +56,8 @@ def page(facts: dict[str, Any], packed: str, onnx: str, a_bit: int, with_normali
     classes = facts.get("classes", [])
     rows = [
         ("network", f"{facts['arch']}, for {facts['dataset']}; from {facts['source']}"),
-        ("weights", f"{grid['bits']} bits, a scale for each {'output channel' if grid['per_channel'] else 'tensor'}"),
+        ("weights", f"{grid['bits']} bits, a scale for each {'output channel' if grid['per_channel'] else 'tensor'}"
+                    f"{ends(Grid(**grid))}"),
         ("activations", activations),
         ("images", f"RGB, S = {size}: the middle {size} x {size} pixels, with the shorter side resized to "
                    f"{facts['input']['resized']}"),
@@ -85,6 +86,13 @@ from psgd import load_packed
 logits = load_packed("{packed}", network)(images)  # images: a tensor
 ```
 """
+
+
+def ends(grid: Grid) -> str:
+    """What is different in the first and last layer, in words."""
+    if not grid.first_last:
+        return "; the first and last layer in float"
+    return f"; the first and last layer {grid.of_ends.bits} bits" if grid.of_ends != grid else ""
 
 
 def build_line(facts: dict[str, Any]) -> str:

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from quant.grid import FLOAT_BITS
 from utils.checkpoint import grid_of
-from utils.cli import UserError
+from utils.cli import UserError, warn
 from utils.data.folder import pixels
 from utils.data.in_memory import normalize
 from utils.data.specs import DataSpec
 from utils.deployment import Deployment, Setting
 from utils.device import autocast, resolve_precision, select_device
 from utils.opening import Datasets, OpenedNetwork, open_network
-from utils.trained_for import warn_of_bits
+from utils.trained_for import evaluation_mismatches
 
 SHOWN = 5  # most likely classes
 AT_ONCE = 32  # images
@@ -33,7 +33,9 @@ def predict(args: Namespace) -> None:
     print(f"{device_line}, precision: {args.precision}")
     for opened in networks:
         deployment = deployed_as(args, opened)
-        warn_of_bits(opened.path, opened.checkpoint, [deployment.weight_grid(w_bit) for w_bit in args.w_bit])
+        grids = [deployment.weight_grid(w_bit) for w_bit in args.w_bit]
+        if found := evaluation_mismatches(opened.checkpoint, grids):
+            warn(f"{opened.path}: {'; '.join(found)}")
         print(f"{opened.path}: {opened.arch} for {opened.dataset_name}; of an image {seen(opened.spec)}")
         shown = predictions(args, opened, deployment, images[opened.spec].to(device))
         for number, path in enumerate(args.images):

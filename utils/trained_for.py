@@ -7,29 +7,29 @@ from typing import Any
 from quant import Grid
 from quant.grid import FLOAT_BITS
 from utils.checkpoint import grid_of
-from utils.cli import warn
 
 TERNARY = 2  # bits whose grid is so coarse that the statistics of batch norm are not those of the float network
 SAFE_BITS = 6  # from here up, a network that was not trained for a grid loses little
 
 
-def warn_of_bits(path: str, checkpoint: dict[str, Any], grids: Sequence[Grid]) -> None:
-    """Prints one warning if the network of the file `path` is evaluated in float and on `grids`, and the file says that
-    it is for others. Baselines, which were not trained for a grid, give none."""
+def evaluation_mismatches(checkpoint: dict[str, Any], grids: Sequence[Grid]) -> list[str]:
+    """How an evaluation in float and on `grids` goes beyond what the checkpoint's file says that it is for, in words.
+
+    Empty for a baseline, which was not trained for a grid.
+    """
     args, quantized = checkpoint.get("args", {}), [grid for grid in grids if grid.bits != FLOAT_BITS]
+    w_bit = args.get("w_bit")
+    if not (args.get("psg") and w_bit and args.get("target", "grid") == "grid"):
+        return []
     found = []
-    if args.get("psg") and args.get("target", "grid") == "grid" and args.get("w_bit"):
-        w_bit = args["w_bit"]
-        others = [f"W{grid.bits}" for grid in quantized if grid.bits != w_bit]
-        if others:
-            found.append(f"it was trained for W{w_bit}; at {', '.join(others)} its weights are off their grid")
-        if quantized:
-            same_bits = replace(quantized[0], bits=w_bit)
-            found += grid_mismatches(args, same_bits, grid_of(checkpoint, w_bit).per_channel)
-        if renewed_at(checkpoint) == TERNARY:
-            found.append(f"its batch norm was re-estimated at W{TERNARY}; in float it may fail")
-    if found:
-        warn(f"{path}: {'; '.join(found)}")
+    if others := [f"W{grid.bits}" for grid in quantized if grid.bits != w_bit]:
+        found.append(f"it was trained for W{w_bit}; at {', '.join(others)} its weights are off their grid")
+    if quantized:
+        same_bits = replace(quantized[0], bits=w_bit)
+        found += grid_mismatches(args, same_bits, grid_of(checkpoint, w_bit).per_channel)
+    if renewed_at(checkpoint) == TERNARY:
+        found.append(f"its batch norm was re-estimated at W{TERNARY}; in float it may fail")
+    return found
 
 
 def renewed_at(checkpoint: dict[str, Any]) -> int | None:
