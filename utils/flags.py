@@ -14,9 +14,9 @@ def add_arch(p: Parser) -> None:
 
 
 def add_data_dir(p: Parser, default: str | None = None) -> None:
-    """`default` None: the folder that the checkpoint was trained with, else data."""
+    """`default` None: the folder that the checkpoint was trained with, else data, as in utils/opening.py."""
     where = "folder that holds <dataset>.npz, torchvision's archive, or train/ and val/ with a folder for each class"
-    of_file = " (default: the folder that the file was trained with if the data set is there, else data)"
+    of_file = " (default: the folder that the file was trained with; else data, except for an imagefolder)"
     p.add_argument("--data_dir", default=default, metavar="DIR", help=where + ("" if default else of_file))
 
 

@@ -139,7 +139,7 @@ class FolderSplit(Split):
             num_workers=self.workers, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
             worker_init_fn=outlive_signals,
         )  # fmt: skip
-        for wanted, (images, labels, sources) in zip(chosen, _read(loader)):
+        for (images, labels, sources), wanted in zip(_read(loader), chosen):  # the loader first, so that it ends
             for index in set(wanted) - set(sources.tolist()) - self.damaged:
                 self.damaged.add(index)
                 warn(f"{self.trouble(index)}; until then the next image takes its place in training", SPEAKER)
