@@ -98,6 +98,17 @@ def test_a_network_of_torchvision_is_loaded_as_its_page_says(tmp_path, monkeypat
         assert torch.equal(scope["logits"], quantize_weights(model, 4)(scope["images"]))
 
 
+def test_a_state_dict_alone_of_any_architecture(cli, tmp_path, own_photographs):
+    """What it does not say is given; its classes are those of the folder."""
+    torch.manual_seed(0)
+    torch.save(build_model("resnet18", 2).state_dict(), tmp_path / "r.pth")
+    flags = ["--arch", "resnet18", "--dataset", "imagefolder", "--data_dir", "d", "--image_size", "32"]
+    outcome = cli("export.py", "--model_path", "r.pth", *flags, "--workers", "0", "--out", "a")
+    assert outcome.code == 0, outcome.err
+    facts = read_facts(tmp_path / "a/r_w4.safetensors")
+    assert (facts["arch"], facts["classes"], facts["input"]["size"]) == ("resnet18", ["blue", "red"], 32)
+
+
 def test_without_the_images_it_is_checked_on_noise(cli, rejected, own_photographs, photograph_network):
     shutil.rmtree(own_photographs)
     flags = ["--model_path", photograph_network, "--workers", "0", "--out", "a"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.checkpoint import dataset_name, image_size, load_checkpoint, model_from_checkpoint
+from utils.checkpoint import DEFAULT_ARCH, dataset_name, image_size, load_checkpoint, model_from_checkpoint
 from utils.cli import RANK, UserError, warn
 from utils.data.load import Dataset, load_dataset
 from utils.data.specs import DataSpec, at_hand, spec_of
@@ -109,15 +109,12 @@ class OpenedNetwork:
 
     path: str
     checkpoint: dict[str, Any]
+    arch: str
     model: nn.Module
     dataset_name: str
     dataset: Dataset | None
     folder: str  # where the data set was looked for
     spec: DataSpec  # of the images that it takes
-
-    @property
-    def arch(self) -> str:
-        return self.checkpoint.get("arch") or type(self.model).__name__
 
     @property
     def classes(self) -> list[str] | None:
@@ -164,7 +161,7 @@ def open_network(
     found = datasets.of(checkpoint, path, name) if there else None
     model = model_from_checkpoint(checkpoint, path, arch, len(found.classes) if found else spec.classes)
     model.to(datasets.device)
-    opened = OpenedNetwork(str(path), checkpoint, model.eval(), name, found, folder, spec)
+    arch = checkpoint.get("arch") or arch or DEFAULT_ARCH
     if dataset or datasets.size:  # other images than it was trained on
-        check_takes(model, opened.arch, spec.size)
-    return opened
+        check_takes(model, arch, spec.size)
+    return OpenedNetwork(str(path), checkpoint, arch, model.eval(), name, found, folder, spec)
