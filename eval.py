@@ -21,6 +21,9 @@ One-shot magnitude pruning, by itself and with quantized weights
   python eval.py --model_path models/ResNet150.pth --sparsity 0.5 0.7 0.8 0.9 0.95 0.98 --out results/sparse_sweep
   python eval.py --sparsity 0.5 0.7 --w_bit 32 4 --prune layer
 
+The most likely classes of image files, in float and at 4 bits, side by side
+  python eval.py --images photo.jpg other.jpg --model_path runs/mine/last.pth --w_bit 4
+
 What each layer contributes at the first --w_bit, written to results/layers/layers.csv
   python eval.py --w_bit 4 --report --out results/layers
 
@@ -42,16 +45,19 @@ SEARCHED = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0]  # values of --cli
 def add_networks(p: Parser) -> None:
     """Networks, data and weights."""
     # fmt: off
-    p.add_argument("--arch", default=None,
-                   help="architecture; an error if the file names another (default: the one that the file names, "
-                   "ResNet32 if it names none)")
+    flags.add_arch(p)
     p.add_argument("--model_path", nargs="+", default=["models/W4_ResNet.pth"], metavar="FILE", help="checkpoints")
     p.add_argument("--dataset", default=None, choices=list(DATASETS),
                    help="data set (default: the one that the file was trained on, cifar100 if it names none)")
     flags.add_data_dir(p)
+    flags.add_image_size(p)
+    p.add_argument("--images", nargs="+", default=None, metavar="FILE",
+                   help="image files: prints the most likely classes of each in float and at each --w_bit and "
+                   "--sparsity, and evaluates nothing")
     flags.add_workers(p)
-    p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
-                   help="evaluate on the N training images that train.py --val_split N holds out, not on the test set")
+    p.add_argument("--val_split", type=cli.index, default=None, metavar="N",
+                   help="evaluate on the N training images that train.py --val_split N holds out, not on the test set "
+                   "(default: 0, or as in training for a folder without val/)")
     p.add_argument("--sparsity", type=cli.sparsity, nargs="+", default=[0.0], metavar="S",
                    help="shares of weights to prune, smallest magnitudes first, before --w_bit is applied")
     p.add_argument("--prune", choices=["global", "layer"], default="global",
@@ -126,11 +132,19 @@ def parse() -> Namespace:
         raise UserError("--report writes layers.csv: name a folder with --out DIR")
     if args.report and args.w_bit[0] == 32:
         raise UserError("--report is for the first --w_bit, and 32 is full precision: put another bit-width first")
+    if args.images:
+        given = {"--a_bit": args.act_quant, "--post": args.post != ["none"], "--report": args.report, "--out": args.out}
+        for flag in (flag for flag, value in given.items() if value):
+            raise UserError(f"--images prints predictions with float activations: leave {flag} out")
     return args
 
 
 def main() -> None:
     args = parse()
+    if args.images:
+        from utils.predicting import predict
+
+        return predict(args)
 
     from utils.sweep import evaluate_all
 

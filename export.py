@@ -6,16 +6,17 @@ The 4-bit network, into deploy/W4_ResNet_w4.safetensors and .onnx
 With 8-bit activations, ranges calibrated on training images, and uint8 images as the input; built for speed
   python export.py --model_path models/W4_ResNet.pth --w_bit 4 --a_bit 8 --integer_kernels --with_normalize --out deploy
 
+A network that was trained on a folder of images, for images of the size that it was trained on
+  python export.py --model_path runs/mine/last.pth --w_bit 4 --out deploy
+
 Both files are read back and run before they get their names. If their outputs are not those of the quantized network,
-that is an error, and no file is left behind. Needs: pip install -r requirements-export.txt
+that is an error, and no file is left behind. Beside them lies a .md file that says what they take and how to load them.
+Needs: pip install -r requirements-export.txt
 """
 
 from utils import flags
 from utils.cli import Parser, UserError, bits, bits_or_float, run, seed
 from utils.data.specs import DATASETS
-
-SIZE = 32  # pixels per side of the images that exported networks take
-CHOICES = [name for name, spec in DATASETS.items() if spec.size == SIZE]
 
 
 def parser() -> Parser:
@@ -33,10 +34,13 @@ def parser() -> Parser:
     flags.add_calib_images(p, 1024, "the activations' ranges (least squared error)")
     p.add_argument("--seed", type=seed, default=1, help="seed for the choice of these images")
     p.add_argument("--with_normalize", action="store_true",
-                   help="the .onnx file takes uint8 images [N, 32, 32, 3] and normalizes them itself")
-    p.add_argument("--dataset", default=None, choices=CHOICES,
+                   help="the .onnx file takes uint8 images [N, S, S, 3] and normalizes them itself")
+    flags.add_arch(p)
+    p.add_argument("--dataset", default=None, choices=list(DATASETS),
                    help="data set (default: the one that the file was trained on, cifar100 if it names none)")
     flags.add_data_dir(p)
+    flags.add_image_size(p)
+    flags.add_workers(p)
     p.add_argument("--out", default="deploy", metavar="DIR", help="folder to write to")
     # fmt: on
     return p
@@ -51,7 +55,7 @@ def main() -> None:
 
     from utils.exporting import export_checked
 
-    export_checked(args, SIZE)
+    export_checked(args)
 
 
 if __name__ == "__main__":

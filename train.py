@@ -53,9 +53,10 @@ def add_goal(p: Parser) -> None:
     p.add_argument("--weights", default="", metavar="NAME", help="torchvision weights to start from, such as DEFAULT")
     p.add_argument("--dataset", default="cifar100", choices=list(DATASETS), help="data set")
     flags.add_data_dir(p, "data")
+    flags.add_image_size(p, "that of --load_pretrained, else 224")
     flags.add_workers(p)
     p.add_argument("--val_split", type=cli.index, default=0, metavar="N",
-                   help="hold N training images out and evaluate on them, not on the test set")
+                   help="hold N training images out and evaluate on them, not on the test set or val/")
     p.add_argument("--seed", type=cli.seed, default=1, help="seed for initial weights, data order and augmentation")
     p.add_argument("--psg", type=int, choices=[0, 1], default=1, help="1: position-scaled gradients; 0: vanilla")
     p.add_argument("--target", choices=["grid", "zero"], default="grid",

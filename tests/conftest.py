@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 
+from models import ResNet32
 from tests.helpers import ROOT, SmallNet, copy_with_args
+from utils.checkpoint import save_checkpoint
 
 SLOW = {"cli", "rejected", "digits_run", "channel_run", "installed"}  # fixtures that run commands
 
@@ -113,6 +116,43 @@ def digits_run(tmp_path_factory, worker_id):
 def channel_run(tmp_path, digits_run):
     """Path of a copy of `digits_run` that says it was trained with a grid for each output channel."""
     return copy_with_args(digits_run, tmp_path / "channel.pth", granularity="channel")
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """A folder of six training and three validation images of each of two classes, red and blue, of unequal sizes."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 3)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            place = root / part / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 60, (80 + 10 * number, 100, 3), dtype=np.uint8)
+                pixels[..., channel] += 180
+                Image.fromarray(pixels).save(place / f"{number}.jpg")
+    return root
+
+
+@pytest.fixture
+def own_photographs(tmp_path, photographs):
+    """A copy of `photographs` that a test may change: d in the test's folder."""
+    return shutil.copytree(photographs, tmp_path / "d")
+
+
+@pytest.fixture
+def photograph_network(own_photographs):
+    """A checkpoint of a small network for `own_photographs` at 48 px, which says that it was trained for 4 bits."""
+    torch.manual_seed(0)
+    model = ResNet32(2)
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.momentum = 1.0  # one batch is enough for statistics that fit
+    model(torch.randn(16, 3, 48, 48))
+    args = {"dataset": "imagefolder", "data_dir": str(own_photographs), "image_size": 48, "psg": 1, "w_bit": 4}
+    path = own_photographs.parent / "p.pth"
+    facts = {"arch": "ResNet32", "num_classes": 2, "classes": ["blue", "red"], "args": args}
+    save_checkpoint(path, facts | {"state_dict": model.state_dict()})
+    return path
 
 
 @pytest.fixture(scope="session")

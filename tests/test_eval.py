@@ -374,7 +374,7 @@ def test_the_folder_of_the_training_is_the_default(cli, rejected, tmp_path, digi
     assert cli("export.py", "--model_path", "a.pth", "--a_bit", "8").code == 0
     copy_with_args(digits_run, tmp_path / "b.pth", dataset="imagefolder", data_dir="mine")
     message = rejected("eval.py", "--model_path", "b.pth")
-    assert "--data_dir data: train/ must hold" in message and "was trained with --data_dir mine" in message
+    assert "b.pth needs images, but mine, the folder of its training, has no train/: name another" in message
 
 
 def test_fewer_training_images_than_the_default(cli, tmp_path, digits_run, few_digits):

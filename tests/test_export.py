@@ -256,7 +256,11 @@ def test_export_writes_both_files(cli, tmp_path, digits_run):
     ]
     outcome = cli("export.py", *flags, "--out", "a/b")
     assert outcome.code == 0, outcome.err
-    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == ["last_w4.safetensors", "last_w4a8.onnx"]
+    assert sorted(path.name for path in (tmp_path / "a/b").iterdir()) == [
+        "last_w4.safetensors",
+        "last_w4a8.md",
+        "last_w4a8.onnx",
+    ]
     assert "bit for bit" in outcome.out and "times smaller; largest logit difference" in outcome.out
     facts = read_facts(tmp_path / "a/b/last_w4.safetensors")
     assert (facts["arch"], facts["num_classes"], facts["grid"]["bits"]) == ("ResNet32", 10, 4)
@@ -296,7 +300,7 @@ def test_bad_input(rejected, digits_run, tmp_path, monkeypatch):
     torch.save({**facts, "state_dict": state}, tmp_path / "m.pth")
     message = "m.pth: 35 activations would stay float"
     assert message in rejected("export.py", "--model_path", "m.pth", "--a_bit", "8", "--calib_images", "8")
-    copy_with_args(digits_run, tmp_path / "i.pth", dataset="imagefolder")
+    copy_with_args(digits_run, tmp_path / "i.pth", dataset="imagefolder", image_size=224)
     message = "i.pth is for imagefolder; this command takes networks for images of 32 x 32"
     assert message in rejected("tools.benchmark_deploy", "--model_path", "i.pth")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)

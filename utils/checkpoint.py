@@ -31,6 +31,7 @@ KINDS = {"epoch": int, "arch": str, "args": dict, "averaged_epochs": list, "clas
 MOST_CLASSES = 10**6  # a file that claims so many is refused before a network is built
 OPTIONAL = "num_batches_tracked"  # old files lack it, and batch norm with a momentum does not use it
 COUNTER = "n_averaged"  # of torch's AveragedModel, beside the weights
+DEFAULT_ARCH = "ResNet32"  # of published files, which name none
 HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias"}  # the length of these is the number of classes
 
 
@@ -68,6 +69,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def dataset_name(checkpoint: dict[str, Any]) -> str:
     """The data set that a network was trained on: CIFAR-100 for published files, which do not say."""
     return str(checkpoint.get("args", {}).get("dataset", DEFAULT))
+
+
+def image_size(checkpoint: dict[str, Any], name: str) -> int | None:
+    """Pixels per side of the images of the data set `name` that a network was trained on; None if it does not say."""
+    size = checkpoint.get("args", {}).get("image_size") if dataset_name(checkpoint) == name else None
+    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
 
 
 def warn_if_changed(path: Path) -> None:
@@ -152,7 +159,7 @@ def model_from_checkpoint(
     `num_classes` None takes the file's number; any other value is used if the file does not say. Raises UserError if
     the file has another architecture or number of classes.
     """
-    saved_arch = checkpoint.get("arch") or arch or "ResNet32"
+    saved_arch = checkpoint.get("arch") or arch or DEFAULT_ARCH
     if arch not in (None, saved_arch):
         raise UserError(f"{path} is a {saved_arch}, but --arch is {arch}")
     try:

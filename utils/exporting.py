@@ -1,6 +1,5 @@
 """Exports networks: the files are read back, run and compared before they get their names."""
 
-import hashlib
 import importlib
 from argparse import Namespace
 from dataclasses import dataclass
@@ -16,13 +15,15 @@ from quant.deploy import integer_weights, load_packed, save_packed, to_onnx
 from quant.grid import FLOAT_BITS
 from utils.checkpoint import grid_of
 from utils.cli import UserError, first_line, warn
-from utils.data.in_memory import InMemorySplit, normalize
+from utils.data.in_memory import normalize
 from utils.deployment import check_activations
+from utils.export_notes import add_metadata, file_facts, page
 from utils.files import output_folder, replacing
-from utils.opening import Datasets, OpenedNetwork, open_network
-from utils.trained_for import mismatches
+from utils.opening import Datasets, OpenedNetwork, listed, open_network
 
-CHECKED = 512  # images on which the files are compared with the network
+# Images on which the files are compared with the network: fewer of those above SMALL pixels per side, for speed.
+CHECKED, CHECKED_LARGE, SMALL = 512, 64, 32
+AT_ONCE = 64  # images
 LOGIT_TOLERANCE = 1e-4
 # Activation quantizers may round a value between two levels either way, which can decide near ties the other way:
 TIE = 0.1  # of the spread of an image's logits: two classes nearer than that are tied
@@ -38,10 +39,12 @@ class Exported:
     a_bit: int
     deployed: nn.Module  # with quantized weights and, below 32 bits, activations
     images: Tensor  # uint8 [N, S, S, 3]
-    labels: Tensor | None  # of test images; None if there are none at hand
+    labels: Tensor | None  # None for noise
+    images_kind: str  # "test images", ...
     floats: Tensor  # the same images, normalized [N, 3, S, S]
     weights_only: Tensor  # logits with quantized weights [N, classes]
     expected: Tensor  # logits of `deployed`
+    facts: dict[str, Any]  # what the files hold beside the weights
 
     @property
     def kind(self) -> str:
@@ -57,38 +60,54 @@ def check_packages() -> None:
             raise UserError(f"{first_line(error)}: pip install -r requirements-export.txt") from None
 
 
-def export_checked(args: Namespace, size: int) -> None:
-    """Writes the files that export.py's `args` ask for, of a network for images of size x size.
+def export_checked(args: Namespace) -> None:
+    """Writes the files that export.py's `args` ask for.
 
     Raises UserError if a package is missing or a file does not give the network's outputs; then no file is left.
     """
     check_packages()
     with output_folder("--out", args.out) as out:
-        exported = prepare(args, size)
+        exported = prepare(args)
         write(args, exported, out)
 
 
-def prepare(args: Namespace, size: int) -> Exported:
+def prepare(args: Namespace) -> Exported:
     """The network with quantizers, and its outputs."""
-    datasets = Datasets(args.data_dir, torch.device("cpu"))
-    opened = open_network(args.model_path, datasets, args.dataset, download=False, sizes=(size,))
+    datasets = Datasets(args.data_dir, torch.device("cpu"), args.workers, args.image_size)
+    opened = open_network(args.model_path, datasets, args.dataset, args.arch, data="at hand")
     grid = grid_of(opened.checkpoint, args.w_bit, bool(args.first_last_quant), args.granularity)
-    model = opened.model
-    reference = quantize_weights(model, grid)
+    reference = quantize_weights(opened.model, grid)
     deployed = with_activations(args, opened, reference) if args.a_bit != FLOAT_BITS else reference
-    test = opened.dataset.test if opened.dataset else None
-    if isinstance(test, InMemorySplit):
-        images, labels = test.images[:CHECKED], test.labels[:CHECKED]
-    else:
-        images, labels = torch.randint(0, 256, (CHECKED, size, size, 3), dtype=torch.uint8), None
+    images, labels, kind = images_to_check(opened)
     floats = normalize(images, opened.spec).contiguous()
-    with torch.no_grad():
-        weights_only = reference(floats)
-        expected = weights_only if deployed is reference else deployed(floats)
+    weights_only = logits_of(reference, floats)
+    expected = weights_only if deployed is reference else logits_of(deployed, floats)
     if not (weights_only.isfinite().all() and expected.isfinite().all()):
         bits = f"W{grid.bits}A{args.a_bit}"
         raise UserError(f"{opened.path}: the network's outputs are not finite at {bits}: nothing is written")
-    return Exported(opened, grid, args.a_bit, deployed, images, labels, floats, weights_only, expected)
+    facts = file_facts(opened, grid, expected.shape[1])
+    return Exported(opened, grid, args.a_bit, deployed, images, labels, kind, floats, weights_only, expected, facts)
+
+
+def images_to_check(opened: OpenedNetwork) -> tuple[Tensor, Tensor | None, str]:
+    """Images uint8 [N, S, S, 3] of all classes, their labels and of which kind they are: test images if they are at
+    hand, else training images, else noise without labels."""
+    size = opened.spec.size
+    count = CHECKED if size <= SMALL else CHECKED_LARGE
+    if opened.dataset is None:
+        noise = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
+        return noise, None, f"random images, as there is no {opened.dataset_name} in {opened.folder}"
+    split, kind = opened.dataset.train, "training"
+    if len(opened.dataset.test) or opened.val_split:
+        _, split, kind = opened.dataset.splits(opened.val_split)
+    count = min(count, len(split))
+    return *split.pixels(torch.arange(count) * len(split) // count), f"{kind} images"
+
+
+@torch.no_grad()
+def logits_of(network: nn.Module, floats: Tensor) -> Tensor:
+    """Outputs [N, classes] for normalized images [N, 3, S, S], a part of them at a time."""
+    return torch.cat([network(part) for part in floats.split(AT_ONCE)])
 
 
 def with_activations(args: Namespace, opened: OpenedNetwork, reference: nn.Module) -> nn.Module:
@@ -96,7 +115,7 @@ def with_activations(args: Namespace, opened: OpenedNetwork, reference: nn.Modul
     if opened.dataset is None:
         missing = f"there is no {opened.dataset_name} in {opened.folder}"
         raise UserError(f"--a_bit {args.a_bit} needs training images, and {missing}")
-    train = opened.dataset.train
+    train = opened.dataset.splits(opened.val_split)[0] if opened.val_split else opened.dataset.train
     count = train.count_for(args.calib_images)
     if args.act_at == "relu":
         check_activations(opened.model, opened.path)
@@ -111,27 +130,30 @@ def with_activations(args: Namespace, opened: OpenedNetwork, reference: nn.Modul
 
 
 def write(args: Namespace, exported: Exported, out: Path) -> None:
-    """Writes both files to `out`, checks them and prints what they are."""
-    path = Path(exported.opened.path)
+    """Writes both files and the page about them to `out`, checks them and prints what they are."""
+    path, classes = Path(exported.opened.path), exported.opened.classes
     stem = out / f"{path.stem}_w{exported.grid.bits}"
     float_bytes = 4 * sum(parameter.numel() for parameter in exported.opened.model.parameters())
-    kind = "random" if exported.labels is None else "test"
-    print(f"{path}: {float_bytes} bytes of float32 parameters; checked on {len(exported.images)} {kind} images")
+    named = f", {listed(classes)}" if classes else ""
+    print(f"{path}: {exported.opened.arch} for {exported.opened.dataset_name}{named}")
+    print(f"{float_bytes} bytes of float32 parameters; checked on {len(exported.images)} {exported.images_kind}")
     suffix = f"a{exported.a_bit}" if exported.a_bit != FLOAT_BITS else ""
-    packed_path, onnx_path = f"{stem}.safetensors", f"{stem}{suffix}.onnx"
-    with replacing(packed_path) as packed, replacing(onnx_path) as graph:
+    packed_path, onnx_path, page_path = f"{stem}.safetensors", f"{stem}{suffix}.onnx", f"{stem}{suffix}.md"
+    with replacing(packed_path) as packed, replacing(onnx_path) as graph, replacing(page_path) as about:
         write_packed(exported, packed, packed_path)
         write_onnx(args, exported, graph)
         verdict = compare_onnx(args, exported, graph, onnx_path)
+        names = Path(packed_path).name, Path(onnx_path).name
+        about.write_text(page(exported.facts, *names, exported.a_bit, args.with_normalize))
     for file, words in ((packed_path, "outputs equal the quantized network's, bit for bit"), (onnx_path, verdict)):
         size = Path(file).stat().st_size
         print(f"{file}: {size} bytes, {float_bytes / size:.1f} times smaller; {words}")
+    print(f"{page_path}: what they take, and how to load them")
     if exported.labels is not None:
-        with torch.no_grad():
-            in_float = percent_right(exported.opened.model(exported.floats), exported.labels)
+        in_float = percent_right(logits_of(exported.opened.model, exported.floats), exported.labels)
         quantized = percent_right(exported.expected, exported.labels)
-        print(f"top-1 on these test images: {in_float:.2f} % in float, {quantized:.2f} % at {exported.kind}")
-    if found := mismatches(exported.opened.checkpoint, exported.grid):
+        print(f"top-1 on these {exported.images_kind}: {in_float:.2f} % in float, {quantized:.2f} % at {exported.kind}")
+    if found := exported.facts["notes"]:
         warn(f"{path} does not match how it is exported: {'; '.join(found)}")
 
 
@@ -139,27 +161,14 @@ def write_packed(exported: Exported, packed: Path, name: str) -> None:
     """Writes the packed file to `packed`. Raises UserError, with its `name`, if its outputs are not the same."""
     from safetensors import SafetensorError
 
-    facts = file_facts(exported)
+    facts = exported.facts
     try:
         save_packed(packed, exported.opened.model, exported.grid, facts)
     except SafetensorError as error:  # such as a full disk
         raise UserError(f"{name} cannot be written ({first_line(error)}): nothing is written") from None
     again = load_packed(packed, build_model(facts["arch"], facts["num_classes"]))
-    with torch.no_grad():
-        if not torch.equal(again(exported.floats), exported.weights_only):
-            raise UserError(f"{name} does not give the outputs of the quantized network: nothing is written")
-
-
-def file_facts(exported: Exported) -> dict[str, Any]:
-    """What the packed file holds beside the weights."""
-    opened, path = exported.opened, Path(exported.opened.path)
-    classes = opened.checkpoint.get("classes") or (opened.dataset.classes if opened.dataset else None)
-    grid = {key: value for key, value in exported.grid.facts().items() if key != "weight_range"}  # always absmax
-    return {
-        "arch": opened.arch, "num_classes": exported.expected.shape[1], "dataset": opened.dataset_name, "grid": grid,
-        **({"classes": classes} if classes else {}),
-        "source": path.name, "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }  # fmt: skip
+    if not torch.equal(logits_of(again, exported.floats), exported.weights_only):
+        raise UserError(f"{name} does not give the outputs of the quantized network: nothing is written")
 
 
 def write_onnx(args: Namespace, exported: Exported, graph: Path) -> None:
@@ -173,6 +182,7 @@ def write_onnx(args: Namespace, exported: Exported, graph: Path) -> None:
         proto = to_onnx(exported.deployed, integers, exported.images.shape[1], constants, args.integer_kernels)
     except ValueError as error:
         raise UserError(f"{exported.opened.path}: {first_line(error)}") from None
+    add_metadata(proto, exported.facts, exported.a_bit, args.with_normalize)
     onnx.save(proto, graph)
 
 

@@ -8,15 +8,26 @@ def add_device(p: Parser) -> None:
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: the GPU --cu_num, or the CPU)")
 
 
+def add_arch(p: Parser) -> None:
+    of_file = "(default: the one that the file names, ResNet32 if it names none)"
+    p.add_argument("--arch", default=None, help=f"architecture; an error if the file names another {of_file}")
+
+
 def add_data_dir(p: Parser, default: str | None = None) -> None:
-    """`default` None: the folder that the checkpoint was trained with, else data."""
+    """`default` None: the folder that the checkpoint was trained with, else data, as in utils/opening.py."""
     where = "folder that holds <dataset>.npz, torchvision's archive, or train/ and val/ with a folder for each class"
-    of_file = " (default: the folder that the file was trained with if the data set is there, else data)"
+    of_file = " (default: the folder that the file was trained with; else data, except for an imagefolder)"
     p.add_argument("--data_dir", default=default, metavar="DIR", help=where + ("" if default else of_file))
 
 
+def add_image_size(p: Parser, default: str = "as in training, 224 if the file does not say") -> None:
+    """`default`: what happens without the flag."""
+    help_text = f"pixels per side that the images of an imagefolder are cut to (default: {default})"
+    p.add_argument("--image_size", type=count, default=None, metavar="N", help=help_text)
+
+
 def add_workers(p: Parser) -> None:
-    help_text = "processes that read images of an imagefolder, for each process of torchrun; at most one per core"
+    help_text = "processes that read images of an imagefolder, for each process of torchrun; never more than the cores"
     p.add_argument("--workers", type=index, default=4, help=help_text)
 
 

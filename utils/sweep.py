@@ -13,13 +13,14 @@ import torch
 from quant import layer_rows, packed_bytes, weight_mse
 from quant.grid import FLOAT_BITS
 from quant.pruning import nonzero_weights
-from utils.checkpoint import grid_of, training_facts
+from utils.checkpoint import dataset_name, grid_of, training_facts
 from utils.cli import UserError, first_line, warn
 from utils.data.split import Split
 from utils.deployment import BN_RANGES, Deployment, Setting, check_activations
 from utils.device import machine, resolve_precision, select_device
 from utils.files import output_folder, write_csv, write_results
 from utils.opening import Datasets, OpenedNetwork, open_network
+from utils.trained_for import evaluation_mismatches
 from utils.training.evaluation import evaluate, fold_batch_norm
 
 COLUMNS = {  # name: (least width on screen, format); those of width 0 are only in the files
@@ -53,17 +54,17 @@ def evaluate_all(args: Namespace) -> None:
 
 def load_networks(args: Namespace, device: torch.device) -> list[Network]:
     """Every network with its data. Everything that can be wrong is checked here, before the first evaluation."""
-    datasets = Datasets(args.data_dir, device, args.workers)
+    datasets = Datasets(args.data_dir, device, args.workers, args.image_size)
     counts: dict[int, int] = {}  # calibration images, by the number of training images
     quantizes = any(a_bit != FLOAT_BITS for a_bit in args.a_bit)
     by_batch_norm = args.act_range in BN_RANGES
     searches = by_batch_norm and len(args.clipping_range) > 1
     needs_images = args.report or set(args.post) != {"none"} or (quantizes and (searches or not by_batch_norm))
-    networks = []
+    networks, told = [], {}
     for path in args.model_path:
         opened = open_network(path, datasets, args.dataset, args.arch)
         opened.model.to(memory_format=torch.channels_last)
-        train, test, split_name = opened.data.splits(args.val_split)
+        train, test, split_name = opened.data.splits(opened.val_split if args.val_split is None else args.val_split)
         if needs_images and len(train) not in counts:
             counts[len(train)] = train.count_for(args.calib_images)
         deployment = deployed_as(args, opened, train, counts.get(len(train), 0))
@@ -77,8 +78,22 @@ def load_networks(args: Namespace, device: torch.device) -> list[Network]:
             raise UserError(f"{path}: {first_line(error)}{advice}") from None
         facts = {"model": path, "arch": opened.arch, "dataset": opened.dataset_name, "split": split_name}
         networks.append(Network(facts | training_facts(opened.checkpoint), deployment, test))
+        told[path] = remarks(args, opened, deployment)
+    for path, found in told.items():
+        if found:
+            warn(f"{path}: {'; '.join(found)}")
     args.calib_images = max(counts.values(), default=args.calib_images)  # for the record
     return networks
+
+
+def remarks(args: Namespace, opened: OpenedNetwork, deployment: Deployment) -> list[str]:
+    """What the file of a network was not made for, and what it has seen, in words."""
+    found = evaluation_mismatches(opened.checkpoint, [deployment.weight_grid(w_bit) for w_bit in args.w_bit])
+    trained = opened.checkpoint.get("args", {}).get("val_split")
+    own = opened.dataset_name == dataset_name(opened.checkpoint)
+    if own and trained is not None and (args.val_split or 0) > trained:
+        found.append(f"it was trained with --val_split {trained}, on some of the images that it is evaluated on")
+    return found
 
 
 def deployed_as(args: Namespace, opened: OpenedNetwork, train: Split, count: int) -> Deployment:

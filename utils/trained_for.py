@@ -1,11 +1,43 @@
 """Compares what a network was trained for, and what its batch norm was estimated at, with how it is deployed."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from quant import Grid
+from quant.grid import FLOAT_BITS
 from utils.checkpoint import grid_of
 
+TERNARY = 2  # bits whose grid is so coarse that the statistics of batch norm are not those of the float network
 SAFE_BITS = 6  # from here up, a network that was not trained for a grid loses little
+
+
+def evaluation_mismatches(checkpoint: dict[str, Any], grids: Sequence[Grid]) -> list[str]:
+    """How an evaluation in float and on `grids` goes beyond what the checkpoint's file says that it is for, in words.
+
+    Empty for a baseline, which was not trained for a grid.
+    """
+    args, quantized = checkpoint.get("args", {}), [grid for grid in grids if grid.bits != FLOAT_BITS]
+    w_bit = args.get("w_bit")
+    if not (args.get("psg") and w_bit and args.get("target", "grid") == "grid"):
+        return []
+    found = []
+    if others := [f"W{grid.bits}" for grid in quantized if grid.bits != w_bit]:
+        found.append(f"it was trained for W{w_bit}; at {', '.join(others)} its weights are off their grid")
+    if quantized:
+        same_bits = replace(quantized[0], bits=w_bit)
+        found += grid_mismatches(args, same_bits, grid_of(checkpoint, w_bit).per_channel)
+    if renewed_at(checkpoint) == TERNARY:
+        found.append(f"its batch norm was re-estimated at W{TERNARY}; in float it may fail")
+    return found
+
+
+def renewed_at(checkpoint: dict[str, Any]) -> int | None:
+    """The bit-width of the weights with which batch norm was re-estimated; None if it was not."""
+    if not checkpoint.get("averaged_epochs"):
+        return None
+    # Files from before tools.average noted it were re-estimated at the bits that they were trained for.
+    return checkpoint.get("deployed", checkpoint.get("args", {})).get("w_bit")
 
 
 def mismatches(checkpoint: dict[str, Any], grid: Grid) -> list[str]:

@@ -57,8 +57,10 @@ def trouble(error: Exception) -> str:
     """What is wrong with a file at which `error` was raised."""
     if isinstance(error, UnknownRangeError):
         return str(error)
-    reason = "it is not an image file" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
-    return f"cannot be read as an image ({reason})"
+    reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+    if isinstance(error, Image.UnidentifiedImageError):
+        reason = "it is not an image file"
+    return f"cannot be read as an image ({reason}): replace it, or leave it out"
 
 
 def check_range(image: Image.Image) -> None:

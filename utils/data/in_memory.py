@@ -49,6 +49,9 @@ class InMemorySplit(Split):
             where = where.to(self.device)
             yield normalize(self.images[where], self.spec), self.labels[where]
 
+    def pixels(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
     def shuffled(self, batch_size: int, seed: int, world: World = ALONE) -> "CroppedBatches":
         return CroppedBatches(self, batch_size, seed, world)
 

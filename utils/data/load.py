@@ -9,7 +9,7 @@ import torch
 from utils.cli import UserError
 from utils.data.in_memory import InMemorySplit
 from utils.data.sources import find_arrays
-from utils.data.specs import DATASETS, DataSpec
+from utils.data.specs import DataSpec, spec_of
 from utils.data.split import Split
 
 
@@ -22,15 +22,17 @@ class Dataset:
 
     @property
     def spec(self) -> DataSpec:
-        return DATASETS[self.name]
+        return self.train.spec
 
     def splits(self, val_split: int = 0) -> tuple[Split, Split, str]:
         """The split to train on, the one to evaluate on, and the latter's name: the training and the test images, or
         with `val_split` N the training images without the last N, and these N ("validation"). Views, not copies.
 
-        Raises UserError if no training image would be left.
+        Raises UserError if no training image would be left, and without `val_split` if there are no test images.
         """
         if not val_split:
+            if not len(self.test):
+                raise UserError(f"there is no val/ beside {self.name}'s train/: evaluate on --val_split N images of it")
             return self.train, self.test, "test"
         if val_split >= len(self.train):
             raise UserError(f"--val_split {val_split} leaves none of the {len(self.train)} training images")
@@ -44,15 +46,16 @@ class Dataset:
         return replace(self, train=train, test=test, classes=list(classes))
 
 
-def load_dataset(name: str, data_dir: str | Path, device: torch.device, workers: int = 0) -> Dataset:
+def load_dataset(
+    name: str, data_dir: str | Path, device: torch.device, workers: int = 0, image_size: int | None = None
+) -> Dataset:
     """The data set `name` (a key of DATASETS), checked: as uint8 on `device`, or as file names for imagefolder.
 
-    `workers` is the number of processes that read images of an imagefolder; 0: this one. Raises UserError for a file
-    that is not as utils/data/sources.py says, or if the set is not available.
+    `workers` is the number of processes that read images of an imagefolder; 0: this one. `image_size` is the number of
+    pixels per side that its images are cut to (default 224). Without a val/ folder its test split is empty. Raises
+    UserError for a file that is not as utils/data/sources.py says, or if the set is not available.
     """
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}: --dataset is one of {', '.join(DATASETS)}")
-    spec = DATASETS[name]
+    spec = spec_of(name, image_size)
     if name == "imagefolder":
         from utils.data.folder import load_folder  # which imports torchvision
 

@@ -1,7 +1,9 @@
 """What is known about each data set without its images. Imports no torch, so that the scripts' --help is quick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from utils.cli import UserError
 
 
 @dataclass(frozen=True)
@@ -10,7 +12,7 @@ class DataSpec:
 
     `mean` and `std` are those of the training images for each channel, in units of 0..255. `flip` says whether a
     mirrored image is valid. `size` is the number of pixels per side of the images that a network gets. `classes` is
-    the number of classes, None if the folders of the images determine it. `archives` are the names of the file that
+    the number of classes, None if folders of image files determine it. `archives` are the names of the file that
     torchvision downloads and of the folder that it unpacks.
     """
 
@@ -20,6 +22,12 @@ class DataSpec:
     size: int = 32
     classes: int | None = None
     archives: tuple[str, ...] = ()
+
+    @property
+    def resized(self) -> int:
+        """Pixels of the shorter side of an image file before the middle of it is cut out: ImageNet's 256 for 224, and
+        no margin for data sets whose images are used whole."""
+        return round(self.size * 256 / 224) if self.classes is None else self.size
 
 
 DATASETS = {
@@ -37,10 +45,25 @@ DATASETS = {
 DEFAULT = "cifar100"  # of networks whose file does not name their data set, such as the published files
 
 
+def spec_of(name: str, image_size: int | None = None) -> DataSpec:
+    """The facts of the data set `name`, with images of image_size x image_size; None stands for its usual size.
+
+    Raises UserError for an unknown name, and for another size than that of a data set whose images have one.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: --dataset is one of {', '.join(DATASETS)}")
+    spec = DATASETS[name]
+    if image_size in (None, spec.size):
+        return spec
+    if spec.classes is not None:
+        raise UserError(f"--image_size {image_size}: the images of {name} are {spec.size} x {spec.size}; leave it out")
+    return replace(spec, size=image_size)
+
+
 def at_hand(name: str, data_dir: str | Path) -> bool:
-    """Whether the data set `name` is there without a download."""
+    """Whether the training images of the data set `name` are there without a download."""
     if name == "digits":
         return True
     if name == "imagefolder":
-        return all((Path(data_dir) / part).is_dir() for part in ("train", "val"))
+        return (Path(data_dir) / "train").is_dir()
     return any((Path(data_dir) / file).exists() for file in (f"{name}.npz", *DATASETS[name].archives))

@@ -36,6 +36,10 @@ class Split(ABC):
         """A batch for each tensor of indices int64 [B] (CPU), without augmentation."""
 
     @abstractmethod
+    def pixels(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The images of these indices int64 [N] before normalization, uint8 [N, S, S, 3], and their labels."""
+
+    @abstractmethod
     def shuffled(self, batch_size: int, seed: int, world: World = ALONE) -> "TrainBatches":
         """Shuffled, augmented batches for training, of which each process of `world` takes its part."""
 

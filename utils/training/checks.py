@@ -12,7 +12,7 @@ VANISHED = 1e-6  # weights this small are outweighed by batch norm's eps, 1e-5 b
 
 
 @torch.no_grad()
-def check_takes(model: nn.Module, name: str, size: int, smallest_step: int) -> None:
+def check_takes(model: nn.Module, name: str, size: int, smallest_step: int = 2) -> None:
     """Raises UserError if `model`, called `name`, cannot take images of size x size, or be trained on `smallest_step`
     of them."""
     image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)

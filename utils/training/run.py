@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from quant.penalties import gradient_penalty
 from utils.checkpoint import (
+    image_size,
     known_arch,
     load_checkpoint,
     load_run,
@@ -26,7 +27,7 @@ from utils.data.split import Split, TrainBatches
 from utils.device import machine, resolve_precision, select_device, set_deterministic
 from utils.distributed import World, join, leave, own_device
 from utils.files import command_line, git_commit
-from utils.opening import matched
+from utils.opening import listed, matched
 from utils.runs import KEPT_BY_RESUMES, RunFolder
 from utils.signals import StopRequest
 from utils.training.checks import VANISHED, check_moves, check_takes, vanished_layer
@@ -82,6 +83,7 @@ def train(args: Namespace, resumed: RunFolder | None) -> None:
         return leave(world)
     folder = open_folder(run, resumed, device_line) if world.is_main else None
     print(f"{args.arch} on {args.dataset} {described(args, run.goal, run.optimizer)}")
+    print(listed(run.classes))
     images = f"{len(run.held)} {run.held_name} images"
     print(f"epochs {run.done + 1} to {args.epoch}; accuracy is on the {images}", flush=True)
     train_epochs(run, folder)
@@ -94,7 +96,9 @@ def prepare(args: Namespace, resumed: RunFolder | None, device: torch.device, wo
     start = resumed.last_checkpoint if resumed else args.load_pretrained
     source = load_checkpoint(start) if start else {}
     with world.main_first():
-        dataset = load_dataset(args.dataset, args.data_dir, device, args.workers)
+        size = args.image_size or image_size(source, args.dataset)
+        dataset = load_dataset(args.dataset, args.data_dir, device, args.workers, size)
+    args.image_size = dataset.spec.size
     dataset = matched(dataset, source, start, transfer=not resumed)
     train_split, held, held_name = dataset.splits(args.val_split)
     first_epoch = args.resume_epoch or (0 if resumed else source.get("epoch", 0)) + 1
@@ -115,7 +119,8 @@ def prepare(args: Namespace, resumed: RunFolder | None, device: torch.device, wo
     done = load_run(source, start, model, optimizer, scheduler) if resumed else first_epoch - 1
     if done < args.epoch:
         # Finds damaged files before an epoch is spent. Decoding the images to evaluate on costs at most an evaluation;
-        # decoding those to train on would cost an epoch, so only their headers are read.
+        # decoding those to train on would cost an epoch, so only their headers are read. Images that are damaged behind
+        # their headers are replaced when an epoch meets them.
         train_split.check_files(whole=False, world=world)
         held.check_files(whole=True, world=world)
     return Run(
