@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 Normalization = tuple[Tensor, Tensor]  # mean and std [C], in units of 0..255
+OPSET = 21  # the first with QuantizeLinear and DequantizeLinear as they are used here
 INSTEAD = "replace it in the network, or write a packed file (.safetensors), which holds every network"
 
 
 def float_program(
-    model: nn.Module, inputs: tuple[Tensor, ...], names: list[str] | None, normalize: Normalization | None, opset: int
+    model: nn.Module, inputs: tuple[Tensor, ...], names: list[str] | None = None, normalize: Normalization | None = None
 ) -> "ir.Model":
     """The ONNX model of `model` in eval mode, not optimized. Its initializers have the names of the state_dict.
 
@@ -49,7 +50,7 @@ def float_program(
         single = len(program.graph_signature.user_outputs) == 1
         try:
             exported = torch.onnx.export(
-                program, dynamo=True, optimize=False, opset_version=opset, verbose=False, dynamic_shapes=axes,
+                program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, dynamic_shapes=axes,
                 input_names=names, output_names=["logits"] if single else None,
                 custom_translation_table={torch.ops.psgd.quantize.default: _quantize_linear},
             )  # fmt: skip

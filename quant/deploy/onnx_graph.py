@@ -5,6 +5,7 @@ a QuantizeLinear followed by a DequantizeLinear. The packages onnx, onnx-ir and 
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .onnx_capture import Normalization, float_program
-from .onnx_integers import insert_integers, width_of
+from .onnx_integers import insert_integers
 from .onnx_rules import apply_rules
 from .packed_file import IntegerWeight
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from onnx import ModelProto
 
-VERSIONS = {2: (25, 13), 4: (21, 10), 8: (21, 10)}  # opset and IR version that have integers of so many bits
+OPSET_INT2 = 25  # the first with INT2; INT4 came in 21, the opset of every other file
+IR_VERSION, IR_VERSION_INT2 = 10, 13
 
 
 def to_onnx(
@@ -51,21 +53,16 @@ def to_onnx(
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         if value.dtype != torch.float32 and (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"{name} is {value.dtype}: ONNX files hold float32 networks (call model.float())")
-    narrowest = 8 if int8 else 2
-    opset, ir_version = VERSIONS[min([width_of(weight.bits, narrowest) for weight in integers.values()], default=8)]
     inputs = sample_images(model, image_size, normalize) if example_inputs is None else checked_batch(example_inputs)
     names = ["images"] if example_inputs is None else None
-    program = float_program(model, inputs, names, normalize, opset)
-    insert_integers(program, model, integers, narrowest)
-    return simplified(program, type(model).__name__, ir_version)
+    return with_integers(float_program(model, inputs, names, normalize), model, integers, 8 if int8 else 2)
 
 
 def check_packages() -> None:
     """Raises ImportError, with the line for pip, if a package that ONNX needs is missing."""
     try:
-        import onnx
-        import onnx_ir
-        import onnxscript  # noqa: F401
+        for name in ("onnx", "onnx_ir", "onnxscript"):
+            import_module(name)
     except ImportError as error:
         wanted = 'pip install -r requirements-export.txt, or pip install "psgd[export]"'
         raise ImportError(f"{error}: {wanted}", name=error.name) from None
@@ -93,24 +90,47 @@ def checked_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.repeat_interleave(2, 0) if x.dim() and len(x) == 1 else x for x in inputs)
 
 
-def simplified(program: "ir.Model", name: str, ir_version: int) -> "ModelProto":
-    """The checked ONNX model of `program`: constants folded, rules applied, and without notes for debugging."""
+def with_integers(
+    program: "ir.Model", model: nn.Module, integers: Mapping[str, IntegerWeight], narrowest: int = 2
+) -> "ModelProto":
+    """The checked ONNX model of `program`, the graph of `model`, with `integers` as its weights. `program` changes.
+
+    `narrowest` is the number of bits of the narrowest integer type to use. Constants are folded after the integers have
+    come in: otherwise the batch norm would be folded into the float weights.
+    """
     import onnx_ir as ir
     from onnx import checker, shape_inference
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript.optimizer import optimize_ir
+    from onnxscript.version_converter import convert_version
 
+    name = type(model).__name__
+    insert_integers(program, model, integers, narrowest)
     optimize_ir(program)
     apply_rules(program)
-    ClearMetadataAndDocStringPass()(program)
-    for node in program.graph.all_nodes():
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.type = value.shape = None
-    program.graph.name, program.ir_version, program.producer_name, program.producer_version = name, ir_version, "psgd", None
+    has_int2 = any(value.dtype == ir.DataType.INT2 for value in program.graph.initializers.values())
+    if has_int2:
+        convert_version(program, OPSET_INT2)
+    program.ir_version = IR_VERSION_INT2 if has_int2 else IR_VERSION
+    program.graph.name, program.producer_name, program.producer_version = name, "psgd", None
+    drop_notes(program)
     proto: ModelProto = ir.to_proto(program)
     try:
         checker.check_model(proto, full_check=True)
     except shape_inference.InferenceError as error:
         raise ValueError(f"{name} cannot be exported to ONNX: {' '.join(str(error).split())}") from None
     return proto
+
+
+def drop_notes(program: "ir.Model") -> None:
+    """Removes what only debugging needs: where each node comes from, its name, and the types of values inside."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(program)
+    graph = program.graph
+    inner = [value for node in graph.all_nodes() for value in node.outputs if not value.is_graph_output()]
+    for value in chain(inner, graph.initializers.values()):
+        value.type = value.shape = None
+    for value in chain(inner, graph.initializers.values(), graph.inputs, graph.outputs):
+        value.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.name = None

@@ -64,7 +64,9 @@ def _is_own(context: Any, integers: Any, **_: Any) -> bool:
 
 def _transposed(op: Any, integers: Any, scale: Any, weight: Any, result: Any) -> Any:
     permutation = result.producer().attributes["perm"].as_ints()
-    attributes = {"axis": permutation.index(weight.producer().attributes["axis"].as_int())} if scale.shape.rank() else {}
+    attributes = (
+        {"axis": permutation.index(weight.producer().attributes["axis"].as_int())} if scale.shape.rank() else {}
+    )
     turned = integer_tensor(_int8(integers).permute(*permutation), integers.dtype.bitwidth)
     return op.DequantizeLinear(op.initializer(turned, integers.name), scale, **attributes)
 
