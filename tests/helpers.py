@@ -154,10 +154,13 @@ def trained_resnet():
 
 
 def run_graph(proto, *inputs):
-    """The first output of an ONNX model by onnxruntime, with its usual settings."""
+    """The first output of an ONNX model by onnxruntime, optimized, but not with products by 8-bit activations in place
+    of float ones."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
     return torch.from_numpy(session.run(None, {name: x.numpy() for name, x in zip(names, inputs)})[0])
 

@@ -65,7 +65,7 @@ def test_example_inputs(tmp_path):
     proto = onnx.load(tmp_path / "a.onnx")
     assert [value.name for value in proto.graph.input] == ["images", "facts"]
     assert graph_is_near(proto, quantize_weights(net, 4), torch.randn(5, 3, 8, 8), torch.randn(5, 6))
-    assert "must be a tuple of tensors, got [tensor" in refusal(net, example_inputs=[inputs[0]])
+    assert "must be a tuple of tensors, got list" in refusal(net, example_inputs=[inputs[0]])
     assert "must begin with a batch, got a tensor of shape []" in refusal(net, example_inputs=(torch.ones(()),))
 
 

@@ -6,11 +6,12 @@
 Each network has random weights, and batch norm the statistics of a few random batches. It is written with weights of
 8, 4 and 2 bits, and with weights of 4 and activations of 8 bits if it has nn.ReLU modules. "difference" is the largest
 one between an output of onnxruntime, which runs the file as it is written, and of the quantized network in torch, in
-parts of the spread of all outputs. Needs: pip install -r requirements-export.txt timm transformers
+parts of the spread of all outputs. "rounding" is the same between torch in float64 and in float32: as much follows from
+the order of sums alone. Needs: pip install -r requirements-export.txt timm transformers
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -21,6 +22,7 @@ from quant.activations import relu_names
 from quant.deploy import integer_weights
 from quant.deploy.onnx_capture import float_program
 from quant.deploy.onnx_graph import with_integers
+from quant.layers import copy_network
 from utils.cli import Parser, UserError, first_line, run
 from utils.exporting import check_packages, run_onnx
 from utils.files import check_output_file, write_csv
@@ -90,16 +92,18 @@ def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
 def row(name: str, kind: str, deployed: nn.Module, graph: bytes, inputs: Tensor) -> Row:
     """The row of a file, printed too."""
     expected, found = outputs_of(deployed, inputs), run_onnx(graph, inputs, as_written=True)
-    difference = ((found - expected).abs().max() / (expected.max() - expected.min())).item()
+    exact = outputs_of(copy_network(deployed).double(), inputs.double() if inputs.is_floating_point() else inputs)
+    spread = expected.max() - expected.min()
+    difference, rounding = (((other - expected).abs().max() / spread).item() for other in (found, exact))
     float_bytes = 4 * sum(parameter.numel() for parameter in deployed.parameters())
-    print(f"{name:30}{kind:6}{difference:10.1e}{len(graph):12d}{len(graph) / float_bytes:8.3f}", flush=True)
+    print(
+        f"{name:30}{kind:6}{difference:12.1e}{rounding:12.1e}{len(graph):12d}{len(graph) / float_bytes:8.3f}",
+        flush=True,
+    )
     return {
-        "network": name,
-        "kind": kind,
-        "difference": f"{difference:.1e}",
-        "bytes": len(graph),
-        "float_bytes": float_bytes,
-    }
+        "network": name, "kind": kind, "difference": f"{difference:.1e}", "rounding": f"{rounding:.1e}",
+        "bytes": len(graph), "float_bytes": float_bytes,
+    }  # fmt: skip
 
 
 def rows_of(name: str) -> list[Row]:
@@ -123,6 +127,25 @@ def rows_of(name: str) -> list[Row]:
     return [*rows, row(name, f"W{W_BIT}A{A_BIT}", deployed, graph, inputs)]
 
 
+def cell(row: Mapping[str, str | int], float_bytes: int) -> str:
+    """Size and difference; with quantized activations also the rounding."""
+    words = f"{int(row['bytes']) / float_bytes:.3f}, {row['difference']}"
+    return f"{words} ({row['rounding']})" if "A" in str(row["kind"]) else words
+
+
+def markdown(rows: Sequence[Mapping[str, str | int]]) -> str:
+    """The rows of a CSV file as a table: a line for each network, and in the cells the bytes of the file in parts of
+    the float32 parameters' bytes and the difference, with quantized activations also the rounding in parentheses."""
+    kinds = [*(f"W{bits}" for bits in BITS), f"W{W_BIT}A{A_BIT}"]
+    lines = [["network", "float32 bytes", *kinds], ["---"] * (2 + len(kinds))]
+    for name in dict.fromkeys(row["network"] for row in rows):
+        own = {row["kind"]: row for row in rows if row["network"] == name}
+        total = int(next(iter(own.values()))["float_bytes"])
+        cells = [cell(own[kind], total) if kind in own else "" for kind in kinds]
+        lines.append([str(name), f"{total:,}", *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME",
@@ -136,10 +159,13 @@ def main() -> None:
     if args.out:
         check_output_file("--out", args.out)
     check_packages()
-    print(f"{'':30}{'':6}{'difference':>10}{'bytes':>12}{'share':>8}")
-    rows = [row for name in args.networks for row in rows_of(name)]
-    if args.out:
-        write_csv(args.out, rows)
+    print(f"{'':30}{'':6}{'difference':>12}{'rounding':>12}{'bytes':>12}{'share':>8}")
+    rows: list[Row] = []
+    for name in args.networks:
+        rows += rows_of(name)
+        if args.out:  # after each network: all of them take several minutes
+            write_csv(args.out, rows)
+    print("\n" + markdown(rows))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,23 +36,26 @@ def float_program(
     """The ONNX model of `model` in eval mode, not optimized. Its initializers have the names of the state_dict.
 
     `inputs` is a batch of at least two samples. Dimension 0 of every input that is as long there as the first input is
-    the batch, of any size. `names` are the names of the inputs (default: those of the arguments of forward); a single
+    the batch, of any size. `names` are the names of the inputs (default: those of the arguments of forward); the first
     output is named "logits". With `normalize`, the one input is uint8 [batch, H, W, C] and is normalized first.
 
     Raises ValueError, with the reason, for a network that cannot be exported.
     """
+    device = next(chain(model.parameters(), model.buffers()), inputs[0]).device
+    inputs = tuple(x.to(device) for x in inputs)
     axes = tuple({0: "batch"} if x.dim() and len(x) == len(inputs[0]) else None for x in inputs)
     with ExitStack() as stack:
+        stack.callback(_restore, _plain_tensors(model))
         for context in (eval_mode(model), _quiet(), _quantizers_as_operations(model), _unfused_attention()):
             stack.enter_context(context)
         if normalize:
-            stack.callback(model.register_forward_pre_hook(_normalizer(*normalize), prepend=True).remove)
+            hook = _normalizer(*(value.to(device) for value in normalize))
+            stack.callback(model.register_forward_pre_hook(hook, prepend=True).remove)
         program = _captured(model, inputs, axes)
-        single = len(program.graph_signature.user_outputs) == 1
         try:
             exported = torch.onnx.export(
                 program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, dynamic_shapes=axes,
-                input_names=names, output_names=["logits"] if single else None,
+                input_names=names, output_names=["logits"],
                 custom_translation_table={torch.ops.psgd.quantize.default: _quantize_linear},
             )  # fmt: skip
         except Exception as error:  # an operation may raise anything
@@ -75,6 +79,16 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...], axes: tuple[Any, ...
         return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the network's own code may raise anything
         raise ValueError(f"{_name(model)} cannot be exported to ONNX: {_reason(error)}; {INSTEAD}") from error
+
+
+def _plain_tensors(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Tensors that are attributes of modules, such as the weights that weight_norm computes at each call."""
+    return [(m, key, value) for m in model.modules() for key, value in vars(m).items() if isinstance(value, Tensor)]
+
+
+def _restore(tensors: list[tuple[nn.Module, str, Tensor]]) -> None:
+    for module, key, value in tensors:
+        vars(module)[key] = value
 
 
 def _name(model: nn.Module) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .onnx_capture import Normalization, float_program
-from .onnx_integers import insert_integers
+from .onnx_integers import insert_integers, width_of
 from .onnx_rules import apply_rules
 from .packed_file import IntegerWeight
 
@@ -40,7 +40,7 @@ def to_onnx(
     the input is uint8 [batch, S, S, C], as in an image file, and the graph normalizes it. Any other network needs
     `example_inputs`, a tuple with a tensor for each argument of its forward. The inputs of the graph have the names of
     these arguments. The batch is dimension 0 of every input that is as long there as the first one, and may have any
-    size; all other sizes are those of `example_inputs`. A single output is named "logits".
+    size; all other sizes are those of `example_inputs`. The first output is named "logits".
 
     A bit-width without an ONNX type is stored in the next wider type: 3 bits in INT4, 5 to 7 bits in INT8. int8=True
     stores every bit-width in INT8. The file is larger, but runtimes without 4-bit kernels, such as onnxruntime on a
@@ -69,20 +69,20 @@ def check_packages() -> None:
 
 
 def sample_images(model: nn.Module, image_size: int, normalize: Normalization | None) -> tuple[Tensor]:
-    """Two images of zeros, on the model's device."""
+    """Two images of zeros."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            device, size = module.weight.device, (image_size, image_size)
             if normalize:
-                return (torch.zeros(2, *size, module.in_channels, dtype=torch.uint8, device=device),)
-            return (torch.zeros(2, module.in_channels, *size, device=device),)
+                return (torch.zeros(2, image_size, image_size, module.in_channels, dtype=torch.uint8),)
+            return (torch.zeros(2, module.in_channels, image_size, image_size),)
     raise ValueError(f"{type(model).__name__} has no Conv2d, so it takes no images: give example_inputs")
 
 
 def checked_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """`inputs` with a batch of two or more samples: of one alone, torch.export would take the size as fixed."""
     if not isinstance(inputs, tuple) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
-        raise ValueError(f"example_inputs must be a tuple of tensors, got {inputs!r:.80}")
+        kinds = [type(value).__name__ for value in inputs] if isinstance(inputs, tuple) else type(inputs).__name__
+        raise ValueError(f"example_inputs must be a tuple of tensors, got {kinds}")
     if not inputs[0].dim() or not len(inputs[0]):
         raise ValueError(f"example_inputs must begin with a batch, got a tensor of shape {list(inputs[0].shape)}")
     if len(inputs[0]) > 1:
@@ -104,12 +104,12 @@ def with_integers(
     from onnxscript.version_converter import convert_version
 
     name = type(model).__name__
+    has_int2 = any(width_of(weight.bits, narrowest) == 2 for weight in integers.values())
+    if has_int2:  # first of all: the folding of constants infers shapes, by the rules of the opset
+        convert_version(program, OPSET_INT2)
     insert_integers(program, model, integers, narrowest)
     optimize_ir(program)
     apply_rules(program)
-    has_int2 = any(value.dtype == ir.DataType.INT2 for value in program.graph.initializers.values())
-    if has_int2:
-        convert_version(program, OPSET_INT2)
     program.ir_version = IR_VERSION_INT2 if has_int2 else IR_VERSION
     program.graph.name, program.producer_name, program.producer_version = name, "psgd", None
     drop_notes(program)
