@@ -171,7 +171,10 @@ def test_normalization_inside(small):
     with torch.no_grad():
         expected = quantize_weights(small, 4)(((images.float() - mean) / std).permute(0, 3, 1, 2))
     assert (run_graph(proto, images) - expected).abs().max() < 1e-4 * expected.abs().max()
-    assert not small._forward_pre_hooks
+    assert (proto.graph.input[0].name, proto.graph.input[0].type.tensor_type.elem_type) == (
+        "images",
+        onnx.TensorProto.UINT8,
+    )
 
 
 def test_grey_images_and_convolutions_of_every_kind():

@@ -25,19 +25,16 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch.export import ExportedProgram
 
-Normalization = tuple[Tensor, Tensor]  # mean and std [C], in units of 0..255
 OPSET = 21  # the first with QuantizeLinear and DequantizeLinear as they are used here
 INSTEAD = "replace it in the network, or write a packed file (.safetensors), which holds every network"
 
 
-def float_program(
-    model: nn.Module, inputs: tuple[Tensor, ...], names: list[str] | None = None, normalize: Normalization | None = None
-) -> "ir.Model":
+def float_program(model: nn.Module, inputs: tuple[Tensor, ...], names: list[str] | None = None) -> "ir.Model":
     """The ONNX model of `model` in eval mode, not optimized. Its initializers have the names of the state_dict.
 
     `inputs` is a batch of at least two samples. Dimension 0 of every input that is as long there as the first input is
     the batch, of any size. `names` are the names of the inputs (default: those of the arguments of forward); the first
-    output is named "logits". With `normalize`, the one input is uint8 [batch, H, W, C] and is normalized first.
+    output is named "logits".
 
     Raises ValueError, with the reason, for a network that cannot be exported.
     """
@@ -48,9 +45,6 @@ def float_program(
         stack.callback(_restore, _plain_tensors(model))
         for context in (eval_mode(model), _quiet(), _quantizers_as_operations(model), _unfused_attention()):
             stack.enter_context(context)
-        if normalize:
-            hook = _normalizer(*(value.to(device) for value in normalize))
-            stack.callback(model.register_forward_pre_hook(hook, prepend=True).remove)
         program = _captured(model, inputs, axes)
         try:
             exported = torch.onnx.export(
@@ -126,8 +120,9 @@ def _quantize_linear(x: Any, scale: Any, zero_point: int, quant_min: int, quant_
     Signed integers are moved by quant_min into uint8 too: runtimes have no kernels that mix signed and unsigned.
     """
     import onnx_ir as ir
-    from onnxscript import opset21 as op
+    import onnxscript
 
+    op: Any = onnxscript.opset21  # called with values of a graph, while its types are those of tensors
     zero = op.Constant(value=ir.tensor(zero_point - quant_min, ir.DataType.UINT8))
     if quant_max - quant_min < 255:  # at 8 bits uint8 saturates by itself
         bottom, top = (
@@ -154,15 +149,6 @@ def _quantizers_as_operations(model: nn.Module) -> Iterator[None]:
 def _as_operation(quantizer: Quantizer, zero_point: int, x: Tensor) -> Tensor:
     quantized: Tensor = _quantize(x, quantizer.scale, zero_point, quantizer.quant_min, quantizer.quant_max)
     return x.copy_(quantized) if quantizer.inplace else quantized
-
-
-def _normalizer(mean: Tensor, std: Tensor) -> Any:
-    """A pre-hook that normalizes uint8 images [N, H, W, C], as in image files, to float32 [N, C, H, W]."""
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (((args[0].float() - mean) / std).permute(0, 3, 1, 2),)
-
-    return hook
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .onnx_capture import Normalization, float_program
-from .onnx_integers import insert_integers, width_of
+from .onnx_capture import float_program
+from .onnx_integers import float_tensor, insert_integers, width_of
 from .onnx_rules import apply_rules
 from .packed_file import IntegerWeight
 
@@ -29,7 +29,7 @@ def to_onnx(
     model: nn.Module,
     integers: Mapping[str, IntegerWeight],
     image_size: int = 32,
-    normalize: Normalization | None = None,
+    normalize: tuple[Tensor, Tensor] | None = None,
     int8: bool = False,
     example_inputs: tuple[Tensor, ...] | None = None,
 ) -> "ModelProto":
@@ -53,9 +53,13 @@ def to_onnx(
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         if value.dtype != torch.float32 and (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"{name} is {value.dtype}: ONNX files hold float32 networks (call model.float())")
-    inputs = sample_images(model, image_size, normalize) if example_inputs is None else checked_batch(example_inputs)
-    names = ["images"] if example_inputs is None else None
-    return with_integers(float_program(model, inputs, names, normalize), model, integers, 8 if int8 else 2)
+    if example_inputs is None:
+        program = float_program(model, sample_images(model, image_size), ["images"])
+    else:
+        program = float_program(model, checked_batch(example_inputs))
+    if normalize:
+        normalize_first(program, *normalize)
+    return with_integers(program, model, integers, 8 if int8 else 2)
 
 
 def check_packages() -> None:
@@ -68,12 +72,10 @@ def check_packages() -> None:
         raise ImportError(f"{error}: {wanted}", name=error.name) from None
 
 
-def sample_images(model: nn.Module, image_size: int, normalize: Normalization | None) -> tuple[Tensor]:
+def sample_images(model: nn.Module, image_size: int) -> tuple[Tensor]:
     """Two images of zeros."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            if normalize:
-                return (torch.zeros(2, image_size, image_size, module.in_channels, dtype=torch.uint8),)
             return (torch.zeros(2, module.in_channels, image_size, image_size),)
     raise ValueError(f"{type(model).__name__} has no Conv2d, so it takes no images: give example_inputs")
 
@@ -88,6 +90,27 @@ def checked_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if len(inputs[0]) > 1:
         return inputs
     return tuple(x.repeat_interleave(2, 0) if x.dim() and len(x) == 1 else x for x in inputs)
+
+
+def normalize_first(program: "ir.Model", mean: Tensor, std: Tensor) -> None:
+    """Makes the first input of `program` uint8 images [batch, H, W, C], as in image files, and normalizes them."""
+    import onnx_ir as ir
+    from onnx_ir.tape import Tape
+
+    graph, tape = program.graph, Tape()
+    floats, images = graph.inputs[0], ir.Value(name="images", type=ir.TensorType(ir.DataType.UINT8))
+    assert floats.shape is not None
+    batch, channels, height, width = floats.shape
+    images.shape = ir.Shape([batch, height, width, channels])
+    result = tape.op("Cast", [images], {"to": ir.DataType.FLOAT})
+    for kind, name, values in (("Sub", "mean", mean), ("Div", "std", std)):
+        constant = tape.initializer(float_tensor(values.float()), name)
+        graph.register_initializer(constant)
+        result = tape.op(kind, [result, constant])
+    result = tape.op("Transpose", [result], {"perm": [0, 3, 1, 2]})
+    graph.insert_before(graph[0], tape.nodes)
+    ir.convenience.replace_all_uses_with(floats, result)
+    graph.inputs[0] = images
 
 
 def with_integers(
