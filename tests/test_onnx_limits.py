@@ -47,7 +47,7 @@ class TwoInputs(nn.Module):
     (Calls(lambda x: x.view(2, -1)), "to ONNX: its code fixes the number of samples in a batch"),
     (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(32, 2)), "Sequential cannot be exported to ONNX: torch.export stops"),
     (nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), "no Conv2d, so it takes no images: give example_inputs"),
-    (TwoInputs(), "with 1 inputs (missing a required argument: 'facts'): give example_inputs"),
+    (TwoInputs(), "of the shapes [[2, 3, 8, 8]] (missing a required argument: 'facts'): give ex"),
     (nn.Sequential(nn.Conv2d(3, 2, 1)).half(), "0.weight is torch.float16: ONNX files hold float32 networks"),
     (nn.Sequential(nn.Conv2d(3, 2, 1)).bfloat16(), "0.weight is torch.bfloat16: ONNX files hold float32 networks"),
 ])  # fmt: skip

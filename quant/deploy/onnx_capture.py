@@ -63,14 +63,15 @@ def _captured(model: nn.Module, inputs: tuple[Tensor, ...], axes: tuple[Any, ...
     try:
         inspect.signature(model.forward).bind(*inputs)
     except TypeError as error:
+        shapes = [list(x.shape) for x in inputs]
         raise ValueError(
-            f"{_name(model)} cannot be exported to ONNX with {len(inputs)} inputs ({error}): give example_inputs, a "
-            "tuple with a tensor for each argument of forward"
+            f"{_name(model)} cannot be exported to ONNX with inputs of the shapes {shapes} ({error}): give "
+            "example_inputs, a tuple with a tensor for each argument of forward"
         ) from None
     batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if axis else None for axis in axes)
+    sizes = tuple({0: batch} if axis else None for axis in axes)
     try:
-        return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(model, inputs, dynamic_shapes=sizes, strict=False)
     except Exception as error:  # the network's own code may raise anything
         raise ValueError(f"{_name(model)} cannot be exported to ONNX: {_reason(error)}; {INSTEAD}") from error
 
