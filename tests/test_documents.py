@@ -193,6 +193,15 @@ def test_noise_of_quantized_activations():
     assert markdown(rows) in text_of("docs/deployment.md")
 
 
+def test_the_table_of_onnx_networks():
+    from tools.onnx_table import NETWORKS, markdown
+
+    rows = read_csv(ROOT / "results/benchmarks/onnx_networks.csv")
+    assert markdown(rows) in text_of("docs/deployment.md"), "run python -m tools.onnx_table"
+    assert list(dict.fromkeys(row["network"] for row in rows)) == list(NETWORKS)
+    assert all(float(row["difference"]) < max(1e-4, 10 * float(row["rounding"])) for row in rows)
+
+
 def test_figures_of_the_readme_are_those_of_the_documents():
     """Each row of its tables with figures, and its first line of figures, is a row of a table in docs/."""
     known = [

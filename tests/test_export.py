@@ -1,239 +1,30 @@
-"""ONNX graphs by onnxruntime against the quantized network, and export.py as a user runs it."""
+"""export.py and tools.benchmark_deploy as a user runs them."""
 
-import collections
 import json
 import re
 
 import onnx
-import onnxruntime
 import pytest
 import torch
-import torchvision
 from torch import nn
-from torch.nn.utils import prune
 
 import tools.benchmark
-from models import ResNet32, build_model, vgg16_bn
+from models import ResNet32, build_model
 from quant import (
     Grid,
     calibrate,
     export,
     load_packed,
-    quantize_activations,
-    quantize_sums,
     quantize_weights,
     read_facts,
 )
 from quant.deploy import integer_weights, to_onnx
-from quant.ranges import mse_ranges, relu_histograms
-from tests.helpers import copy_with_args, trained_resnet
+from tests.helpers import copy_with_args
 from tools import benchmark_deploy
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
 from utils.data.load import load_dataset
 from utils.trained_for import mismatches
 from utils.training.evaluation import evaluate
-
-
-def run(proto, images):
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-@pytest.fixture(scope="module")
-def resnet():
-    return trained_resnet()
-
-
-@pytest.mark.parametrize("bits, kind", [(8, "INT8"), (6, "INT8"), (5, "INT8"), (4, "INT4"), (3, "INT4"), (2, "INT2")])
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_weights_only_is_exact(resnet, bits, kind, per_channel):
-    images = torch.randn(8, 3, 32, 32)
-    proto = to_onnx(resnet, integer_weights(resnet, Grid(bits, per_channel=per_channel)))
-    types = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
-    assert types["layer2.0.conv1.weight.integers"] == getattr(onnx.TensorProto, kind)
-    with torch.no_grad():
-        expected = quantize_weights(resnet, Grid(bits, per_channel=per_channel))(images)
-    assert (run(proto, images) - expected).abs().max() < 1e-4 * expected.abs().max()
-    assert run(proto, images[:3]).shape == (3, 10)  # any batch
-
-
-@pytest.mark.parametrize("w_bit, a_bit", [(8, 8), (4, 8), (4, 4)])
-def test_activations_too(resnet, w_bit, a_bit):
-    images = torch.randn(64, 3, 32, 32)
-    ranges = mse_ranges(relu_histograms(resnet, [images]), a_bit)
-    quantized = quantize_activations(quantize_weights(resnet, w_bit), a_bit, ranges)
-    proto = to_onnx(quantized, integer_weights(resnet, w_bit))
-    kinds = [node.op_type for node in proto.graph.node]
-    assert (
-        kinds.count("QuantizeLinear") == 31 and "Relu" not in kinds and kinds.count("Clip") == (31 if a_bit < 8 else 0)
-    )
-    with torch.no_grad():
-        expected, plain = quantized(images), resnet(images)
-    found = run(proto, images)
-    # Values between two levels may be rounded the other way: far nearer than to the float network, but not exact.
-    assert (found - expected).abs().mean() < 0.2 * (plain - expected).abs().mean()
-
-
-def optimized_ops(proto, path, **entries):
-    """Counts of the operations that onnxruntime makes of a graph, without those that this machine alone knows."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(path)
-    for key, value in entries.items():
-        options.add_session_config_entry(f"session.{key}", value)
-    onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
-
-
-def test_runtime_makes_integer_kernels(resnet, tmp_path):
-    images = [torch.randn(64, 3, 32, 32)]
-    ranges = mse_ranges(relu_histograms(resnet, images), 8)
-    integers = integer_weights(resnet, 4)
-    quantized = quantize_activations(quantize_weights(resnet, 4), 8, ranges)
-    assert optimized_ops(to_onnx(quantized, integers, int8=True), tmp_path / "a.onnx")["QLinearConv"] == 15
-    with_sums = quantize_sums(quantized, images)
-    proto = to_onnx(with_sums, integers, int8=True)
-    ops = optimized_ops(proto, tmp_path / "b.onnx")
-    # All but the first convolution, whose images are floats, and the linear layer behind the average.
-    assert (ops["QLinearConv"], ops["QLinearAdd"], ops["Conv"]) == (32, 15, 1)
-    with torch.no_grad():
-        expected, plain = with_sums(images[0]), resnet(images[0])
-    assert (run(proto, images[0]) - expected).abs().mean() < 0.5 * (plain - expected).abs().mean()
-    weights_only = to_onnx(resnet, integers)
-    assert optimized_ops(weights_only, tmp_path / "c.onnx")["DequantizeLinear"] == 35
-    assert optimized_ops(weights_only, tmp_path / "d.onnx", disable_quant_qdq="1")["DequantizeLinear"] == 0
-
-
-def test_a_network_of_torchvision_as_in_the_docs(tmp_path):
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10).eval()
-    batches = [torch.randn(4, 3, 64, 64)]
-    deployed = quantize_activations(quantize_weights(model, 4), 8, calibrate(model, batches, 8))
-    deployed = quantize_sums(deployed, batches)
-    proto = to_onnx(deployed, integer_weights(model, 4), image_size=64, int8=True)
-    ops = optimized_ops(proto, tmp_path / "a.onnx")
-    # Floats go into the first convolution and into the one behind max pooling.
-    assert (ops["QLinearConv"], ops["QLinearAdd"], ops["Conv"]) == (18, 8, 2)
-    with torch.no_grad():
-        expected, plain = deployed(batches[0]), model(batches[0])
-    assert (run(proto, batches[0]) - expected).abs().mean() < 0.5 * (plain - expected).abs().mean()
-
-
-def convolution_with_bias():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
-    ).eval()  # fmt: skip
-
-
-class Twice(nn.Module):
-    """One convolution called twice, each time before a batch norm of its own: neither may go into its scale."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.first, self.second = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        return self.second(self.conv(self.first(self.conv(x)))).flatten(1)
-
-
-def test_a_convolution_called_twice():
-    torch.manual_seed(0)
-    net, images = Twice().eval(), torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        net.first.running_var.fill_(4)
-        expected = quantize_weights(net, 4)(images)
-    assert (run(to_onnx(net, integer_weights(net, 4)), images) - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-@pytest.mark.parametrize("build", [trained_resnet, convolution_with_bias])
-def test_batch_norm_becomes_scale_and_bias(build):
-    net = build()
-    with torch.no_grad():
-        for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
-            norm.running_mean.normal_()
-            norm.weight[0], norm.weight[1] = -0.7, 0
-    images = torch.randn(8, 3, 32, 32)
-    proto = to_onnx(net, integer_weights(net, 4))
-    assert "BatchNormalization" not in [node.op_type for node in proto.graph.node]
-    for tensor in proto.graph.initializer:
-        if tensor.name.endswith(".scale"):
-            assert (onnx.numpy_helper.to_array(tensor) > 0).all()
-    with torch.no_grad():
-        expected = quantize_weights(net, 4)(images)
-    assert (run(proto, images) - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-def test_vgg16_bn_at_4_bits():
-    torch.manual_seed(0)
-    net = vgg16_bn(10).eval()
-    images = torch.randn(2, 3, 32, 32)
-    proto = to_onnx(net, integer_weights(net, 4))
-    assert len(proto.SerializeToString()) < 0.14 * 4 * sum(p.numel() for p in net.parameters())
-    with torch.no_grad():
-        expected = quantize_weights(net, 4)(images)
-    assert (run(proto, images) - expected).abs().max() < 1e-4 * expected.abs().max() + 1e-6
-
-
-def test_normalisation_inside(resnet):
-    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
-    mean, std = torch.tensor([100.0, 110, 120]), torch.tensor([50.0, 60, 70])
-    proto = to_onnx(resnet, integer_weights(resnet, 4), normalize=(mean, std))
-    with torch.no_grad():
-        expected = quantize_weights(resnet, 4)(((images.float() - mean) / std).permute(0, 3, 1, 2))
-    assert (run(proto, images) - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
-def test_what_has_no_counterpart_is_named():
-    with pytest.raises(ValueError, match="1, a Tanh, cannot be exported to ONNX"):
-        to_onnx(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Tanh()), {})
-
-    class Doubled(nn.Module):
-        def forward(self, x):
-            return x * 2
-
-    with pytest.raises(ValueError, match=r"the operation mul \(mul\) cannot be exported"):
-        to_onnx(nn.Sequential(nn.Conv2d(3, 2, 1), Doubled()), {})
-
-
-class Inputs(nn.Module):
-    """A convolution called as `call` says."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.conv, self.call = nn.Conv2d(3, 2, 1), call
-
-    def forward(self, x):
-        return self.call(self.conv, x)
-
-
-class TwoInputs(Inputs):
-    def forward(self, x, mask):
-        return self.call(self.conv, x)
-
-
-@pytest.mark.parametrize("model, message", [
-    (nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), "no Conv2d, so it takes no images"),
-    (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(32, 2)), "cannot be exported to ONNX: .*Gemm"),
-    (TwoInputs(lambda conv, x: conv(x)), "TwoInputs has a second input, mask"),
-    (Inputs(lambda conv, x: (conv(x), x)), "Inputs does not return a single tensor"),
-    (Inputs(lambda conv, x: conv(input=x)), "conv is called without a positional argument"),
-])  # fmt: skip
-def test_a_network_of_another_kind_is_refused(model, message):
-    with pytest.raises(ValueError, match=message):
-        to_onnx(model, {})
-
-
-def test_grey_images_and_convolutions_of_every_kind():
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3, groups=2, dilation=2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(4 * 12 * 12, 3),
-    )  # fmt: skip
-    images = torch.randn(2, 1, 32, 32)
-    with torch.no_grad():
-        expected = quantize_weights(net, 4)(images)
-    assert torch.allclose(run(to_onnx(net, integer_weights(net, 4)), images), expected, atol=1e-5)
 
 
 def test_weights_that_are_not_finite_are_not_written(net, tmp_path):
@@ -329,23 +120,6 @@ def test_the_benchmark_counts_the_images_that_there_are(monkeypatch):
     monkeypatch.setattr(benchmark_deploy, "alternate", lambda pieces, rounds, device: dict.fromkeys(pieces, 0.5))
     kind = benchmark_deploy.Kind("a", 0, nn.Flatten())
     assert benchmark_deploy.images_per_second([kind], torch.zeros(32, 3, 1, 1), 8, 1) == {"a": 64}
-
-
-def test_computed_weights_and_other_precisions_are_refused_by_name():
-    def net():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-
-    for wrap in (nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm,
-                 lambda layer: prune.l1_unstructured(layer, "weight", 0.5)):  # fmt: skip
-        for index in (0, 4):
-            model = net()
-            wrap(model[index])
-            with pytest.raises(ValueError, match=f"{index}.weight is computed by its layer"):
-                to_onnx(model, {}, 8)
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        with pytest.raises(ValueError, match=f"0.weight is {dtype}: ONNX files hold float32 networks"):
-            to_onnx(net().to(dtype), {}, 8)
 
 
 def test_what_a_network_was_not_made_for_is_said(cli, tmp_path, digits_run):

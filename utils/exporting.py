@@ -53,7 +53,7 @@ class Exported:
 
 def check_packages() -> None:
     """Raises UserError if a package that exports need is missing: call it before the work."""
-    for name in ("onnx", "onnxruntime", "safetensors"):
+    for name in ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors"):
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -214,12 +214,13 @@ def percent_right(logits: Tensor, labels: Tensor) -> float:
     return 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
-def run_onnx(path: Path, images: Tensor, as_written: bool) -> Tensor:
-    """Logits of the file at `path` by onnxruntime on the CPU: node by node `as_written`, else optimized."""
+def run_onnx(graph: Path | bytes, images: Tensor, as_written: bool) -> Tensor:
+    """Logits of an ONNX file, or of its content, by onnxruntime on the CPU: node by node `as_written`, else
+    optimized."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])

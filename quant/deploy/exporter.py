@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..grid import Grid
 from ..weights import quantize_weights
@@ -12,13 +12,20 @@ from .packed_file import integer_weights, save_packed
 
 
 def export(
-    model: nn.Module, path: str | Path, grid: Grid | int, image_size: int = 32, facts: dict[str, Any] | None = None
+    model: nn.Module,
+    path: str | Path,
+    grid: Grid | int,
+    image_size: int = 32,
+    facts: dict[str, Any] | None = None,
+    example_inputs: tuple[Tensor, ...] | None = None,
 ) -> None:
     """Writes `model` to `path`, with its weights quantized to `grid`. The suffix of `path` decides the format.
 
     A .safetensors file holds packed integers and `facts` (values that JSON can hold); `load_packed` reads it. It needs
     the package safetensors. An .onnx file takes normalized float32 images [N, C, image_size, image_size], with
-    image_size in pixels (default 32), and holds no facts. It needs the package onnx.
+    image_size in pixels (default 32). A network with other inputs needs `example_inputs`, a tuple with a tensor for
+    each argument of its forward, such as token ids [N, T]; see `to_onnx`. The file holds no facts. It needs the
+    packages onnx, onnx-ir and onnxscript: pip install "psgd[export]".
 
     Raises ValueError for any other suffix, for a weight that is not finite, and as `save_packed` or `to_onnx` does.
     """
@@ -26,8 +33,11 @@ def export(
     if suffix == ".safetensors":
         save_packed(path, model, grid, facts)
     elif suffix == ".onnx":
+        proto = to_onnx(
+            quantize_weights(model, grid), integer_weights(model, grid), image_size, None, False, example_inputs
+        )
         import onnx
 
-        onnx.save(to_onnx(quantize_weights(model, grid), integer_weights(model, grid), image_size), path)
+        onnx.save(proto, path)
     else:
         raise ValueError(f"{path} must end in .safetensors or .onnx")

@@ -1,266 +1,159 @@
-"""A network with integer weights as an ONNX graph.
+"""A network with integer weights as an ONNX graph: exported in float by torch, with the integers put in afterwards.
 
 Each quantized weight is an INT8, INT4 or INT2 initializer followed by a DequantizeLinear. Each activation quantizer is
-a QuantizeLinear followed by a DequantizeLinear.
-
-The graph follows the torch.fx trace node for node, except for a batch norm after a convolution with integer weights.
-Such a batch norm is folded into the bias of the convolution and into one scale for each output channel; the integers
-keep their magnitudes. Left between a convolution and a QuantizeLinear, it would prevent runtimes from using integer
-kernels. The package onnx is needed.
+a QuantizeLinear followed by a DequantizeLinear. The packages onnx, onnx-ir and onnxscript are needed.
 """
 
+from collections.abc import Mapping
+from importlib import import_module
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ..grid import nonzero_scale
-from ..hooks import eval_mode
-from ..quantizers import Quantizer
-from ..tracing import called_module, check_same, conv_norm_pairs, is_sum, operation, trace
+from .onnx_capture import float_program
+from .onnx_integers import float_tensor, insert_integers, width_of
+from .onnx_rules import apply_rules
 from .packed_file import IntegerWeight
-from .packing import pack_bits
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, TensorProto
+    import onnx_ir as ir
+    from onnx import ModelProto
 
-OPSET, OPSET_INT2 = 21, 25  # the opsets that introduced INT4 and INT2
+OPSET_INT2 = 25  # the first with INT2; INT4 came in 21, the opset of every other file
 IR_VERSION, IR_VERSION_INT2 = 10, 13
 
 
 def to_onnx(
     model: nn.Module,
-    integers: dict[str, IntegerWeight],
+    integers: Mapping[str, IntegerWeight],
     image_size: int = 32,
     normalize: tuple[Tensor, Tensor] | None = None,
     int8: bool = False,
+    example_inputs: tuple[Tensor, ...] | None = None,
 ) -> "ModelProto":
     """The onnx.ModelProto of `model` in eval mode, with `integers`, as `integer_weights` returns them, as its weights.
 
-    The input "images" is float32 [batch, C, S, S], already normalized; S is `image_size`, and C is what the first
-    convolution takes. With `normalize`, the mean and std [C] in units of 0..255, the input is uint8 [batch, S, S, C],
-    as in an image file, and the graph normalizes it. The output "logits" is float32 [batch, classes].
+    By default the network takes images. The input "images" is float32 [batch, C, S, S], already normalized; S is
+    `image_size`, and C is what the first convolution takes. With `normalize`, the mean and std [C] in units of 0..255,
+    the input is uint8 [batch, S, S, C], as in an image file, and the graph normalizes it. Any other network needs
+    `example_inputs`, a tuple with a tensor for each argument of its forward. The inputs of the graph have the names of
+    these arguments. The batch is dimension 0 of every input that is as long there as the first one, and may have any
+    size; all other sizes are those of `example_inputs`. The first output is named "logits".
 
     A bit-width without an ONNX type is stored in the next wider type: 3 bits in INT4, 5 to 7 bits in INT8. int8=True
     stores every bit-width in INT8. The file is larger, but runtimes without 4-bit kernels, such as onnxruntime on a
     CPU, can then compute convolutions in integers.
 
-    Raises ValueError, with its name, for a layer or operation that cannot be exported; for a network that does not take
-    one batch of images or does not return one tensor; and for parameters or buffers that are not float32.
+    Raises ValueError, with the reason, for a network that cannot be exported; for example_inputs of another form; and
+    for parameters or buffers that are not float32. Raises ImportError, with the line for pip, without the packages.
     """
+    check_packages()
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         if value.dtype != torch.float32 and (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"{name} is {value.dtype}: ONNX files hold float32 networks (call model.float())")
-    with eval_mode(model):
-        return _Builder(model, integers, 8 if int8 else 2).build(image_size, normalize)
+    if example_inputs is None:
+        program = float_program(model, sample_images(model, image_size), ["images"])
+    else:
+        program = float_program(model, checked_batch(example_inputs))
+    if normalize:
+        normalize_first(program, *normalize)
+    return with_integers(program, model, integers, 8 if int8 else 2)
 
 
-class _Builder:
-    def __init__(self, model: nn.Module, integers: dict[str, IntegerWeight], narrowest: int) -> None:
-        self.model, self.name = model, type(model).__name__
-        self.integers = dict(integers)
-        self.narrowest = narrowest  # bits of the narrowest integer type to use
-        self.biases: dict[str, str] = {}  # names of the biases from folded batch norms, by convolution
-        self.dequantized: dict[str, str] = {}  # names of dequantized weights, by parameter
-        self.nodes: list[NodeProto] = []
-        self.initializers: list[TensorProto] = []
+def check_packages() -> None:
+    """Raises ImportError, with the line for pip, if a package that ONNX needs is missing."""
+    try:
+        for name in ("onnx", "onnx_ir", "onnxscript"):
+            import_module(name)
+    except ImportError as error:
+        wanted = 'pip install -r requirements-export.txt, or pip install "psgd[export]"'
+        raise ImportError(f"{error}: {wanted}", name=error.name) from None
 
-    def build(self, image_size: int, normalize: tuple[Tensor, Tensor] | None) -> "ModelProto":
-        from onnx import TensorProto
 
-        channels = self.image_channels()
-        graph = trace(self.model)
-        if [node.op for node in graph.nodes].count("placeholder") == 1:  # `output_of` refuses several, by name
-            check_same(self.model, fx.GraphModule(self.model, graph), [self.sample(channels, image_size)])
-        output = self.output_of(graph, normalize)
-        if normalize:
-            return self.proto(output, TensorProto.UINT8, [image_size, image_size, channels])
-        return self.proto(output, TensorProto.FLOAT, [channels, image_size, image_size])
+def sample_images(model: nn.Module, image_size: int) -> tuple[Tensor]:
+    """Two images of zeros."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return (torch.zeros(2, module.in_channels, image_size, image_size),)
+    raise ValueError(f"{type(model).__name__} has no Conv2d, so it takes no images: give example_inputs")
 
-    def image_channels(self) -> int:
-        """Number of channels of the images, which is what the first convolution takes."""
-        for module in self.model.modules():
-            if isinstance(module, nn.Conv2d):
-                return module.in_channels
-        raise ValueError(f"{self.name} has no Conv2d, so it takes no images: it cannot be exported to ONNX")
 
-    def output_of(self, graph: fx.Graph, normalize: tuple[Tensor, Tensor] | None) -> str:
-        """Adds all nodes of `graph` and returns the name of its output."""
-        folded = self.fold_batch_norms(graph)
-        names: dict[fx.Node, str] = {}
-        *nodes, output = graph.nodes
-        for node in nodes:
-            if node in folded:
-                names[node] = names[node.args[0]]
-            elif node.op == "placeholder" and names:
-                raise ValueError(f"{self.name} has a second input, {node.name}: it cannot be exported to ONNX")
-            elif node.op == "placeholder":
-                names[node] = self.normalized("images", *normalize) if normalize else "images"
-            else:
-                names[node] = self.translate(node, [names[a] for a in node.args if isinstance(a, fx.Node)])
-        if not isinstance(output.args[0], fx.Node):
-            raise ValueError(f"{self.name} does not return a single tensor: it cannot be exported to ONNX")
-        return names[output.args[0]]
+def checked_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`inputs` with a batch of two or more samples: of one alone, torch.export would take the size as fixed."""
+    if not isinstance(inputs, tuple) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        kinds = [type(value).__name__ for value in inputs] if isinstance(inputs, tuple) else type(inputs).__name__
+        raise ValueError(f"example_inputs must be a tuple of tensors, got {kinds}")
+    if not inputs[0].dim() or not len(inputs[0]):
+        raise ValueError(f"example_inputs must begin with a batch, got a tensor of shape {list(inputs[0].shape)}")
+    if len(inputs[0]) > 1:
+        return inputs
+    return tuple(x.repeat_interleave(2, 0) if x.dim() and len(x) == 1 else x for x in inputs)
 
-    def proto(self, output: str, image_type: int, image_shape: list[int]) -> "ModelProto":
-        """The checked ONNX model of the nodes so far. Its output "logits" is the value named `output`."""
-        from onnx import TensorProto, checker, helper, shape_inference
 
-        graph = helper.make_graph(
-            [*self.nodes, helper.make_node("Identity", [output], ["logits"])], self.name,
-            [helper.make_tensor_value_info("images", image_type, ["batch", *image_shape])],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", None])],
-            self.initializers,
-        )  # fmt: skip
-        has_int2 = any(tensor.data_type == TensorProto.INT2 for tensor in self.initializers)
-        opset = helper.make_opsetid("", OPSET_INT2 if has_int2 else OPSET)
-        version = IR_VERSION_INT2 if has_int2 else IR_VERSION
-        model = helper.make_model(graph, opset_imports=[opset], ir_version=version, producer_name="psgd")
-        try:
-            checker.check_model(model, full_check=True)
-        except shape_inference.InferenceError as error:
-            raise ValueError(f"{self.name} cannot be exported to ONNX: {' '.join(str(error).split())}") from None
-        return model
+def normalize_first(program: "ir.Model", mean: Tensor, std: Tensor) -> None:
+    """Makes the first input of `program` uint8 images [batch, H, W, C], as in image files, and normalizes them."""
+    import onnx_ir as ir
+    from onnx_ir.tape import Tape
 
-    def sample(self, channels: int, image_size: int) -> Tensor:
-        """Two images of noise, on the model's device."""
-        images = torch.randn(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
-        return images.to(next(self.model.parameters()).device)
+    graph, tape = program.graph, Tape()
+    floats, images = graph.inputs[0], ir.Value(name="images", type=ir.TensorType(ir.DataType.UINT8))
+    assert floats.shape is not None
+    batch, channels, height, width = floats.shape
+    images.shape = ir.Shape([batch, height, width, channels])
+    result = tape.op("Cast", [images], {"to": ir.DataType.FLOAT})
+    for kind, name, values in (("Sub", "mean", mean), ("Div", "std", std)):
+        constant = tape.initializer(float_tensor(values.float()), name)
+        graph.register_initializer(constant)
+        result = tape.op(kind, [result, constant])
+    result = tape.op("Transpose", [result], {"perm": [0, 3, 1, 2]})
+    graph.insert_before(graph[0], tape.nodes)
+    ir.convenience.replace_all_uses_with(floats, result)
+    graph.inputs[0] = images
 
-    def fold_batch_norms(self, graph: fx.Graph) -> set[fx.Node]:
-        """Folds each batch norm that follows a convolution with integer weights. Returns the folded calls."""
-        folded = set()
-        for call, following in conv_norm_pairs(self.model, graph):
-            name, conv, norm = operation(call), called_module(self.model, call), called_module(self.model, following)
-            if f"{name}.weight" not in self.integers or not isinstance(conv, nn.Conv2d):
-                continue
-            if isinstance(norm, nn.BatchNorm2d) and norm.affine:
-                bias = self.fold(f"{name}.weight", conv, norm)
-                self.biases[name] = self.constant(f"{operation(following)}.bias", bias)
-                folded.add(following)
-        return folded
 
-    def fold(self, weight: str, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-        """Folds `norm` into the integers and the scale of `weight`, and returns the new bias of `conv`, shape [C].
+def with_integers(
+    program: "ir.Model", model: nn.Module, integers: Mapping[str, IntegerWeight], narrowest: int = 2
+) -> "ModelProto":
+    """The checked ONNX model of `program`, the graph of `model`, with `integers` as its weights. `program` changes.
 
-        The new scale is scale * |gamma| / sigma, the new bias is beta + (bias - mean) * gamma / sigma, and the integers
-        take the sign of gamma.
-        """
-        mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
-        factor = (norm.weight / (var + norm.eps).sqrt()).detach()
-        column = factor.view(-1, 1, 1, 1)
-        values, scale, bits = self.integers[weight]
-        signed = values * column.sign().to(values.dtype)
-        self.integers[weight] = IntegerWeight(signed, nonzero_scale(scale * column.abs()), bits)
-        before = conv.bias if conv.bias is not None else 0
-        return norm.bias + (before - mean) * factor
+    `narrowest` is the number of bits of the narrowest integer type to use. Constants are folded after the integers have
+    come in: otherwise the batch norm would be folded into the float weights.
+    """
+    import onnx_ir as ir
+    from onnx import checker, shape_inference
+    from onnxscript.optimizer import optimize_ir
+    from onnxscript.version_converter import convert_version
 
-    def emit(self, kind: str, inputs: list[str], **attributes: Any) -> str:
-        """Adds a node and returns the name of its output."""
-        from onnx import helper
+    name = type(model).__name__
+    has_int2 = any(width_of(weight.bits, narrowest) == 2 for weight in integers.values())
+    if has_int2:  # first of all: the folding of constants infers shapes, by the rules of the opset
+        convert_version(program, OPSET_INT2)
+    insert_integers(program, model, integers, narrowest)
+    optimize_ir(program)
+    apply_rules(program)
+    program.ir_version = IR_VERSION_INT2 if has_int2 else IR_VERSION
+    program.graph.name, program.producer_name, program.producer_version = name, "psgd", None
+    drop_notes(program)
+    proto: ModelProto = ir.to_proto(program)
+    try:
+        checker.check_model(proto, full_check=True)
+    except shape_inference.InferenceError as error:
+        raise ValueError(f"{name} cannot be exported to ONNX: {' '.join(str(error).split())}") from None
+    return proto
 
-        output = f"{kind.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
-        return output
 
-    def constant(self, name: str, value: Tensor) -> str:
-        """Adds an initializer, unless there is one of that name, and returns its name."""
-        from onnx import numpy_helper
+def drop_notes(program: "ir.Model") -> None:
+    """Removes what only debugging needs: where each node comes from, its name, and the types of values inside."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-        if all(tensor.name != name for tensor in self.initializers):
-            array = value.detach().cpu().contiguous().numpy()
-            self.initializers.append(numpy_helper.from_array(array, name))
-        return name
-
-    def parameter(self, name: str) -> str:
-        """Name of the value of the parameter `name`: dequantized if it has integers, otherwise in float."""
-        from onnx import TensorProto, helper
-
-        layer, _, key = name.rpartition(".")
-        if key not in self.model.get_submodule(layer)._parameters:
-            raise ValueError(
-                f"{name} is computed by its layer (weight_norm, spectral_norm or a pruning mask): it cannot be "
-                "exported to ONNX; make it a parameter first (remove_weight_norm, prune.remove, ...)"
-            )
-        if name not in self.integers:
-            return self.constant(name, self.model.get_parameter(name))
-        if name in self.dequantized:  # for a layer that is called more than once
-            return self.dequantized[name]
-        values, scale, bits = self.integers[name]
-        bits = max(bits, self.narrowest)
-        kind, width = (
-            (TensorProto.INT8, 8) if bits > 4 else (TensorProto.INT4, 4) if bits > 2 else (TensorProto.INT2, 2)
-        )
-        packed = pack_bits(values.contiguous(), width).cpu().numpy().tobytes()  # ONNX packs in the same order
-        self.initializers.append(helper.make_tensor(f"{name}.integers", kind, list(values.shape), packed, raw=True))
-        scale_name = self.constant(f"{name}.scale", scale.flatten() if scale.dim() else scale)
-        axis = {"axis": 0} if scale.dim() else {}
-        self.dequantized[name] = self.emit("DequantizeLinear", [f"{name}.integers", scale_name], **axis)
-        return self.dequantized[name]
-
-    def normalized(self, images: str, mean: Tensor, std: Tensor) -> str:
-        from onnx import TensorProto
-
-        values = self.emit("Cast", [images], to=TensorProto.FLOAT)
-        centered = self.emit("Sub", [values, self.constant("mean", mean.float())])
-        scaled = self.emit("Div", [centered, self.constant("std", std.float())])
-        return self.emit("Transpose", [scaled], perm=[0, 3, 1, 2])
-
-    def translate(self, node: fx.Node, inputs: list[str]) -> str:
-        if node.op == "call_module":
-            return self.layer(operation(node), self.model.get_submodule(operation(node)), inputs)
-        if is_sum(node):
-            return self.emit("Add", inputs)
-        if operation(node) == "flatten" and (node.args[1:], dict(node.kwargs)) in (((1,), {}), ((), {"start_dim": 1})):
-            return self.emit("Flatten", inputs, axis=1)
-        raise ValueError(f"the operation {operation(node)} ({node.name}) cannot be exported to ONNX")
-
-    def layer(self, name: str, module: nn.Module, inputs: list[str]) -> str:
-        if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
-            weights = [self.parameter(f"{name}.weight")]
-            if name in self.biases:
-                weights.append(self.biases[name])
-            elif module.bias is not None:
-                weights.append(self.parameter(f"{name}.bias"))
-            return self.emit(
-                "Conv", inputs + weights, strides=list(module.stride), pads=list(module.padding) * 2,
-                dilations=list(module.dilation), group=module.groups,
-            )  # fmt: skip
-        if isinstance(module, nn.Linear):
-            keys = ["weight"] if module.bias is None else ["weight", "bias"]
-            return self.emit("Gemm", inputs + [self.parameter(f"{name}.{key}") for key in keys], transB=1)
-        if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
-            keys = ["weight", "bias", "running_mean", "running_var"]
-            moments = [self.constant(f"{name}.{key}", getattr(module, key)) for key in keys]
-            return self.emit("BatchNormalization", inputs + moments, epsilon=module.eps)
-        if isinstance(module, nn.ReLU):
-            return self.emit("Relu", inputs)
-        if isinstance(module, Quantizer):
-            return self.quantizer(name, module, inputs)
-        if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-            return self.emit("GlobalAveragePool", inputs)
-        if isinstance(module, nn.MaxPool2d) and module.dilation in (1, (1, 1)) and not module.ceil_mode:
-            kernel, strides, pads = ([value] * 2 if isinstance(value, int) else list(value)
-                                     for value in (module.kernel_size, module.stride, module.padding))  # fmt: skip
-            return self.emit("MaxPool", inputs, kernel_shape=kernel, strides=strides, pads=pads * 2)
-        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
-            return self.emit("Flatten", inputs, axis=1)
-        if isinstance(module, (nn.Dropout, nn.Identity)):
-            return inputs[0]
-        raise ValueError(f"{name}, a {type(module).__name__}, cannot be exported to ONNX")
-
-    def quantizer(self, name: str, module: Quantizer, inputs: list[str]) -> str:
-        """A QuantizeLinear and DequantizeLinear pair in uint8.
-
-        A signed quantizer is uint8 too, with zero_point 128: runtimes have no kernels that mix signed and unsigned.
-        """
-        offset = -module.quant_min
-        zero = self.constant(f"zero_point_{offset}", torch.tensor(offset, dtype=torch.uint8))
-        scale = self.constant(f"{name}.scale", module.scale)
-        if module.quant_max - module.quant_min < 255:  # at 8 bits uint8 saturates by itself
-            top = self.constant(f"{name}.top", module.scale * module.quant_max)
-            bottom = self.constant(f"{name}.bottom", module.scale * module.quant_min)
-            inputs = [self.emit("Clip", [*inputs, bottom, top])]
-        integers = self.emit("QuantizeLinear", [*inputs, scale, zero])
-        return self.emit("DequantizeLinear", [integers, scale, zero])
+    ClearMetadataAndDocStringPass()(program)
+    graph = program.graph
+    inner = [value for node in graph.all_nodes() for value in node.outputs if not value.is_graph_output()]
+    for value in chain(inner, graph.initializers.values()):
+        value.type = value.shape = None
+    for value in chain(inner, graph.initializers.values(), graph.inputs, graph.outputs):
+        value.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.name = None
