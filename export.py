@@ -50,8 +50,6 @@ def main() -> None:
     args = parser().parse_args()
     if args.integer_kernels and args.a_bit == 32:
         raise UserError("--integer_kernels needs --a_bit: there are none for float activations")
-    if args.act_at == "inputs" and args.a_bit != 32:
-        raise UserError("--act_at inputs: no .onnx file can be written with these quantizers yet; take --act_at relu")
 
     from utils.exporting import export_checked
 

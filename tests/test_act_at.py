@@ -5,6 +5,7 @@ import torch
 
 from models import build_model
 from quant import Grid, calibrate, quantize_activations, quantize_weights, reestimate_batch_norm
+from quant.inputs import input_layers
 from tests.helpers import read_csv
 from utils.checkpoint import save_checkpoint
 from utils.data.load import load_dataset
@@ -58,3 +59,20 @@ def test_post_training_methods_run_on_it(cli, tmp_path, mobile):
 def test_where_relus_are_not_enough_it_is_the_advice(rejected, mobile):
     error = rejected("eval.py", "--model_path", mobile[1], *FLAGS, "--a_bit", "8")
     assert "28 activations would stay float" in error and "(--act_at inputs)" in error
+
+
+def test_export_writes_them(cli, tmp_path, mobile):
+    """A QuantizeLinear before each layer, and the same best classes as the quantized network (export.py checks)."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    flags = ["--w_bit", "8", "--a_bit", "8", "--act_at", "inputs", "--calib_images", "16", "--out", "deploy"]
+    outcome = cli("export.py", "--model_path", mobile[1], *flags)
+    assert outcome.code == 0, outcome.err
+    graph = onnx.load(tmp_path / "deploy/m_w8a8.onnx").graph
+    operations = [node.op_type for node in graph.node]
+    assert operations.count("QuantizeLinear") == len(input_layers(mobile[0], 8)) == 54
+    assert {node.op_type for node in graph.node if node.input[0] in quantized(graph)} == {"DequantizeLinear"}
+
+
+def quantized(graph):
+    return {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}

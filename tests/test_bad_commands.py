@@ -83,7 +83,6 @@ BAD = [
         ["--a_bit", "8", "--act_at", "inputs", "--act_range", "bn"],
         "--act_at inputs needs minmax, percentile",
     ),
-    ("export.py", ["--a_bit", "8", "--act_at", "inputs"], "no .onnx file can be written with these quantizers yet"),
     ("export.py", ["--integer_kernels"], "--integer_kernels needs --a_bit"),
     ("export.py", ["--granularity", "row"], "--granularity: invalid choice: 'row'"),
     ("export.py", ["--calib_images", "few"], "'few' is not a whole number"),

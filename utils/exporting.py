@@ -77,7 +77,7 @@ def prepare(args: Namespace) -> Exported:
     opened = open_network(args.model_path, datasets, args.dataset, args.arch, data="at hand")
     grid = grid_of(opened.checkpoint, args.w_bit, bool(args.first_last_quant), args.granularity)
     reference = quantize_weights(opened.model, grid)
-    deployed = with_activations(args, opened, reference) if args.a_bit != FLOAT_BITS else reference
+    deployed = with_activations(args, opened, grid, reference) if args.a_bit != FLOAT_BITS else reference
     images, labels, kind = images_to_check(opened)
     floats = normalize(images, opened.spec).contiguous()
     weights_only = logits_of(reference, floats)
@@ -110,8 +110,8 @@ def logits_of(network: nn.Module, floats: Tensor) -> Tensor:
     return torch.cat([network(part) for part in floats.split(AT_ONCE)])
 
 
-def with_activations(args: Namespace, opened: OpenedNetwork, reference: nn.Module) -> nn.Module:
-    """`reference` with activation quantizers, their ranges from training images."""
+def with_activations(args: Namespace, opened: OpenedNetwork, grid: Grid, reference: nn.Module) -> nn.Module:
+    """`reference`, whose weights are on `grid`, with activation quantizers, their ranges from training images."""
     if opened.dataset is None:
         missing = f"there is no {opened.dataset_name} in {opened.folder}"
         raise UserError(f"--a_bit {args.a_bit} needs training images, and {missing}")
@@ -121,7 +121,6 @@ def with_activations(args: Namespace, opened: OpenedNetwork, reference: nn.Modul
         check_activations(opened.model, opened.path)
     batches = [images for images, _ in train.calibration(count, args.seed)]
     try:
-        grid = Grid(args.w_bit, bool(args.first_last_quant))
         ranges = calibrate(opened.model, batches, args.a_bit, at=args.act_at, grid=grid)
         deployed = quantize_activations(reference, args.a_bit, ranges)
         return quantize_sums(deployed, batches) if args.integer_kernels else deployed
@@ -223,4 +222,5 @@ def run_onnx(graph: Path | bytes, images: Tensor, as_written: bool) -> Tensor:
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+    name = session.get_inputs()[0].name
+    return torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in images.split(AT_ONCE)])
