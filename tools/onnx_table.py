@@ -47,10 +47,11 @@ def of_timm(name: str, pixels: int) -> tuple[nn.Module, Tensor]:
     return timm.create_model(name, **size), torch.randn(BATCH, 3, pixels, pixels)
 
 
-def tiny_gpt2(name: str, tokens: int) -> tuple[nn.Module, Tensor]:
+def tiny_gpt2(tokens: int) -> tuple[nn.Module, Tensor]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=512, n_positions=tokens, n_embd=64, n_layer=4, n_head=4, use_cache=False)
+    sizes = {"vocab_size": 512, "n_positions": tokens, "n_embd": 64, "n_layer": 4, "n_head": 4}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, use_cache=False)
     return GPT2LMHeadModel(config), torch.randint(config.vocab_size, (BATCH, tokens))
 
 
@@ -60,7 +61,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         "regnet_y_400mf", "shufflenet_v2_x1_0", "vit_b_16", "swin_t",
     )},
     **{f"timm {name}": partial(of_timm, name, 64) for name in ("mobilenetv2_100", "vit_tiny_patch16_224")},
-    "transformers GPT-2, 4 layers": partial(tiny_gpt2, "gpt2", 32),
+    "transformers GPT-2, 4 layers": partial(tiny_gpt2, 32),
 }  # fmt: skip
 
 
