@@ -16,7 +16,7 @@ from tools.pace import rows_of
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 NEEDS = {
     "huggingface_trainer.py": "transformers", "lightning_module.py": "lightning",
-    "pretrained.py": "efficientnet_lite_pytorch",
+    "pretrained.py": "efficientnet_lite_pytorch", "timm_network.py": "timm",
 }  # fmt: skip
 OTHERS = {"torchvision_model.py", "pretrained.py"}
 

@@ -80,17 +80,9 @@ def main() -> None:
     settings, folder = train.parse()
     sys.argv = command  # for the record
 
-    from utils.training import run as training
+    from utils.training.run import train as train_run
 
-    prepare = training.prepare
-
-    def prepared(*given: Any) -> training.Run:
-        made = prepare(*given)
-        prune_at_start(made, args.snip_batches)
-        return made
-
-    setattr(training, "prepare", prepared)  # noqa: B010 - mypy takes functions for constants
-    training.train(settings, folder)
+    train_run(settings, folder, lambda prepared: prune_at_start(prepared, args.snip_batches))
 
 
 if __name__ == "__main__":

@@ -179,17 +179,9 @@ def main() -> None:
     sys.argv = command  # for the record
     change(args)
 
-    from utils.training import run as training
+    from utils.training.run import train as train_run
 
-    prepare = training.prepare
-
-    def prepared(*given: Any) -> training.Run:
-        made = prepare(*given)
-        extend(made, args)
-        return made
-
-    setattr(training, "prepare", prepared)  # noqa: B010
-    training.train(settings, folder)
+    train_run(settings, folder, lambda prepared: extend(prepared, args))
 
 
 if __name__ == "__main__":

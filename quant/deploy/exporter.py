@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..grid import Grid
-from ..weights import quantize_weights
 from .onnx_graph import to_onnx
 from .packed_file import integer_weights, save_packed
 
@@ -33,9 +32,7 @@ def export(
     if suffix == ".safetensors":
         save_packed(path, model, grid, facts)
     elif suffix == ".onnx":
-        proto = to_onnx(
-            quantize_weights(model, grid), integer_weights(model, grid), image_size, None, False, example_inputs
-        )
+        proto = to_onnx(model, integer_weights(model, grid), image_size, example_inputs=example_inputs)
         import onnx
 
         onnx.save(proto, path)

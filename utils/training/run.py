@@ -2,6 +2,7 @@
 
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ class Run:
         }  # fmt: skip
 
 
-def train(args: Namespace, resumed: RunFolder | None) -> None:
-    """Trains as train.py's `args` say, in a new folder or in the one that is `resumed`."""
+def train(args: Namespace, resumed: RunFolder | None, extend: Callable[[Run], None] | None = None) -> None:
+    """Trains as train.py's `args` say, in a new folder or in the one that is `resumed`. `extend` may add to the
+    prepared run."""
     device, device_line = select_device(*own_device(args.device, args.cu_num))
     world = join(device)
     if resumed and world.is_main:
@@ -78,6 +80,8 @@ def train(args: Namespace, resumed: RunFolder | None) -> None:
         set_deterministic()
     torch.manual_seed(args.seed)
     run = prepare(args, resumed, device, world)
+    if extend:
+        extend(run)
     if resumed and run.done >= args.epoch:
         print(f"{resumed.path} has all {run.done} epochs: nothing left to do (a larger --epoch continues it)")
         return leave(world)
