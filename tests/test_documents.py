@@ -184,6 +184,12 @@ def test_figures_of_stages_are_those_of_their_runs():
     assert found >= 10
 
 
+def test_the_pretrained_network():
+    """docs/results.md has the table that examples/pretrained.py printed."""
+    lines = text_of("results/studies/pretrained/log.txt").splitlines()
+    assert "\n".join(lines[lines.index("| | float | W8 | W4 | W4 per channel |") :]) in text_of("docs/results.md")
+
+
 def test_noise_of_quantized_activations():
     """docs/deployment.md has the table that tools.activation_table makes of its file."""
     from tools.activation_table import NETWORKS, markdown
