@@ -56,13 +56,7 @@ def psg_param_groups(
     settle_masks(network, grids)
     grids = {name: own for name, own in grids.items() if not _always_on_grid(network.get_parameter(name), own)}
     warn_of_float(network, grid)
-    listed = {id(_parameter(item)) for group in given for item in group["params"]}
-    scaled = {name: p for name in grids if id(p := network.get_parameter(name)) in listed}
-    if not scaled:
-        raise ValueError(
-            f"{type(network).__name__} has no weights to scale: each is frozen, in none of the groups, or has one "
-            "element per scale"
-        )
+    scaled = _listed(network, grids, given)
     warn_of_values(scaled)
     grid_of = {id(parameter): grids[name] for name, parameter in scaled.items()}
     return [part for group in given for part in _split(group, grid_of, no_decay)]
@@ -83,6 +77,18 @@ def _network_and_groups(groups: Any, model: nn.Module | None) -> tuple[nn.Module
             kind = f"bits={group['bits']}" if "bits" in group else 'target="zero"'
             raise ValueError(f"a group has {kind}, so it is scaled already: give the groups as they were before")
     return model, [group | {"params": _as_list(group["params"])} for group in given]
+
+
+def _listed(network: nn.Module, names: Iterable[str], given: list[Group]) -> dict[str, nn.Parameter]:
+    """The parameters `names` of `network` that are in the groups `given`. Raises ValueError if there are none."""
+    listed = {id(_parameter(item)) for group in given for item in group["params"]}
+    found = {name: p for name in names if id(p := network.get_parameter(name)) in listed}
+    if not found:
+        raise ValueError(
+            f"{type(network).__name__} has no weights to scale: each is frozen, in none of the groups, or has one "
+            "element per scale"
+        )
+    return found
 
 
 def _as_list(items: Any) -> list[Any]:

@@ -44,6 +44,18 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Makes torch's attention and transformer layers compute step by step for the block. Their fused kernels call no
+    layers, and ONNX lacks them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[nn.Module]:
     """Restores the parameters, buffers and modes of `model` if the block raises an exception."""
     kept = [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
@@ -81,8 +93,7 @@ def watch(
         for name in names:
             handle = model.get_submodule(name).register_forward_hook(_hook(name, observe), with_kwargs=True)
             stack.callback(handle.remove)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)  # its kernels call no layers
+        stack.enter_context(unfused_attention())
         stack.enter_context(eval_mode(model))
         for batch in batches:
             model(images_of(batch))

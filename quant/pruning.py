@@ -90,11 +90,17 @@ def prune_weights(
 
 
 def _prune_smallest(weights: Sequence[Tensor], sparsity: float) -> None:
-    magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
-    kept = torch.ones_like(magnitudes)
-    kept[magnitudes.topk(round(sparsity * len(magnitudes)), largest=False).indices] = 0
-    for weight, mask in zip(weights, kept.split_with_sizes([weight.numel() for weight in weights])):
-        weight.mul_(mask.view(weight.shape))
+    for weight, mask in zip(weights, masks_of_smallest([weight.abs() for weight in weights], sparsity)):
+        weight.mul_(mask)
+
+
+def masks_of_smallest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+    """A mask in the shape of each of `scores`: 0 for the share `sparsity` of them all that is smallest, else 1."""
+    flat = torch.cat([score.flatten() for score in scores])
+    kept = torch.ones_like(flat)
+    kept[flat.topk(round(sparsity * len(flat)), largest=False).indices] = 0
+    parts = kept.split_with_sizes([score.numel() for score in scores])
+    return [part.view(score.shape) for part, score in zip(parts, scores)]
 
 
 def nonzero_weights(model: nn.Module, first_last: bool = True) -> int:

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from quant.pruning import nonzero_weights, prunable_weights
-from tools.snip import largest, saliencies
+from quant.pruning import masks_of_smallest, nonzero_weights, prunable_weights
+from tools.snip import saliencies
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
 
 
@@ -24,7 +24,7 @@ def test_saliencies_are_the_gradients_of_gates():
 
 
 def test_the_largest_over_all_layers_are_kept():
-    masks = largest([torch.tensor([[1.0, 9.0], [2.0, 0.0]]), torch.tensor([8.0, 3.0])], 0.5)
+    masks = masks_of_smallest([torch.tensor([[1.0, 9.0], [2.0, 0.0]]), torch.tensor([8.0, 3.0])], 0.5)
     assert [mask.tolist() for mask in masks] == [[[0, 1], [0, 0]], [1, 1]]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quant import Grid, calibrate, layer_sqnr, quantize_activations, quantize_weights, reestimate_batch_norm
 from utils.cli import Parser, UserError, run
-from utils.files import check_output_file, write_csv
+from utils.files import check_output_file, markdown_table, write_csv
 
 NETWORKS = [
     "resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t", "gpt2",
@@ -87,12 +87,12 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     settings = list(dict.fromkeys((row["w_bit"], row["a_bit"]) for row in found))
     figures = ("least", "median", "output")
     heads = ["network", "quantizers", *(f"W{w}A{a} {figure}" for w, a in settings for figure in figures)]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for name in dict.fromkeys(row["network"] for row in found):
         own = [row for row in found if row["network"] == name]
         cells = [f"{float(row[figure]):.1f}" for row in own for figure in figures]
         lines.append([name, str(own[0]["quantizers"]), *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(heads, lines).rstrip("\n")
 
 
 def parser() -> Parser:

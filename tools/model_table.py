@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.checkpoint import grid_of, load_checkpoint, training_facts
 from utils.cli import Parser, UserError, run
-from utils.files import write_page
+from utils.files import markdown_table, write_page
 from utils.results import read_results
 
 KINDS = ("weights", "sparse")  # folders of results/ that have the rows of the shipped files
@@ -90,8 +90,7 @@ def page(models: Path, results: Path) -> str:
     """The whole of models/README.md, for the .pth files in `models`."""
     known = figures(results)
     rows = sorted(row_of(path, known) for path in models.glob("*.pth"))
-    lines = [HEADS, ["---"] * len(HEADS), *(cells for _, cells in rows)]
-    return INTRODUCTION + "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return INTRODUCTION + "\n" + markdown_table(HEADS, [cells for _, cells in rows])
 
 
 def parser() -> Parser:

@@ -23,7 +23,7 @@ from quant.deploy.onnx_graph import with_integers
 from quant.layers import copy_network
 from utils.cli import Parser, UserError, first_line, run
 from utils.exporting import check_packages, run_onnx
-from utils.files import check_output_file, write_csv
+from utils.files import check_output_file, markdown_table, write_csv
 
 BITS = (8, 4, 2)
 W_BIT, A_BIT = 4, 8  # of the setting with quantized activations
@@ -130,13 +130,13 @@ def markdown(rows: Sequence[Mapping[str, str | int]]) -> str:
     """The rows of a CSV file as a table: a line for each network, and in the cells the bytes of the file in parts of
     the float32 parameters' bytes and the difference, with quantized activations also the rounding in parentheses."""
     kinds = [*(f"W{bits}" for bits in BITS), f"W{W_BIT}A{A_BIT}"]
-    lines = [["network", "float32 bytes", *kinds], ["---"] * (2 + len(kinds))]
+    lines = []
     for name in dict.fromkeys(row["network"] for row in rows):
         own = {row["kind"]: row for row in rows if row["network"] == name}
         total = int(next(iter(own.values()))["float_bytes"])
         cells = [cell(own[kind], total) if kind in own else "" for kind in kinds]
         lines.append([str(name), f"{total:,}", *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(["network", "float32 bytes", *kinds], lines)
 
 
 def parser() -> Parser:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import train
-from quant.pruning import prunable_weights
+from quant.layers import copy_network
+from quant.pruning import masks_of_smallest, prunable_weights
 from utils.cli import Parser, count, run
 from utils.data.split import LabelledBatch
 
@@ -31,15 +32,6 @@ def saliencies(model: nn.Module, batches: Iterable[LabelledBatch], first_last: b
         gradients = torch.autograd.grad(cross_entropy(model(images), labels), weights)
         torch._foreach_add_(total, gradients)
     return [(weight * gradient).detach().abs() for weight, gradient in zip(weights, total)]
-
-
-def largest(scores: list[Tensor], share: float) -> list[Tensor]:
-    """Masks, 1 for the `share` of all scores that are the largest and 0 for the others."""
-    flat = torch.cat([score.flatten() for score in scores])
-    kept = torch.zeros_like(flat)
-    kept[flat.topk(round(share * len(flat))).indices] = 1
-    parts = kept.split_with_sizes([score.numel() for score in scores])
-    return [part.view(score.shape) for part, score in zip(parts, scores)]
 
 
 @torch.no_grad()
@@ -61,10 +53,9 @@ def prune_at_start(prepared: Any, batches: int) -> None:
     if prepared.done >= prepared.first_epoch:
         masks = [(weight != 0).to(weight.dtype) for weight in weights]
     else:
-        buffers = {name: value.clone() for name, value in prepared.model.named_buffers()}
         images = islice(prepared.batches.epoch(prepared.first_epoch), batches)
-        masks = largest(saliencies(prepared.model, images, first_last), 1 - prepared.args.sparsity)
-        prepared.model.load_state_dict(buffers, strict=False)  # as the batch norm was
+        model = copy_network(prepared.model)  # whose batch norm the images change
+        masks = masks_of_smallest(saliencies(model, images, first_last), prepared.args.sparsity)
     hold_at_zero(weights, masks, prepared.optimizer)
 
 

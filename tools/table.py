@@ -12,6 +12,7 @@ import statistics
 from collections import defaultdict
 
 from utils.cli import Parser, run
+from utils.files import markdown_table
 from utils.results import NAMED, SAME, column_of, distinct, network_of, read_results
 
 Column = tuple[float, bool, int]  # pruned share, whether layer by layer, and minus the bit-width
@@ -40,11 +41,11 @@ def markdown(rows: list[dict[str, str]]) -> str:
     own_names = len({key[: len(NAMED)] for key in cells}) == len(cells)
     told = [n for n in range(len(NAMED), len(SAME)) if not own_names and len({key[n] for key in cells}) > 1]
     heads = ["trained", "epoch", "after training", *(SAME[n] for n in told), *names]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for key, by_column in cells.items():
         figures = [cell(by_column[column]) if column in by_column else "" for column in columns]
         lines.append([*key[: len(NAMED)], *(key[n] for n in told), *figures])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(heads, lines).rstrip("\n")
 
 
 def parser() -> Parser:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks import eval_mode
+from ..hooks import eval_mode, unfused_attention
 from ..quantizers import Quantizer
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def float_program(model: nn.Module, inputs: tuple[Tensor, ...], names: list[str]
     axes = tuple({0: "batch"} if x.dim() and len(x) == len(inputs[0]) else None for x in inputs)
     with ExitStack() as stack:
         stack.callback(_restore, _plain_tensors(model))
-        for context in (eval_mode(model), _quiet(), _quantizers_as_operations(model), _unfused_attention()):
+        for context in (eval_mode(model), _quiet(), _quantizers_as_operations(model), unfused_attention()):
             stack.enter_context(context)
         program = _captured(model, inputs, axes)
         try:
@@ -150,17 +150,6 @@ def _quantizers_as_operations(model: nn.Module) -> Iterator[None]:
 def _as_operation(quantizer: Quantizer, zero_point: int, x: Tensor) -> Tensor:
     quantized: Tensor = _quantize(x, quantizer.scale, zero_point, quantizer.quant_min, quantizer.quant_max)
     return x.copy_(quantized) if quantizer.inplace else quantized
-
-
-@contextmanager
-def _unfused_attention() -> Iterator[None]:
-    """Makes torch's attention and transformer layers compute step by step: ONNX lacks their fused kernel."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
