@@ -144,15 +144,16 @@ def weight_scale(weight: Tensor, grid: Grid | int) -> Tensor:
     tensor or channel of zeros has scale 1: zero is a grid point at any scale, and 1 avoids a division by zero. Raises
     ValueError for full precision, and for scale_dims that `weight` does not have.
     """
-    grid, weight = as_grid(grid), in_float32(weight)
+    grid = as_grid(grid)
     quant_max = grid.quant_max
     own = dims_with_scales(weight, grid.per_channel, grid.scale_dims)
     dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
     if weight.numel() == 0:
-        return nonzero_scale(weight.new_zeros(()))
-    scale = nonzero_scale(largest_magnitude(weight, own) / quant_max)
+        return nonzero_scale(in_float32(weight.new_zeros(())))
+    scale = nonzero_scale(in_float32(largest_magnitude(weight, own)) / quant_max)
     if grid.weight_range == "absmax":
         return scale
+    weight = in_float32(weight)
     best, least = scale, torch.full_like(scale, float("inf"))
     for hundredths in range(100, 0, -1):
         tried = nonzero_scale(scale * (hundredths / 100))
@@ -194,7 +195,7 @@ def weight_scales(
     All `weights` share one device and dtype. Sharded weights are processed one by one. With `per_channel` or
     `scale_dims` the scale of a 1-D tensor may have shape [1] instead of []. Raises ValueError for bits outside 2..8.
     """
-    if any(map(is_sharded, weights)):
+    if len(weights) == 1 or any(map(is_sharded, weights)):
         grid = Grid(bits, per_channel=per_channel, scale_dims=scale_dims)
         return [weight_scale(weight, grid).to(weight.dtype) for weight in weights]
     # Not _foreach_norm(weights, inf): on a CPU it takes as long as the rest of PSG together.

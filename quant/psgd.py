@@ -22,37 +22,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .grid import weight_scales
 from .lambda_s import Pace, measured_pace, restore_records, steps_taken, take_step, watch_loss
+from .passes import scale_moves
 from .settings import AUTO, PSG_KEYS, STAGE_KEYS, SWITCHES, complete, is_scaled, momentum
 
 STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
-
-
-def distances(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """|w - target(w)|, as a new tensor of its shape and dtype, for each weight.
-
-    All `weights` share one device and dtype, which the fast path of the foreach calls requires. (Division and
-    multiplication by 0-d scales have no fast path.)
-    """
-    if group["target"] == "zero":
-        return list(torch._foreach_abs(weights))
-    scales = weight_scales(weights, group["bits"], group["per_channel"], group.get("scale_dims"))
-    # |round(w / s) * s - w|. No clamp is needed: max|w| / s is quant_max (approximately so in bfloat16).
-    found = list(torch._foreach_div(weights, scales))
-    torch._foreach_round_(found)
-    torch._foreach_mul_(found, scales)
-    torch._foreach_sub_(found, weights)
-    torch._foreach_abs_(found)
-    return found
-
-
-def into_multipliers(distances: list[Tensor], lambda_s: float | list[Tensor], eps: float) -> list[Tensor]:
-    """The PSG multipliers lambda_s * distance + eps, in place. `lambda_s` is one number, or a 0-d tensor for each."""
-    torch._foreach_mul_(distances, lambda_s)
-    if eps:
-        torch._foreach_add_(distances, eps)
-    return distances
 
 
 def with_gradients(weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -87,6 +61,9 @@ class PSGD(Optimizer):
         acts_on: "gradient" (default, as published) or "update", for the scaled groups that do not set their own.
         steps: number of steps of the stage, >= 1, which "auto" needs. With a lambda_s that is a number, steps only
             have the pace measured, see `pace`. By default it is not measured, and the state is the base optimizer's.
+        compiled: whether PSG's pass over float32 weights of a million elements and more is compiled with torch.compile
+            (default False). The results are the same. The first step then takes seconds, and needs what torch.compile
+            needs: a C++ compiler on a CPU, Triton on a GPU.
 
     A weight on a grid point does not move unless eps > 0. That holds for all-zero tensors and for the largest weight of
     each tensor, which defines the grid.
@@ -107,6 +84,7 @@ class PSGD(Optimizer):
         eps: float = 0.0,
         acts_on: str = "gradient",
         steps: int | None = None,
+        compiled: bool = False,
     ) -> None:
         if not isinstance(base, Optimizer) or isinstance(base, PSGD):
             raise TypeError(f"base must be an instance of another torch optimizer, got {base!r}")
@@ -126,7 +104,7 @@ class PSGD(Optimizer):
                 stacklevel=2,
             )
         super().__init__(base.param_groups, base.defaults)
-        self.base = base
+        self.base, self.compiled = base, compiled
         self._follow()
 
     def _follow(self) -> None:
@@ -169,15 +147,13 @@ class PSGD(Optimizer):
             moving, gradients = with_gradients(weights)
             if moving:
                 lambda_s = self._lambda_s(moving, gradients, group)
-                multipliers = into_multipliers(distances(moving, group), lambda_s, group["psg_eps"])
-                torch._foreach_mul_(gradients, multipliers)
+                scale_moves(gradients, moving, group, lambda_s, compiled=self.compiled)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one scaled step of the base optimizer. Returns the loss if there is a closure."""
         with torch.no_grad():
             starts = [
-                (weights, group, [weight.clone() for weight in weights], distances(weights, group))
-                for weights, group in self._alike("update")
+                (weights, group, [weight.clone() for weight in weights]) for weights, group in self._alike("update")
             ]
         loss = self._base_step(closure)
         with torch.no_grad():
@@ -186,19 +162,16 @@ class PSGD(Optimizer):
         self._warn_once_after_the_plan()
         return loss
 
-    def _scale_update(
-        self, weights: list[Tensor], group: dict[str, Any], before: list[Tensor], apart: list[Tensor]
-    ) -> None:
-        """Scales the base optimizer's changes to `weights`, which were `before` and `apart` from their grid."""
+    def _scale_update(self, weights: list[Tensor], group: dict[str, Any], before: list[Tensor]) -> None:
+        """Scales the base optimizer's changes to `weights`, which were `before`."""
         # No weight without a gradient or state has moved, and the base optimizer expects its state to be empty.
         moved = [i for i, weight in enumerate(weights) if weight.grad is not None or self.state.get(weight)]
         if not moved:
             return
-        weights, before, apart = ([tensors[i] for i in moved] for tensors in (weights, before, apart))
+        weights, before = [weights[i] for i in moved], [before[i] for i in moved]
         torch._foreach_sub_(weights, before)
         lambda_s = self._lambda_s(weights, [weight.detach() for weight in weights], group)
-        torch._foreach_mul_(weights, into_multipliers(apart, lambda_s, group["psg_eps"]))
-        torch._foreach_add_(weights, before)
+        scale_moves(weights, before, group, lambda_s, onto=True, compiled=self.compiled)
 
     def _lambda_s(self, weights: list[Tensor], moves: list[Tensor], group: dict[str, Any]) -> float | list[Tensor]:
         """lambda_s of this step: one for all weights, or one for each. `moves` are their gradients, or the base
@@ -272,7 +245,7 @@ class PSGD(Optimizer):
         restore_records(self.param_groups, self.state, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base, "psg_defaults": self.psg_defaults}
+        return {"base": self.base, "psg_defaults": self.psg_defaults, "compiled": self.compiled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

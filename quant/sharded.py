@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,10 +33,17 @@ def largest_magnitude(weight: Tensor, own: Sequence[int] = ()) -> Tensor:
     """
     dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
     if not is_sharded(weight) or any(getattr(placement, "dim", None) in own for placement in weight.placements):
-        return weight.abs().amax(dims, keepdim=bool(own))
+        return _peak(weight, dims, bool(own))
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     part, mesh = weight.to_local(), weight.device_mesh
     sizes = [size if dim in own else 1 for dim, size in enumerate(weight.shape)] if own else []
-    peak = part.abs().amax(dims, keepdim=bool(own)) if part.numel() else part.new_zeros(sizes)
+    peak = _peak(part, dims, bool(own)) if part.numel() else part.new_zeros(sizes)
     return DTensor.from_local(peak, mesh, [Partial("max")] * mesh.ndim).redistribute(mesh, [Replicate()] * mesh.ndim)
+
+
+def _peak(weight: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
+    """max|w| over `dims`, without a copy of the weight."""
+    if not dims:  # torch would take none of the dims for all of them
+        return weight.abs()
+    return torch.maximum(weight.amax(dims, keepdim=keepdim), weight.amin(dims, keepdim=keepdim).neg())

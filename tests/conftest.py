@@ -169,3 +169,9 @@ def installed(tmp_path_factory, worker_id):
             flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", target, source]
             subprocess.run([sys.executable, "-m", "pip", "install", *flags], check=True)
     return target
+
+
+@pytest.fixture
+def no_compiled_code_of_before(monkeypatch, tmp_path):
+    """What torch.compile has kept of earlier runs stays out: it may be for another instruction set, and is used."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -82,14 +82,8 @@ def test_loss_that_is_not_finite():
         GraphedTraining(models[1], optimizers[1], batches, "fp32").epoch(1)
 
 
-@pytest.fixture
-def no_code_of_before(monkeypatch, tmp_path):
-    """What torch.compile has kept of earlier runs stays out: it may be for another instruction set, and is used."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-
-
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_compiled_training_agrees_with_the_plain_one(name, no_code_of_before):
+def test_compiled_training_agrees_with_the_plain_one(name, no_compiled_code_of_before):
     """Weights after three steps, before they drift apart, as rounding makes them; the loss still after six."""
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler, g++")
@@ -102,7 +96,7 @@ def test_compiled_training_agrees_with_the_plain_one(name, no_code_of_before):
     assert compiled.epoch(2, "").loss == pytest.approx(plain.epoch(2, "").loss, rel=1e-4)
 
 
-def test_compiling_without_a_compiler_is_one_line(monkeypatch, tmp_path, no_code_of_before):
+def test_compiling_without_a_compiler_is_one_line(monkeypatch, tmp_path, no_compiled_code_of_before):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "none")))
     with pytest.raises(UserError, match="^--compile 1 does not work here .*none.*: leave it out$"):
         small_training(torch.device("cpu"), compiled=True, classes=11).epoch(1, "")

@@ -26,9 +26,9 @@ from torch.optim import Optimizer
 import quant.psgd
 import train
 from quant import lambda_s as law
+from quant.grid import Grid, snap
 from quant.lambda_s import Records, State, mean_squares
 from quant.layers import copy_network
-from quant.psgd import distances
 from quant.settings import AUTO, STAGE_DEFAULTS
 from utils.cli import Parser, positive, run
 from utils.training.evaluation import evaluate_batches
@@ -63,8 +63,9 @@ def one_lambda_s(weights: list[Tensor], moves: list[Tensor], group: dict[str, An
 def grafted(weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], state: State) -> list[Tensor]:
     """`take_step` with |g| / | |w - Q(w)| * g | as the lambda_s of each tensor. Gradients only."""
     records, squares = Records(weights, state), mean_squares(moves)
-    scaled = torch._foreach_mul(distances(weights, group), moves)
-    lambda_s = (squares / mean_squares(list(scaled)).clamp(min=1e-30)).sqrt()
+    grid = Grid(group["bits"], per_channel=group["per_channel"])
+    scaled = [(weight - snap(weight, grid)[0]) * move for weight, move in zip(weights, moves)]
+    lambda_s = (squares / mean_squares(scaled).clamp(min=1e-30)).sqrt()
     tau = records["tau"] + (law.gain(group) * lambda_s).square() * squares
     records.write(steps=records["steps"] + 1, tau=tau, lambda_s=lambda_s)
     return list(lambda_s.unbind())

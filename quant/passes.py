@@ -1,0 +1,169 @@
+"""PSG's pass over the weights: what is scaled, times lambda_s * |w - target(w)| + eps (ours).
+
+A multiplier takes seven operations. Over a whole large network each of them would be a trip to memory, and their
+results a second copy of the weights. So the pass goes over pieces that stay in the cache of a CPU, or is compiled.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .grid import dims_with_scales, nonzero_scale, quant_max_of, weight_scales
+from .sharded import is_sharded
+
+# Elements of a piece: on a CPU three float32 pieces fit into its second-level cache, elsewhere calls have to be large.
+CPU_PIECE = 1 << 16
+PIECE = 1 << 22
+WORTH_COMPILING = 1 << 20  # elements of a weight for which a call of compiled code is worth it
+
+
+def scale_moves(
+    moves: list[Tensor],
+    weights: list[Tensor],
+    group: dict[str, Any],
+    lambda_s: float | list[Tensor],
+    onto: bool = False,
+    compiled: bool = False,
+) -> None:
+    """Multiplies `moves` by the PSG multipliers of `weights`, in place. With `onto` it then adds `weights` to them.
+
+    `moves` have the shapes of `weights`, and all share one device and dtype, which the fast path of the foreach calls
+    requires. `lambda_s` is one number, or a 0-d tensor for each weight. `compiled` has the same results sooner for
+    large weights in float32; the first call with it takes seconds to compile.
+    """
+    numbers = lambda_s if isinstance(lambda_s, list) else [lambda_s] * len(weights)
+    for batch in _batches(weights):
+        columns: list[list[Any]] = [[column[index] for index in batch] for column in (weights, moves, numbers)]
+        if compiled and _worth_compiling(columns[0]):
+            weight, move, number = (column[0] for column in columns)
+            _scale_compiled(weight, move, number, group, onto)
+            continue
+        if group["target"] == "grid":
+            scales = weight_scales(columns[0], group["bits"], group["per_channel"], group.get("scale_dims"))
+            columns.append(scales)
+        for piece in _pieces(columns):
+            _scale_piece(*piece, eps=group["psg_eps"], onto=onto)
+
+
+def _scale_piece(
+    weights: list[Tensor],
+    moves: list[Tensor],
+    lambda_s: list[Any],
+    scales: list[Tensor] | None = None,
+    *,
+    eps: float,
+    onto: bool,
+) -> None:
+    """See `scale_moves`. `scales` are those of the grids; without them the target is zero."""
+    if scales is None:
+        factors = torch._foreach_abs(weights)
+    else:
+        # |round(w / s) * s - w|. No clamp is needed: max|w| / s is quant_max (approximately so in bfloat16). Division
+        # and multiplication by 0-d scales have no fast path.
+        factors = torch._foreach_div(weights, scales)
+        torch._foreach_round_(factors)
+        torch._foreach_mul_(factors, scales)
+        torch._foreach_sub_(factors, weights)
+        torch._foreach_abs_(factors)
+    torch._foreach_mul_(factors, lambda_s)
+    if eps:
+        torch._foreach_add_(factors, eps)
+    torch._foreach_mul_(moves, factors)
+    if onto:
+        torch._foreach_add_(moves, weights)
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _size(weights: Sequence[Tensor]) -> float:
+    """Largest number of elements of a piece. Compiled code has pieces of its own, and shards are not cut."""
+    if torch.compiler.is_compiling() or any(map(is_sharded, weights)):
+        return float("inf")
+    return CPU_PIECE if weights[0].device.type == "cpu" else PIECE
+
+
+def _batches(weights: list[Tensor]) -> Iterator[list[int]]:
+    """Indices of weights that make up a piece together. A weight that is larger than a piece is alone."""
+    size, total = _size(weights), 0
+    batch: list[int] = []
+    for index, weight in enumerate(weights):
+        if batch and total + weight.numel() > size:
+            yield batch
+            batch, total = [], 0
+        batch.append(index)
+        total += weight.numel()
+    yield batch
+
+
+def _pieces(columns: list[list[Any]]) -> Iterator[list[list[Any]]]:
+    """`columns`, whose first is a batch of weights, as they are; in pieces if that is one large weight."""
+    size = _size(columns[0])
+    if columns[0][0].numel() <= size:
+        yield columns
+        return
+    for row in _cut([column[0] for column in columns], int(size)):
+        yield [[entry] for entry in row]
+
+
+def _cut(row: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """The weight that begins `row` in pieces of at most `size` elements, as views, each with its part of the others.
+
+    The others are tensors of the weight's shape, or with 1 in the place of some of its sizes, or numbers.
+    """
+    whole = row[0]
+    if whole.numel() <= size:
+        yield row
+        return
+    dim = next(dim for dim, length in enumerate(whole.shape) if length > 1)
+    length = max(size * whole.shape[dim] // whole.numel(), 1)
+
+    def parts(entry: Any) -> Any:
+        whole_everywhere = not isinstance(entry, Tensor) or not entry.dim() or entry.shape[dim] == 1
+        return repeat(entry) if whole_everywhere else entry.split(length, dim)
+
+    for part in zip(*map(parts, row)):
+        yield from _cut(part, size)
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------
+
+
+def _worth_compiling(weights: list[Tensor]) -> bool:
+    weight = weights[0]
+    alone = len(weights) == 1 and not is_sharded(weight) and not torch.compiler.is_compiling()
+    return alone and weight.dtype == torch.float32 and weight.numel() >= WORTH_COMPILING
+
+
+def _scale_compiled(weight: Tensor, move: Tensor, lambda_s: Any, group: dict[str, Any], onto: bool) -> None:
+    on_grid = group["target"] == "grid"
+    own = dims_with_scales(weight, group["per_channel"], group.get("scale_dims"))
+    number = lambda_s if isinstance(lambda_s, Tensor) else torch.full((), lambda_s, device=weight.device)
+    # Each number of dims is compiled anew, and so is each shape of a parameter, which is why they are detached.
+    weight, move = weight.detach(), move.detach()
+    if own in ((), (0,)) and weight.is_contiguous() and move.is_contiguous():
+        weight, move = weight.flatten(len(own)), move.flatten(len(own))
+    _compiled()(weight, move, number, quant_max_of(group["bits"]) if on_grid else 0, own, group["psg_eps"], onto)
+
+
+@functools.cache
+def _compiled() -> Callable[..., None]:
+    return torch.compile(_scale_whole, dynamic=True)
+
+
+def _scale_whole(
+    weight: Tensor, move: Tensor, lambda_s: Tensor, quant_max: int, own: tuple[int, ...], eps: float, onto: bool
+) -> None:
+    """`scale_moves` of one weight, as two loops when it is compiled. A quant_max of 0 stands for target zero."""
+    if quant_max:
+        dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
+        scale = nonzero_scale(weight.abs().amax(dims, keepdim=True) / quant_max)
+        apart = ((weight / scale).round() * scale - weight).abs()
+    else:
+        apart = weight.abs()
+    factor = apart * lambda_s + eps if eps else apart * lambda_s
+    move.copy_(move * factor + weight if onto else move * factor)
