@@ -112,7 +112,7 @@ class Peer:
 
     def extend(self, run: Run) -> None:
         """Makes a prepared run follow its method."""
-        self.run = run
+        self.run, run.command = run, "python -m tools.peers"
         method, model, grid = run.args.method, run.model, grid_of(run.goal)
         if run.world.size > 1 and method != "psgd":
             raise UserError(f"--method {method} needs a single process")

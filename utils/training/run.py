@@ -61,6 +61,7 @@ class Run:
     done: int
     last_good: str | Path
     extras: dict[str, Any] = field(default_factory=dict)  # what else the checkpoints hold
+    command: str = "python train.py"  # which resumes it
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def train_epochs(run: Run, folder: RunFolder | None) -> None:
     first, loop = run.done + 1, ""
     for epoch in range(first, args.epoch + 1):
         if epoch > run.first_epoch:
-            stop.advice = f"python train.py --exp_name {args.exp_name} --resume continues after its last complete epoch"
+            stop.advice = f"{run.command} --exp_name {args.exp_name} --resume continues after its last complete epoch"
         row = train_epoch_and_evaluate(run, training, epoch)
         if training.loop != loop:
             loop = training.loop
