@@ -100,14 +100,14 @@ def lsq(weight: Tensor, step: Tensor, quant_max: int) -> Tensor:
 
     `step` is 0-d or broadcasts against `weight`. The gradient of a weight is straight-through inside of the range and 0
     outside. That of a step is round(w / s) - w / s inside and -Q or Q outside, summed over its N weights and divided by
-    sqrt(N Q). Source: Esser et al., ICLR 2020, equations 1 to 5; narrow range, as of all grids here.
+    sqrt(N Q). Source: Esser et al., ICLR 2020, section 2; the range is narrow, as of all grids here.
     """
     quantized: Tensor = _Lsq.apply(weight, step, quant_max)
     return quantized
 
 
 def first_step(weight: Tensor, grid: Grid) -> nn.Parameter:
-    """The step that LSQ starts from, 2 mean|w| / sqrt(Q), in the shape of `weight_scale` (Esser et al. 2020, 2.1)."""
+    """The step that LSQ starts from, 2 mean|w| / sqrt(Q), in the shape of `weight_scale` (Esser et al. 2020)."""
     own = dims_with_scales(weight, grid.per_channel, grid.scale_dims)
     dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
     mean = weight.detach().abs().mean(dims, keepdim=bool(own))
@@ -157,7 +157,7 @@ class QuantizationPenalty:
     """Adds strength * sum over tensors of mean (w - Q(w))^2 to what each step of `optimizer` minimizes (MSQE).
 
     Q(w) is constant in the gradient. The strength rises from `start` to RISE times as much, evenly in its logarithm,
-    in `steps` steps, of which `done` are done. As a hook on `optimizer`, it is not part of the loss.
+    in `steps` steps, of which `done` are done, and then stays. As a hook on `optimizer`, it is not part of the loss.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class QuantizationPenalty:
 
     @torch.no_grad()
     def __call__(self, *_: Any) -> None:
-        strength = self.start * RISE ** (self.done / self.steps)
+        strength = self.start * RISE ** (self.done / self.steps).clamp(max=1)
         for weight, grid in self.weights:
             if weight.grad is not None:
                 weight.grad += (weight - snap(weight, grid)[0]) * (2 / weight.numel() * strength)
