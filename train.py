@@ -24,6 +24,7 @@ Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth an
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 
 from utils import cli, flags
 from utils.cli import Parser, UserError, run
@@ -121,9 +122,10 @@ def add_training(p: Parser) -> None:
     # fmt: on
 
 
-def parse() -> tuple[Namespace, RunFolder | None]:
-    """The settings, and the folder of the run to resume, if any; a resumed run keeps its own settings."""
-    args = parser().parse_args()
+def parse(make: Callable[[], Parser] = parser) -> tuple[Namespace, RunFolder | None]:
+    """The settings, and the folder of the run to resume, if any; a resumed run keeps its own settings. A tool's parser,
+    which `make` makes, may have more flags."""
+    args = make().parse_args()
     if args.exp_name is None:
         resolve_target(args)
         args.exp_name = default_exp_name(args)
@@ -142,7 +144,7 @@ def parse() -> tuple[Namespace, RunFolder | None]:
             args.w_decay = 0.0 if args.psg and args.w_bit == 2 else 1e-4
         return args, None
     folder, exp_name = RunFolder.reopen(args.exp_name), args.exp_name
-    again = parser()
+    again = make()
     saved = vars(again.parse_args([])) | folder.latest_args()  # a flag added since then has its default
     again.set_defaults(**saved)
     args = again.parse_args()
@@ -170,6 +172,9 @@ def resolve_target(args: Namespace) -> None:
 
 def main() -> None:
     args, folder = parse()
+    if folder and "method" in args:
+        command = f"python -m tools.peers --exp_name {args.exp_name} --resume"
+        raise UserError(f"{folder.path} was started by tools.peers: {command} continues it")
 
     from utils.training.run import train
 

@@ -48,6 +48,7 @@ def hold_at_zero(weights: Sequence[Tensor], masks: list[Tensor], optimizer: torc
 
 def prune_at_start(prepared: Any, batches: int) -> None:
     """SNIP on a prepared run (utils.training.run.Run). A resumed run keeps the zeros that it has."""
+    prepared.command = "python -m tools.snip"
     first_last = bool(prepared.args.first_last_quant)
     weights = [*prunable_weights(prepared.model, first_last).values()]
     if prepared.done >= prepared.first_epoch:

@@ -202,17 +202,22 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
     """How a network was trained, as columns of a results table: trained, seed and epoch; empty if unknown.
 
     `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-Adam W4", or "PSGD
-    sparse" for target zero; then " update" where PSG acts on the update, " channel" for grids of output channels, " L1"
-    and " grad-L1" for penalties. Files of tools.average add " mean" and give the first and last epoch as `epoch`; those
-    of one epoch, which differ from its file only in the batch-norm statistics, add " bn".
+    sparse" for target zero; "LSQ W4" or "Adam-LSQ W4" for a method of tools.peers; then " update" where PSG acts on the
+    update, " channel" for grids of output channels, " L1" and " grad-L1" for penalties. Files of tools.average add
+    " mean" and give the first and last epoch as `epoch`; those of one epoch, which differ from its file only in the
+    batch-norm statistics, add " bn".
     """
     args = checkpoint.get("args", {})
     facts = {"trained": "", "seed": str(args.get("seed", "")), "epoch": str(checkpoint.get("epoch", ""))}
     if {"psg", "adam"} <= args.keys():
         plain, scaled = ("Adam", "PSG-Adam") if args["adam"] else ("SGD", "PSGD")
         goal = "sparse" if args.get("target") == "zero" else f"W{args.get('w_bit')}"
-        facts["trained"] = f"{scaled} {goal}" if args["psg"] else plain
-        if args["psg"]:
+        peer = args.get("method", "psgd").upper()
+        if peer != "PSGD":
+            scaled = f"Adam-{peer}" if args["adam"] else peer
+        has_goal = args["psg"] or peer != "PSGD"
+        facts["trained"] = f"{scaled} {goal}" if has_goal else plain
+        if has_goal:
             facts["trained"] += " update" if args.get("psg_acts_on") == "update" else ""
             facts["trained"] += " channel" if args.get("granularity") == "channel" else ""
         facts["trained"] += " L1" if args.get("l1") else ""

@@ -47,7 +47,11 @@ def mismatches(checkpoint: dict[str, Any], grid: Grid) -> list[str]:
     """
     args = checkpoint.get("args", {})
     found = []
-    if args.get("target") == "zero" or not args.get("psg", 1):
+    if args.get("method") == "lsq" and "steps" in checkpoint:
+        found.append(
+            "it was trained for grids of learned steps, which this grid is not: take the quantized.pth beside it"
+        )
+    elif args.get("target") == "zero" or not (args.get("psg", 1) or "method" in args):
         if grid.bits < SAFE_BITS:
             found.append(f"it was not trained for a grid, and {grid.bits} bits are few for such a network")
     elif "psg" in args:

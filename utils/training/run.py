@@ -3,7 +3,7 @@
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from utils.training.loop import NonFiniteError
 from utils.training.pace import PaceWatch
 from utils.training.setup import build_goal, build_optimizer, described
 
+Builder = Callable[[Namespace, nn.Module, Goal, torch.device, int], Optimizer]  # takes what build_optimizer takes
+
 
 @dataclass
 class Run:
@@ -58,6 +60,8 @@ class Run:
     first_epoch: int
     done: int
     last_good: str | Path
+    extras: dict[str, Any] = field(default_factory=dict)  # what else the checkpoints hold
+    command: str = "python train.py"  # which resumes it
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -68,9 +72,14 @@ class Run:
         }  # fmt: skip
 
 
-def train(args: Namespace, resumed: RunFolder | None, extend: Callable[[Run], None] | None = None) -> None:
-    """Trains as train.py's `args` say, in a new folder or in the one that is `resumed`. `extend` may add to the
-    prepared run."""
+def train(
+    args: Namespace,
+    resumed: RunFolder | None,
+    extend: Callable[[Run], None] | None = None,
+    build: Builder = build_optimizer,
+) -> None:
+    """Trains as train.py's `args` say, in a new folder or in the one that is `resumed`. `build` makes the optimizer,
+    and `extend` may add to the prepared run."""
     device, device_line = select_device(*own_device(args.device, args.cu_num))
     world = join(device)
     if resumed and world.is_main:
@@ -79,7 +88,7 @@ def train(args: Namespace, resumed: RunFolder | None, extend: Callable[[Run], No
     if args.deterministic:
         set_deterministic()
     torch.manual_seed(args.seed)
-    run = prepare(args, resumed, device, world)
+    run = prepare(args, resumed, device, world, build)
     if extend:
         extend(run)
     if resumed and run.done >= args.epoch:
@@ -94,7 +103,9 @@ def train(args: Namespace, resumed: RunFolder | None, extend: Callable[[Run], No
     leave(world)
 
 
-def prepare(args: Namespace, resumed: RunFolder | None, device: torch.device, world: World) -> Run:
+def prepare(
+    args: Namespace, resumed: RunFolder | None, device: torch.device, world: World, build: Builder = build_optimizer
+) -> Run:
     """Network, data and optimizer. Raises UserError for all that can be wrong; files are checked before downloads."""
     known_arch(args.arch)
     start = resumed.last_checkpoint if resumed else args.load_pretrained
@@ -118,7 +129,7 @@ def prepare(args: Namespace, resumed: RunFolder | None, device: torch.device, wo
         check_moves(model, bool(args.first_last_quant))
     goal = build_goal(args)
     planned_epoch = resumed.settings()["args"]["epoch"] if resumed else args.epoch
-    optimizer = build_optimizer(args, model, goal, device, (planned_epoch - first_epoch + 1) * len(batches))
+    optimizer = build(args, model, goal, device, (planned_epoch - first_epoch + 1) * len(batches))
     scheduler = MultiStepLR(optimizer, [epoch - first_epoch for epoch in decays(args)], gamma=0.1)
     done = load_run(source, start, model, optimizer, scheduler) if resumed else first_epoch - 1
     if done < args.epoch:
@@ -185,7 +196,7 @@ def train_epochs(run: Run, folder: RunFolder | None) -> None:
     first, loop = run.done + 1, ""
     for epoch in range(first, args.epoch + 1):
         if epoch > run.first_epoch:
-            stop.advice = f"python train.py --exp_name {args.exp_name} --resume continues after its last complete epoch"
+            stop.advice = f"{run.command} --exp_name {args.exp_name} --resume continues after its last complete epoch"
         row = train_epoch_and_evaluate(run, training, epoch)
         if training.loop != loop:
             loop = training.loop
@@ -229,7 +240,7 @@ def save(run: Run, folder: RunFolder, row: dict[str, float]) -> None:
     checkpoint = {
         "epoch": row["epoch"], "state_dict": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(), "arch": run.args.arch, "num_classes": len(run.classes),
-        "classes": run.classes, "args": vars(run.args), "metrics": row,
+        "classes": run.classes, "args": vars(run.args), "metrics": row, **run.extras,
     }  # fmt: skip
     if row["epoch"] in run.args.save_epochs:
         save_checkpoint(folder.path / f"epoch_{row['epoch']}.pth", checkpoint)
