@@ -1,6 +1,7 @@
 """Which parameters are quantized, and at how many bits: the one rule that training and evaluation share."""
 
 import copy
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from .grid import Grid, as_grid, check_bits
 from .kinds import EXPERTS, LINEAR, Role, is_computed, kind_of, role_of
 from .selectors import selectors, selects
+from .sharded import largest_magnitude, number
 
 FLOAT_SHARE = 0.01  # of the parameters: a larger matrix does not stay in float without a word
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -247,7 +249,7 @@ def copy_network(model: nn.Module) -> nn.Module:
 def check_finite(name: str, weight: Tensor) -> None:
     """Raises ValueError, with the name, for a weight that is not finite or that is on the meta device."""
     check_values(name, weight)
-    if not weight.isfinite().all():
+    if weight.numel() and not math.isfinite(number(largest_magnitude(weight.detach()))):
         raise ValueError(f"{name} has values that are not finite: it can be neither quantized nor pruned")
 
 

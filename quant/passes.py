@@ -106,11 +106,19 @@ def _pieces(columns: list[list[Any]]) -> Iterator[list[list[Any]]]:
     if columns[0][0].numel() <= size:
         yield columns
         return
-    for row in _cut([column[0] for column in columns], int(size)):
+    for row in _cut([column[0] for column in columns], size):
         yield [[entry] for entry in row]
 
 
-def _cut(row: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def pieces(weight: Tensor, *others: Tensor) -> Iterator[Sequence[Tensor]]:
+    """`weight` in pieces that stay in the cache, as views, each with its part of `others`.
+
+    The others have the weight's shape, or 1 in the place of some of its sizes, or are 0-d.
+    """
+    return _cut((weight, *others), _size([weight]))
+
+
+def _cut(row: Sequence[Any], size: float) -> Iterator[Sequence[Any]]:
     """The weight that begins `row` in pieces of at most `size` elements, as views, each with its part of the others.
 
     The others are tensors of the weight's shape, or with 1 in the place of some of its sizes, or numbers.
@@ -120,7 +128,7 @@ def _cut(row: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield row
         return
     dim = next(dim for dim, length in enumerate(whole.shape) if length > 1)
-    length = max(size * whole.shape[dim] // whole.numel(), 1)
+    length = max(int(size * whole.shape[dim] // whole.numel()), 1)
 
     def parts(entry: Any) -> Any:
         whole_everywhere = not isinstance(entry, Tensor) or not entry.dim() or entry.shape[dim] == 1

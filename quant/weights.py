@@ -1,10 +1,13 @@
 """Copies of a float network with quantized weights, and measures of the quantization error and the packed size."""
 
-import torch
-from torch import nn
+from collections.abc import Iterator
 
-from .grid import Grid, as_grid, scale_count, snap
+import torch
+from torch import Tensor, nn
+
+from .grid import Grid, as_grid, fake_quantize, in_float32, scale_count, weight_scale
 from .layers import check_finite, check_values, choices, copy_network, layer_grids, warn_of_float, weight_value
+from .passes import pieces
 from .sharded import number
 
 
@@ -25,8 +28,20 @@ def quantize_weights(model: nn.Module, grid: Grid | int, inplace: bool = False) 
     quantized = model if inplace else copy_network(model)
     with torch.no_grad():
         for name, own in grids.items():
-            quantized.get_parameter(name).copy_(snap(weight_value(quantized, name), own)[0])
+            weight = weight_value(quantized, name)
+            for _, nearest, _, part in _parts(weight, own, quantized.get_parameter(name)):
+                part.copy_(nearest)
     return quantized
+
+
+def _parts(weight: Tensor, grid: Grid, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of `weight` with their nearest grid points, their scale, and their part of `others`, as views.
+
+    Nothing as large as the weight is made.
+    """
+    for part, scale, *rest in pieces(weight, weight_scale(weight, grid), *others):
+        nearest = fake_quantize(in_float32(part), scale, -grid.quant_max, grid.quant_max).to(weight.dtype)
+        yield part, nearest, scale, *rest
 
 
 @torch.no_grad()
@@ -39,7 +54,8 @@ def weight_mse(model: nn.Module, grid: Grid | int) -> float:
     for name, own in layer_grids(model, grid).items():
         check_values(name, model.get_parameter(name))
         weight = weight_value(model, name)
-        total += number((weight - snap(weight, own)[0]).cpu().double().square().sum())
+        for part, nearest, _ in _parts(weight, own):
+            total += number((part - nearest).cpu().double().square().sum())
         count += weight.numel()
     return total / count
 
@@ -55,8 +71,8 @@ def grid_share(model: nn.Module, grid: Grid | int, tolerance: float = 0.1) -> fl
     for name, own in layer_grids(model, grid).items():
         check_values(name, model.get_parameter(name))
         weight = weight_value(model, name)
-        nearest, scale = snap(weight, own)
-        near += number(((weight - nearest).abs() <= tolerance * scale).sum())
+        for part, nearest, scale in _parts(weight, own):
+            near += number(((part - nearest).abs() <= tolerance * scale).sum())
         count += weight.numel()
     return near / count
 

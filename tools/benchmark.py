@@ -178,8 +178,13 @@ def evaluation_pieces(dataset: Dataset, device: torch.device) -> dict[str, Piece
     }
 
 
-def alternate(pieces: Mapping[str, Piece], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each piece over `rounds`, in each of which every piece runs once; two rounds warm up."""
+def alternate(
+    pieces: Mapping[str, Piece], rounds: int, device: torch.device, before: Piece = lambda: None
+) -> dict[str, float]:
+    """Median seconds of each piece over `rounds`, in each of which every piece runs once; two rounds warm up.
+
+    `before` runs before each piece, and is not timed.
+    """
 
     def clock() -> float:
         if device.type == "cuda":
@@ -189,6 +194,7 @@ def alternate(pieces: Mapping[str, Piece], rounds: int, device: torch.device) ->
     seconds: dict[str, list[float]] = {name: [] for name in pieces}
     for turn in range(rounds + WARM_UP):
         for name, piece in pieces.items():
+            before()
             start = clock()
             piece()
             if turn >= WARM_UP:
