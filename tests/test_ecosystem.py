@@ -324,6 +324,7 @@ def distributed(rank, ranks, store, wraps):
         compare_with_one_process(rank, ranks, wrap, per_channel)
     if sharded in wraps:
         compare_scales()
+        count_collectives()
     torch.distributed.barrier()  # a rank that leaves early may take the other down with it
     torch.distributed.destroy_process_group()
     os._exit(0)  # gloo's threads may outlive the group, and one that wakes while Python shuts down aborts the process
@@ -365,6 +366,20 @@ def compare_scales():
     for dims in ((), (0,), (1,), (0, 1), (1, 2)):
         grid = Grid(4, scale_dims=dims)
         assert torch.equal(weight_scale(part, grid).full_tensor(), weight_scale(weight.weight.detach(), grid)), dims
+
+
+def count_collectives():
+    """Of a step on weights that are sharded by row: none with a scale for each row, else the maximum of each weight."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    for acts_on, per_channel in product(("gradient", "update"), (False, True)):
+        model = sharded(nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False)))
+        optimizer = PSGD(sgd(model, per_channel=per_channel), 50, acts_on=acts_on)
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        with CommDebugMode() as counted:
+            optimizer.step()
+        assert counted.get_total_counts() == (0 if per_channel else 2), (acts_on, per_channel)
 
 
 def sharded(model):
