@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from sklearn.linear_model import Lasso
-from torch import nn
 
 import train
-from quant import PSGD, sparse_param_groups
+from quant import sparse_param_groups
+from tests.helpers import read_csv
+from tools import lasso
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.setup import build_goal, build_optimizer
 
@@ -17,30 +17,26 @@ def test_it_reaches_the_lasso(momentum):
 
     Seen: relative differences of 1e-12 and less. That of the start is 0.2.
     """
-    torch.manual_seed(0)
-    x, noise = torch.randn(200, 20).double(), torch.randn(200).double()
-    y = x @ (torch.randn(20) * (torch.rand(20) < 0.4)).double() + 0.5 * noise
-    alpha, lambda_s = 0.2, 4.0
-    model = nn.Linear(20, 1, bias=False, dtype=torch.float64)
-    start = torch.linalg.lstsq(x, y[:, None]).solution.T  # no sign can change on the way, so the start has to be good
-    model.load_state_dict({"weight": start.clone()})
-
-    def loss(weight):
-        return (x @ weight.flatten() - y).square().mean() / 2
+    x, y = lasso.problem(seed=0)
+    penalty = 0.2
 
     def objective(weight):
-        return (loss(weight) + alpha * weight.abs().sum()).item()
+        return ((x @ weight - y).square().mean() / 2 + penalty * weight.abs().sum()).item()
 
-    groups = sparse_param_groups(model, weight_decay=alpha * lambda_s)
-    optimizer = PSGD(torch.optim.SGD(groups, lr=0.02 * (1 - momentum), momentum=momentum), lambda_s)
-    for _ in range(1200):
-        optimizer.zero_grad()
-        loss(model.weight).backward()
-        optimizer.step()
-    lasso = Lasso(alpha=alpha, fit_intercept=False, tol=1e-10, max_iter=100_000).fit(x.numpy(), y.numpy())
-    weight, best = model.weight.detach(), torch.tensor(lasso.coef_)
-    assert objective(weight) == pytest.approx(objective(best), rel=1e-3) and objective(start) > 1.1 * objective(best)
-    assert torch.equal(weight[0].abs() < 1e-3, best == 0) and 0 < (best == 0).sum() < 20
+    best, weight = lasso.lasso(x, y, penalty), lasso.psgd(x, y, penalty, momentum)
+    assert objective(weight) == pytest.approx(objective(best), rel=1e-3)
+    assert objective(lasso.least_squares(x, y)) > 1.1 * objective(best)
+    assert torch.equal(weight.abs() < 1e-3, best == 0) and 0 < (best == 0).sum() < lasso.WEIGHTS
+
+
+def test_the_paths_as_a_table_and_a_picture(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(lasso, "PENALTIES", [0.2, 0.4])
+    assert cli("tools.lasso", "--out", "l").code == 0
+    rows = read_csv(tmp_path / "l/lasso.csv")
+    assert len(rows) == 2 * lasso.WEIGHTS
+    assert all(float(row["psgd"]) == pytest.approx(float(row["lasso"]), abs=1e-3) for row in rows)
+    assert cli("visualize.py", "--figure", "lasso", "--results", "l/lasso.csv", "--out", "f").code == 0
+    assert (tmp_path / "f/lasso.png").stat().st_size > 10_000
 
 
 def test_decay_of_the_target_apart(net):

@@ -17,7 +17,7 @@ from quant import Grid, layer_grids
 from quant.pruning import prunable_weights
 from utils.checkpoint import grid_of, load_checkpoint, model_from_checkpoint
 from utils.cli import UserError
-from utils.drawing.paper_figures import curvature, sparse_histograms, warped_space
+from utils.drawing.paper_figures import curvature, lasso_paths, sparse_histograms, warped_space
 from utils.drawing.result_figures import (
     accuracy_grids,
     errors_over_bits,
@@ -202,6 +202,12 @@ def pace_figures(args: Namespace) -> list[Picture]:
     return [("pace", partial(pace_of_runs, runs))]
 
 
+def lasso_figures(args: Namespace) -> list[Picture]:
+    numbers = ("penalty", "weight", "lasso", "psgd")
+    rows = read_rows(one(args.results), numbers, "lasso.csv of tools.lasso", numbers)
+    return [("lasso", partial(lasso_paths, [{key: float(row[key]) for key in numbers} for row in rows]))]
+
+
 BUILDERS: dict[str, Callable[[Namespace], list[Picture]]] = {
     "layers": layer_figures,
     "1a": bits_figures,
@@ -209,6 +215,7 @@ BUILDERS: dict[str, Callable[[Namespace], list[Picture]]] = {
     "grid": grid_figures,
     "report": report_figures,
     "pace": pace_figures,
+    "lasso": lasso_figures,
     "2": warp_figures,
     "3": sparse_figures,
     "4": curvature_figures,

@@ -1,12 +1,14 @@
-"""Draws the paper's figures 2, 3 and 4: plain values in, matplotlib figures out. See utils/drawing/figures.py."""
+"""Draws the paper's figures 2, 3 and 4, and the lasso's path. See utils/drawing/figures.py."""
 
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import numpy
+import seaborn
 import torch
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from quant import PSGD
 from quant.warped_space import unwarp, warp
@@ -163,4 +165,23 @@ def curvature(digits: dict[str, list[list[float]]], spectra: dict[str, list[list
                     yscale="log", ylim=(1e-7, 10))  # fmt: skip
     for axis, drawn, labels in zip(axes, handles, (digits, digits, spectra)):
         add_legend(axis, drawn, [*labels], fontsize="small")
+    return figure
+
+
+@as_written
+def lasso_paths(rows: list[dict[str, float]]) -> Figure:
+    """The weights over the penalty: a line for each of the lasso's, points for those of PSGD."""
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    weights = sorted({row["weight"] for row in rows})
+    for color, weight in zip(seaborn.color_palette("husl", len(weights)), weights):
+        own = [row for row in rows if row["weight"] == weight]
+        penalties = [row["penalty"] for row in own]
+        axis.plot(penalties, [row["lasso"] for row in own], color=color, linewidth=1)
+        axis.plot(penalties, [row["psgd"] for row in own], "o", color=color, markersize=3)
+    axis.set_xscale("log")
+    axis.grid(alpha=0.3)
+    axis.set_xlabel("L1 penalty, or weight decay / lambda_s")
+    axis.set_ylabel("weight")
+    labels = ["the lasso", "PSGD with target zero and weight decay"]
+    add_legend(figure, axis.lines[:2], labels, loc="outside upper center", ncols=2, fontsize="small")
     return figure
