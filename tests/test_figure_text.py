@@ -84,10 +84,10 @@ def test_numbers_at_a_logarithmic_axis_stay_powers(tmp_path):
 @pytest.fixture
 def rare():
     """A character that this machine's default font lacks and another of its fonts has."""
-    first = font_manager.findfont(font_manager.FontProperties(family=["sans-serif"]))
-    for font in font_manager.fontManager.ttflist:
-        if LAST_RESORT not in font.name:
-            found = [*font_manager.get_font(font.fname).get_charmap()]
+    first = drawing_text.file_of("sans-serif")
+    for name in {font.name for font in font_manager.fontManager.ttflist}:
+        if LAST_RESORT not in name:
+            found = [*font_manager.get_font(drawing_text.file_of(name)).get_charmap()]
             lacking = drawing_text._lacks(first, (chr(code) for code in found if 160 < code < 2**16))
             if lacking:
                 return min(lacking)

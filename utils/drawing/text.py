@@ -83,12 +83,16 @@ def _find_fonts(texts: list[Text]) -> None:
 
 
 @functools.cache
+def file_of(family: str) -> str:
+    """The file that matplotlib takes for a font family, of those with other weights and slants."""
+    return font_manager.findfont(font_manager.FontProperties(family=[family]))
+
+
 def _other_fonts(missing: frozenset[str]) -> tuple[list[str], set[str]]:
     """Font families that together have as many of the characters `missing` as possible, and those that none has."""
     names, left = [], set(missing)
-    by_name = {font.name: font.fname for font in font_manager.fontManager.ttflist if LAST_RESORT not in font.name}
-    for name, path in by_name.items():
-        lacking = _lacks(path, left) if left else left
+    for name in dict.fromkeys(font.name for font in font_manager.fontManager.ttflist if LAST_RESORT not in font.name):
+        lacking = _lacks(file_of(name), left) if left else left
         if lacking < left:
             names.append(name)
             left = lacking
