@@ -15,8 +15,8 @@ from torch import Tensor
 from .grid import dims_with_scales, nonzero_scale, quant_max_of, weight_scales
 from .sharded import is_sharded
 
-# Elements of a piece: on a CPU three float32 pieces fit into its second-level cache, elsewhere calls have to be large.
-CPU_PIECE = 1 << 16
+# Elements of a piece: on a CPU a few float32 pieces fit into its last-level cache, elsewhere calls have to be large.
+CPU_PIECE = 1 << 18
 PIECE = 1 << 22
 WORTH_COMPILING = 1 << 20  # elements of a weight for which a call of compiled code is worth it
 
@@ -151,10 +151,8 @@ def _scale_compiled(weight: Tensor, move: Tensor, lambda_s: Any, group: dict[str
     on_grid = group["target"] == "grid"
     own = dims_with_scales(weight, group["per_channel"], group.get("scale_dims"))
     number = lambda_s if isinstance(lambda_s, Tensor) else torch.full((), lambda_s, device=weight.device)
-    # Each number of dims is compiled anew, and so is each shape of a parameter, which is why they are detached.
+    # Detached, as each shape of a parameter would be compiled anew.
     weight, move = weight.detach(), move.detach()
-    if own in ((), (0,)) and weight.is_contiguous() and move.is_contiguous():
-        weight, move = weight.flatten(len(own)), move.flatten(len(own))
     _compiled()(weight, move, number, quant_max_of(group["bits"]) if on_grid else 0, own, group["psg_eps"], onto)
 
 

@@ -208,6 +208,15 @@ def test_the_table_of_onnx_networks():
     assert all(float(row["difference"]) < (0.1 if "A" in row["kind"] else 1e-4) for row in rows)
 
 
+def test_the_table_of_optimizers():
+    """docs/performance.md has the table that tools.benchmark_optimizer makes of its file."""
+    from tools.benchmark_optimizer import NETWORKS, markdown
+
+    rows = read_csv(ROOT / "results/benchmarks/optimizer.csv")
+    assert list(dict.fromkeys(row["network"] for row in rows)) == list(NETWORKS)
+    assert markdown(rows) in text_of("docs/performance.md")
+
+
 def test_figures_of_the_readme_are_those_of_the_documents():
     """Each row of its tables with figures, and its first line of figures, is a row of a table in docs/."""
     known = [

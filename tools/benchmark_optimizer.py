@@ -151,6 +151,7 @@ def rows_of(name: str, rounds: int, device: torch.device, compiled: bool) -> Ite
         }  # fmt: skip
 
     for base in BASES:
+        torch.compiler.reset()  # it keeps a few variants of a function only, as many as one network needs
         steps = Steps(base, model, compiled)
         pieces = steps.pieces()
         seconds = alternate(pieces, rounds, device, steps.restore_gradients)
