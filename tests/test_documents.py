@@ -3,12 +3,15 @@
 import json
 import re
 import statistics
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from quant import export
 from tests.helpers import ROOT, read_csv
+from utils.checkpoint import load_checkpoint, model_from_checkpoint
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 DOCUMENTS += [ROOT / "results/README.md"]
@@ -206,6 +209,17 @@ def test_the_table_of_onnx_networks():
     assert markdown(rows) in text_of("docs/deployment.md"), "run python -m tools.onnx_table"
     assert list(dict.fromkeys(row["network"] for row in rows)) == list(NETWORKS)
     assert all(float(row["difference"]) < (0.1 if "A" in row["kind"] else 1e-4) for row in rows)
+
+
+def test_sizes_of_sparse_files(tmp_path):
+    """docs/pruning.md has the bytes of packed files, and those that zlib makes of them, which vary with its version."""
+    table = next(table for table in tables(text_of("docs/pruning.md")) if table[0][1] == "bytes, 4 bits")
+    for link, size, compressed in table[1:]:
+        path = ROOT / "docs" / re.search(r"\((.*)\)", link)[1]
+        export(model_from_checkpoint(load_checkpoint(path), str(path)).eval(), tmp_path / "w4.safetensors", 4)
+        content = (tmp_path / "w4.safetensors").read_bytes()
+        assert len(content) == int(size.replace(",", ""))
+        assert len(zlib.compress(content, 9)) == pytest.approx(int(compressed.replace(",", "")), rel=0.05)
 
 
 def test_the_table_of_optimizers():
