@@ -129,6 +129,23 @@ def test_top1_over_bit_widths():
     assert {name for name in shipped if not name.startswith("S90")} <= found
 
 
+def test_the_worst_width_of_a_file():
+    """Every row of the table of the file for an unknown bit-width: the least top-1 from 8 bits down, as trained."""
+    (table,) = [table for table in tables(text_of("docs/results.md")) if "at worst, 8 to 3 bits" in table[0]]
+    rows = [row for row in results_below(ROOT / "results/weights") if row["post"] == "none"]
+    for name, *cells in table[1:]:
+        link = re.search(r"\]\(\.\./(models/[^)]*)\)", name)[1]
+        granularity = "channel" if "per channel" in name else "tensor"
+        found = {
+            int(row["w_bit"]): float(row["top1"])
+            for row in rows
+            if row["model"] == link and row["granularity"] == granularity
+        }
+        least = [min((found[bits], bits) for bits in range(8, last - 1, -1)) for last in (3, 2)]
+        assert cells == [f"{found[32]:.2f}", *(f"{top1:.2f} (W{bits})" for top1, bits in least)], name
+    assert len(table) >= 6
+
+
 def test_top1_over_shares_of_zeros():
     """Every row of docs/pruning.md's table, except the paper's."""
     (head, *rows), *_ = tables(text_of("docs/pruning.md"))
