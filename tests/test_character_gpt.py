@@ -67,13 +67,12 @@ def test_the_shared_table_is_scaled_as_the_last_layer(study):
 
 
 def test_arms_start_from_the_same_network(gpt, study):
-    """Bit for bit, whichever arm comes first, and whether or not the file of the start was there."""
-    for _ in range(2):
-        assert gpt("--data", "text.txt", "--arm", "update", "--out", "one").returncode == 0
+    """Bit for bit, whichever arm comes first. In "all" the arm `update` found the file of its start there."""
+    assert gpt("--data", "text.txt", "--arm", "update", "--out", "one").returncode == 0
     all_arms, one = (torch.load(gpt.folder / name / "seed1.pth") for name in ("all", "one"))
     torch.testing.assert_close(all_arms, one, rtol=0, atol=0)
     assert torch.equal(one["model"]["head.weight"], one["model"]["embed.weight"])
-    assert rows_of(gpt.folder / "one") == 2 * [rows_of(gpt.folder / "all")[ARMS.index("update")]]
+    assert rows_of(gpt.folder / "one") == [rows_of(gpt.folder / "all")[ARMS.index("update")]]
 
 
 def test_errors_are_one_line(gpt, study):
