@@ -15,8 +15,9 @@ end the folder --out keeps for each seed. Beside it is results.csv, to which eac
     update_outside  the same with the weight decay outside of the scaling
     ste             goes on with quantized weights in the forward pass and the straight-through gradient
 
-AdamW's state goes on, except that PSG on the update has beta1 = 0 in the scaled groups, where momentum would repeat
-scaled steps, and that PSG on the gradient, which changes the size of the gradients, starts with an empty state.
+AdamW's state goes on. PSG on the update has beta1 = 0 in the scaled groups, where momentum would repeat scaled steps,
+and psg_eps = 1, which adds AdamW's own step to the scaled one: the network has yet to learn. PSG on the gradient
+changes the size of the gradients, so it starts with an empty state.
 Embedding and head share a table. It is scaled as the last layer, at 8 bits if the others have fewer than 4: a row is a
 character's vector and an output channel, with one scale. Positions are only added, so they stay float.
 """
@@ -48,9 +49,9 @@ p.add_argument("--arm", nargs="+", choices=ARMS, default=["adamw", "update"])
 p.add_argument("--bits", nargs="+", type=int, choices=GRIDS, default=[4], help="targets; adamw has none, and one row")
 p.add_argument("--seed", nargs="+", type=int, default=[1])
 p.add_argument("--lambda_s", type=lambda word: word if word == "auto" else float(word), default="auto")
-p.add_argument("--psg", type=json.loads, default={}, metavar="JSON", help="settings of the groups of update's arms")
+p.add_argument("--psg", type=json.loads, default={"psg_eps": 1.0}, metavar="JSON", help="of update's scaled groups")
 p.add_argument("--psg_from", type=float, default=0.6, help="share of the steps that the arms have in common")
-p.add_argument("--drop", type=float, default=0.1, help="factor of the learning rate in the arms' last quarter")
+p.add_argument("--drop", type=float, default=1.0, help="factor of the learning rate in the arms' last quarter")
 p.add_argument("--holdout", action="store_true", help="for choices: hold out 5 %% of the training text, validate on it")
 p.add_argument("--out", type=Path, default=Path("runs/character_gpt"), metavar="DIR", help="for starts and rows")
 p.add_argument("--device", default="cpu")
@@ -186,12 +187,12 @@ for seed, bits, arm in itertools.product(args.seed, args.bits, args.arm):
     model.load_state_dict(start["model"])
     optimizer = adamw_of(model)
     optimizer.load_state_dict(start["optimizer"])
-    row = {"arm": arm, "seed": seed, "bits": bits, "lambda_s": "", "psg": json.dumps(args.psg), "drop": args.drop}
+    row = {"arm": arm, "seed": seed, "bits": bits, "lambda_s": "", "psg": json.dumps(args.psg) * ("update" in arm)}
     if arm not in ("adamw", "ste"):
         row["lambda_s"] = 150.0 if arm == "gradient" and args.lambda_s == "auto" else args.lambda_s
         optimizer = psgd_of(arm, model, optimizer, grid, row["lambda_s"])
     train(model, optimizer, range(first, args.steps), seed, layer_grids(model, grid) if arm == "ste" else {})
-    row |= {"seconds": round(time.perf_counter() - began), "share": f"{grid_share(model, grid):.4f}"}
+    row |= {"drop": args.drop, "seconds": round(time.perf_counter() - began), "share": f"{grid_share(model, grid):.4f}"}
     row |= {"tau": f"{optimizer.pace().tau:.3f}" if "update" in arm else "", "float": validate(model)}
     row |= {f"w{width}": validate(quantize_weights(model, GRIDS[width])) for width in (8, 4, 3, 2)}
     print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
