@@ -17,9 +17,9 @@ end the folder --out keeps for each seed. Beside it is results.csv, to which eac
 
 AdamW's state goes on. PSG on the update has beta1 = 0 in the scaled groups, where momentum would repeat scaled steps,
 and psg_eps = 1, which adds AdamW's own step to the scaled one: the network has yet to learn. PSG on the gradient
-changes the size of the gradients, so it starts with an empty state.
-Embedding and head share a table. It is scaled as the last layer, at 8 bits if the others have fewer than 4: a row is a
-character's vector and an output channel, with one scale. Positions are only added, so they stay float.
+changes its size, so the state starts empty. Embedding and head share a table. It is scaled as the last layer, at 8 bits
+if the others have fewer than 4: a row is a character's vector and an output channel, with one scale. Positions stay
+float.
 """
 
 import argparse
