@@ -66,9 +66,8 @@ if not args.data.is_file():
 characters, text = torch.tensor([*map(ord, args.data.read_text("utf-8"))], device=args.device).unique(
     return_inverse=True
 )
-train_text, held_text = text.tensor_split([int(0.9 * len(text))])
-if args.holdout:
-    train_text, held_text = train_text.tensor_split([int(0.95 * len(train_text))])
+cuts = (0.855, 0.9) if args.holdout else (0.9, 1)
+train_text, held_text, _ = text.tensor_split([int(cut * len(text)) for cut in cuts])
 if min(len(train_text), len(held_text)) <= args.context:
     p.exit(2, f"error: --data {args.data} has only {len(text)} characters, too few for a --context of {args.context}\n")
 
