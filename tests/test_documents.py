@@ -237,6 +237,7 @@ def test_held_out_runs_of_the_character_gpt():
         [
             f"`{row['arm']}`",
             "" if row["arm"] == "adamw" else f"W{row['bits']}",
+            row["lambda_s"],
             row["psg"],
             row["drop"],
             *shares_and_losses([row]),
