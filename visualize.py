@@ -24,6 +24,9 @@ The law of the pace beside recorded runs, from tools.pace
 PSGD with target zero and weight decay beside the lasso, from tools.lasso
   python visualize.py --figure lasso --out fig
 
+The share near the grid over lambda_s with AdamW, PSG on the gradient and on the update, from examples/character_gpt.py
+  python visualize.py --figure lambda_s --results results/studies/character_gpt/lambda_s.csv --out fig
+
 The paper's figures 2 (a toy loss in the warped space), 3 (a sparse network's weights) and 4 (curvature)
   python visualize.py --figure 2 --out fig
   python visualize.py --figure 3 --model_path models/ResNet150.pth runs/sparse/last.pth --labels SGD PSGD
@@ -39,11 +42,12 @@ from argparse import Namespace
 from utils import flags
 from utils.cli import Parser, UserError, bits, run, sparsity
 
-FIGURES = ["layers", "1a", "curves", "grid", "report", "pace", "lasso", "2", "3", "4"]
+FIGURES = ["layers", "1a", "curves", "grid", "report", "pace", "lasso", "lambda_s", "2", "3", "4"]
 RESULTS = {
     "report": "results/studies/report/layers.csv",
     "pace": "results/studies/pace/pace.csv",
     "lasso": "results/studies/lasso/lasso.csv",
+    "lambda_s": "results/studies/character_gpt/lambda_s.csv",
     "4": "results/studies/hessian",
 }  # default of --results by figure
 
@@ -54,7 +58,8 @@ def parser() -> Parser:
     p.add_argument("--figure", choices=FIGURES, default="layers",
                    help="layers: weight histograms; 1a: errors over bit-widths; curves: runs over epochs; grid: top-1 "
                    "over weight and activation bit-widths; report: layer by layer; pace: runs beside the law; "
-                   "lasso: its path beside PSGD's; 2, 3, 4: the paper's figures")
+                   "lasso: its path beside PSGD's; lambda_s: shares near the grid over lambda_s; "
+                   "2, 3, 4: the paper's figures")
     p.add_argument("--model_path", nargs="+", metavar="FILE",
                    default=["models/ResNet150.pth", "models/W4_ResNet.pth"], help="layers, 3: checkpoints")
     p.add_argument("--w_bit", type=bits, default=4, help="layers: bit-width of the quantized histograms and the grid")
@@ -63,8 +68,8 @@ def parser() -> Parser:
                    help="layers: state_dict names (default: all weights)")
     p.add_argument("--results", nargs="+", default=None, metavar="FILE",
                    help="1a, grid: results.csv of eval.py (1a takes several); report: layers.csv of eval.py "
-                   "--report; pace: pace.csv of tools.pace; lasso: lasso.csv of tools.lasso; 4: folder of tools."
-                   "hessian (default: those in results/)")
+                   "--report; pace: pace.csv of tools.pace; lasso: lasso.csv of tools.lasso; lambda_s: results.csv of "
+                   "examples/character_gpt.py; 4: folder of tools.hessian (default: those in results/)")
     p.add_argument("--sparsity", type=sparsity, default=0.9, metavar="S", help="3: share of weights to mark")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
                    help="curves: run folders, or any folders with a metrics.csv; the first is drawn beside each other")

@@ -210,6 +210,62 @@ def test_the_pretrained_network():
     assert "\n".join(lines[lines.index("| | float | W8 | W4 | W4 per channel |") :]) in text_of("docs/results.md")
 
 
+GPT = "results/studies/character_gpt"
+WIDTHS = ["float", "w8", "w4", "w3", "w2"]
+
+
+def nats(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def column(rows: list[dict[str, str]], key: str) -> list[float]:
+    return [float(row[key]) for row in rows]
+
+
+def shares_and_losses(rows: list[dict[str, str]]) -> list[str]:
+    """Share near the grid in percent, tau, and nats per character at each width: the end of a row of a table."""
+    tau = f"{statistics.mean(column(rows, 'tau')):.1f}" if rows[0]["tau"] else ""
+    return [f"{100 * statistics.mean(column(rows, 'share')):.1f}", tau, *[nats(column(rows, key)) for key in WIDTHS]]
+
+
+def test_the_character_gpt():
+    """Its tables in docs/results.md: means over seeds of each arm and target, and the goals."""
+    kinds: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in sorted(read_csv(ROOT / GPT / "results.csv"), key=lambda row: row["seed"]):
+        kinds.setdefault((row["arm"], row["bits"]), []).append(row)
+    section = next(
+        part for part in text_of("docs/results.md").split("\n## ") if "character GPT" in part.splitlines()[0]
+    )
+    arms, goals = tables(section)
+    assert {tuple(cells) for cells in arms[1:]} == {
+        (f"`{arm}`", "" if arm == "adamw" else f"W{bits}", str(len(rows)), *shares_and_losses(rows))
+        for (arm, bits), rows in kinds.items()
+    }
+    for name, limit, *cells in goals[1:]:
+        bits, own = re.search(r"W(\d)", name)[1], "own float" in name
+        high = column(kinds["update", bits], f"w{bits}" if own else "float")
+        low = column(kinds["update", bits] if own else kinds["adamw", "4"], "float")
+        above = [a - b for a, b in zip(high, low, strict=True)]
+        assert cells == [nats(above), "met" if statistics.mean(above) <= float(limit) else "missed"], name
+
+
+def test_held_out_runs_of_the_character_gpt():
+    rows = read_csv(ROOT / GPT / "heldout.csv")
+    table = next(table for table in tables(text_of("docs/experiments.md")) if table[0][0] == "arm")
+    assert table[1:] == [
+        [
+            f"`{row['arm']}`",
+            "" if row["arm"] == "adamw" else f"W{row['bits']}",
+            row["lambda_s"],
+            row["psg"],
+            row["drop"],
+            *shares_and_losses([row]),
+        ]
+        for row in rows
+    ]
+
+
 def test_noise_of_quantized_activations():
     """docs/deployment.md has the table that tools.activation_table makes of its file."""
     from tools.activation_table import NETWORKS, markdown

@@ -18,7 +18,7 @@ NEEDS = {
     "huggingface_trainer.py": "transformers", "lightning_module.py": "lightning",
     "pretrained.py": "efficientnet_lite_pytorch", "timm_network.py": "timm",
 }  # fmt: skip
-OTHERS = {"torchvision_model.py", "pretrained.py"}
+OTHERS = {"character_gpt.py", "torchvision_model.py", "pretrained.py"}  # character_gpt.py: test_character_gpt.py
 
 
 def output(name, installed, folder, *arguments):

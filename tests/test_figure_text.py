@@ -18,6 +18,7 @@ from utils.drawing.result_figures import (
     layer_bars,
     layer_histograms,
     pace_of_runs,
+    shares_over_lambda_s,
     training_curves,
 )
 from utils.drawing.text import LAST_RESORT, add_legend, as_written, save_png
@@ -42,6 +43,7 @@ FIGURES = {
     "grid": lambda label: accuracy_grids({label: {(32, 32): 90.0, (4, 8): 50.0}}),
     "report": lambda label: layer_bars({label: [{"layer": label, "sqnr": "9", "top1_lost": "1"}]}),
     "pace": lambda label: pace_of_runs({label: ([0.1, 1.0], [0.3, 0.5])}),
+    "lambda_s": lambda label: shares_over_lambda_s({label: [(10.0, 0.2), (100.0, 0.5)]}),
     "3": lambda label: sparse_histograms({label: torch.tensor([1.0, 0.3])}, 0.5),
     "4": lambda label: curvature({label: [[1.0, 2.0], [1.0, 2.0]]}, {label: [[1.0, 2.0], [1.0, 2.0]]}),
 }

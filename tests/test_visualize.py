@@ -10,7 +10,7 @@ import torch
 from models import build_model
 from quant import Grid, fake_quantize_weight
 from utils.checkpoint import save_checkpoint
-from utils.drawing.figures import bits_figures, layer_figures
+from utils.drawing.figures import bits_figures, lambda_s_figures, layer_figures
 from utils.drawing.paper_figures import sparse_histograms, toy_trajectories
 from utils.drawing.result_figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
 
@@ -176,6 +176,18 @@ def test_bars_of_a_report(cli, tmp_path):
     assert [bar.get_height() for bar in top.containers[0]] == [1.5, -1]
     assert [bar.get_height() for bar in bottom.containers[0]] == [20, 9]
     assert [tick.get_text() for tick in bottom.get_xticklabels()] == ["conv1", "fc"]
+
+
+def test_shares_over_lambda_s(cli, tmp_path):
+    (tmp_path / "r.csv").write_text("arm,lambda_s,share\nupdate,300,0.9\ngradient,30,0.2\nupdate,30,0.3\n")
+    flags = ["--figure", "lambda_s", "--results", "r.csv", "--out", "fig"]
+    assert cli("visualize.py", *flags).code == 0 and (tmp_path / "fig/lambda_s.png").stat().st_size > 10_000
+    ((_, draw),) = lambda_s_figures(Namespace(results=[str(tmp_path / "r.csv")]))
+    (axis,) = draw().axes
+    lines = [list(zip(*line.get_data())) for line in axis.lines]
+    assert lines[:2] == [[(30, pytest.approx(30)), (300, pytest.approx(90))], [(30, pytest.approx(20))]]
+    told = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert told == ["PSG on the update", "PSG on the gradient", "chance"] and axis.get_xscale() == "log"
 
 
 def test_bad_input_of_figures(rejected, tmp_path):

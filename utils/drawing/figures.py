@@ -24,6 +24,7 @@ from utils.drawing.result_figures import (
     layer_bars,
     layer_histograms,
     pace_of_runs,
+    shares_over_lambda_s,
     target_column,
     training_curves,
 )
@@ -208,6 +209,14 @@ def lasso_figures(args: Namespace) -> list[Picture]:
     return [("lasso", partial(lasso_paths, [{key: float(row[key]) for key in numbers} for row in rows]))]
 
 
+def lambda_s_figures(args: Namespace) -> list[Picture]:
+    numbers = ("lambda_s", "share")
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in read_rows(one(args.results), ("arm", *numbers), "results.csv of examples/character_gpt.py", numbers):
+        series.setdefault(row["arm"], []).append((float(row["lambda_s"]), float(row["share"])))
+    return [("lambda_s", partial(shares_over_lambda_s, {arm: sorted(points) for arm, points in series.items()}))]
+
+
 BUILDERS: dict[str, Callable[[Namespace], list[Picture]]] = {
     "layers": layer_figures,
     "1a": bits_figures,
@@ -216,6 +225,7 @@ BUILDERS: dict[str, Callable[[Namespace], list[Picture]]] = {
     "report": report_figures,
     "pace": pace_figures,
     "lasso": lasso_figures,
+    "lambda_s": lambda_s_figures,
     "2": warp_figures,
     "3": sparse_figures,
     "4": curvature_figures,

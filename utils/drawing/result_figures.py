@@ -283,3 +283,19 @@ def pace_of_runs(runs: dict[str, tuple[list[float], list[float]]]) -> Figure:
     axis.set_ylabel("weights within a tenth of\na step of the grid, percent")
     add_legend(figure, axis.lines, ["the law", *runs], loc="outside right upper", fontsize="small")
     return figure
+
+
+@as_written
+def shares_over_lambda_s(series: dict[str, list[tuple[float, float]]]) -> Figure:
+    """Share of weights near the grid over lambda_s, a line for each arm of `series`, and the share that is chance."""
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    for color, marker, points in zip(COLORS.values(), "so", series.values()):
+        axis.plot(*zip(*((lambda_s, 100 * share) for lambda_s, share in points)), f"{marker}-", color=color)
+    axis.axhline(100 * expected_share(0), color="0.5", linestyle=":")
+    axis.set_xscale("log")
+    axis.set_ylim(0, 102)
+    axis.grid(alpha=0.3)
+    axis.set_xlabel("lambda_s")
+    axis.set_ylabel("weights within a tenth of\na step of the grid, percent")
+    add_legend(axis, axis.lines, [*(f"PSG on the {arm}" for arm in series), "chance"], fontsize="small")
+    return figure
