@@ -129,6 +129,13 @@ def test_top1_over_bit_widths():
     assert {name for name in shipped if not name.startswith("S90")} <= found
 
 
+def test_pruning_by_layer():
+    rows = read_csv(ROOT / "results/sparse/s90_layer/results.csv")
+    found = {row["post"]: row["top1"] for row in rows if row["sparsity"] == "0.9" and row["prune"] == "layer"}
+    line = re.search(r"global one and (.*) by layer, or .* and (.*) with batch norm", text_of("docs/pruning.md"))
+    assert line.groups() == (found["none"], found["bn_reestimate"])
+
+
 def test_the_worst_width_of_a_file():
     """Every row of the table of the file for an unknown bit-width: the least top-1 at six widths, as trained."""
     (table,) = [table for table in tables(text_of("docs/results.md")) if "at worst, 8 to 3 bits" in table[0]]
