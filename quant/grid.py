@@ -211,7 +211,8 @@ def weight_scales(
 
 def _peak(magnitude: Tensor, own: Sequence[int]) -> Tensor:
     """The maximum over all dims except `own`, which are kept."""
-    return magnitude.amax(tuple(dim for dim in range(magnitude.dim()) if dim not in own) or 0, keepdim=True)
+    dims = tuple(dim for dim in range(magnitude.dim()) if dim not in own)
+    return magnitude.amax(dims, keepdim=True) if dims else magnitude  # torch would take none of the dims for all
 
 
 def dims_with_scales(weight: Tensor, per_channel: bool, scale_dims: Sequence[int] | None) -> tuple[int, ...]:

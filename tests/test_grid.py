@@ -34,6 +34,14 @@ def test_scales_of_several_weights_are_those_of_each(bits, per_channel):
         assert torch.equal(weight / scale, weight / weight_scale(weight, Grid(bits, per_channel=per_channel)))
 
 
+def test_a_scale_for_each_element():
+    weight = torch.tensor([[1.0, -2.0, 0.0], [4.0, 0.5, -0.25]])
+    expected = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.5, 0.25]]) / 3  # zero has scale 1
+    assert torch.equal(weight_scale(weight, Grid(3, scale_dims=(0, 1))), expected)
+    for scale in weight_scales([weight, weight], 3, scale_dims=(0, 1)):
+        assert torch.equal(scale, expected)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_per_channel_agrees_with_torch_up_to_ties(bits):
     weight = torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
