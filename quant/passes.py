@@ -167,7 +167,8 @@ def _scale_whole(
     """`scale_moves` of one weight, as two loops when it is compiled. A quant_max of 0 stands for target zero."""
     if quant_max:
         dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
-        scale = nonzero_scale(weight.abs().amax(dims, keepdim=True) / quant_max)
+        peak = weight.abs().amax(dims, keepdim=True) if dims else weight.abs()
+        scale = nonzero_scale(peak / quant_max)
         apart = ((weight / scale).round() * scale - weight).abs()
     else:
         apart = weight.abs()
