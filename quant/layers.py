@@ -144,7 +144,7 @@ def layer_grids(model: nn.Module, grid: Grid | int) -> dict[str, Grid]:
     MultiheadAttention. All other parameters stay in float: those of normalization layers, the biases of convolutions,
     and embeddings unless they share the weight of a linear layer. `Grid.include` adds to these and `Grid.exclude` takes
     away. The first and last of the layers of the rule, excluded or not, follow `Grid.first_last`; what is included does
-    not. A parameter that several layers share appears once, under its first name.
+    not. A parameter that several layers share appears once, under its name in the first layer that is scaled.
 
     With a grid for each output channel the channels are dim 0, but dim 1 of a transposed convolution (channels at the
     same place in their groups share a scale) and of a Conv1D. A stack of experts [E, out, in] has a scale for each
