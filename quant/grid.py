@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .selectors import Selector, selectors
-from .sharded import is_sharded, largest_magnitude
+from .sharded import is_sharded, largest_magnitude, other_dims
 
 BITS = range(2, 9)
 FLOAT_BITS = 32  # means "not quantized" wherever a bit-width is given
@@ -147,7 +147,7 @@ def weight_scale(weight: Tensor, grid: Grid | int) -> Tensor:
     grid = as_grid(grid)
     quant_max = grid.quant_max
     own = dims_with_scales(weight, grid.per_channel, grid.scale_dims)
-    dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
+    dims = other_dims(weight, own)
     if weight.numel() == 0:
         return nonzero_scale(in_float32(weight.new_zeros(())))
     scale = nonzero_scale(in_float32(largest_magnitude(weight, own)) / quant_max)
@@ -201,7 +201,7 @@ def weight_scales(
     # Not _foreach_norm(weights, inf): on a CPU it takes as long as the rest of PSG together.
     magnitudes = torch._foreach_abs(weights)
     if per_channel or scale_dims:
-        peaks = [_peak(magnitude, dims_with_scales(magnitude, per_channel, scale_dims)) for magnitude in magnitudes]
+        peaks = [peak_over(magnitude, dims_with_scales(magnitude, per_channel, scale_dims)) for magnitude in magnitudes]
     else:
         peaks = list(torch._foreach_max(magnitudes))
     scales = nonzero_scale(torch.cat([peak.flatten() for peak in peaks]) / quant_max_of(bits))
@@ -209,9 +209,9 @@ def weight_scales(
     return [scale.view_as(peak) for scale, peak in zip(scales.split_with_sizes(sizes), peaks)]
 
 
-def _peak(magnitude: Tensor, own: Sequence[int]) -> Tensor:
+def peak_over(magnitude: Tensor, own: Sequence[int]) -> Tensor:
     """The maximum over all dims except `own`, which are kept."""
-    dims = tuple(dim for dim in range(magnitude.dim()) if dim not in own)
+    dims = other_dims(magnitude, own)
     return magnitude.amax(dims, keepdim=True) if dims else magnitude  # torch would take none of the dims for all
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grid import dims_with_scales, nonzero_scale, quant_max_of, weight_scales
+from .grid import dims_with_scales, nonzero_scale, peak_over, quant_max_of, weight_scales
 from .sharded import is_sharded
 
 # Elements of a piece: on a CPU a few float32 pieces fit into its last-level cache, elsewhere calls have to be large.
@@ -166,9 +166,7 @@ def _scale_whole(
 ) -> None:
     """`scale_moves` of one weight, as two loops when it is compiled. A quant_max of 0 stands for target zero."""
     if quant_max:
-        dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
-        peak = weight.abs().amax(dims, keepdim=True) if dims else weight.abs()
-        scale = nonzero_scale(peak / quant_max)
+        scale = nonzero_scale(peak_over(weight.abs(), own) / quant_max)
         apart = ((weight / scale).round() * scale - weight).abs()
     else:
         apart = weight.abs()

@@ -26,12 +26,17 @@ def is_all_zeros(weight: Tensor) -> bool:
     return weight.numel() > 0 and not weight.is_meta and number(largest_magnitude(weight.detach())) == 0
 
 
+def other_dims(tensor: Tensor, own: Sequence[int]) -> tuple[int, ...]:
+    """All dims of `tensor` but `own`."""
+    return tuple(dim for dim in range(tensor.dim()) if dim not in own)
+
+
 def largest_magnitude(weight: Tensor, own: Sequence[int] = ()) -> Tensor:
     """max|w|, 0-d; or for each index of the dims `own`, with a size of 1 in all others.
 
     `weight` is not empty as a whole, but this process's part of it may be.
     """
-    dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
+    dims = other_dims(weight, own)
     if not is_sharded(weight) or any(getattr(placement, "dim", None) in own for placement in weight.placements):
         return _peak(weight, dims, bool(own))
     from torch.distributed.tensor import DTensor, Partial, Replicate

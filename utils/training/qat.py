@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from quant import Grid, layer_grids
 from quant.grid import dims_with_scales, fake_quantize_weight, nonzero_scale, snap
 from quant.layers import copy_network
+from quant.sharded import other_dims
 from utils.training.goals import GridGoal
 
 Change = Callable[[Tensor], Tensor]  # from a weight to what the network computes with, in its shape
@@ -109,8 +110,7 @@ def lsq(weight: Tensor, step: Tensor, quant_max: int) -> Tensor:
 def first_step(weight: Tensor, grid: Grid) -> nn.Parameter:
     """The step that LSQ starts from, 2 mean|w| / sqrt(Q), in the shape of `weight_scale` (Esser et al. 2020)."""
     own = dims_with_scales(weight, grid.per_channel, grid.scale_dims)
-    dims = tuple(dim for dim in range(weight.dim()) if dim not in own)
-    mean = weight.detach().abs().mean(dims, keepdim=bool(own))
+    mean = weight.detach().abs().mean(other_dims(weight, own), keepdim=bool(own))
     return nn.Parameter(nonzero_scale(2 * mean / math.sqrt(grid.quant_max)))
 
 
