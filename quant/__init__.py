@@ -16,7 +16,7 @@ from .pruning import prune_weights, sparse_param_groups
 from .psgd import PSGD
 from .ranges import bn_ranges, calibrate, quantize_sums
 from .report import describe, layer_rows, layer_sqnr
-from .weights import grid_share, packed_bytes, quantize_weights, weight_mse
+from .weights import clip_weights, grid_share, packed_bytes, quantize_weights, weight_mse
 
 __version__ = "2.0.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "adaround",
     "bn_ranges",
     "calibrate",
+    "clip_weights",
     "correct_bias",
     "describe",
     "expected_share",

@@ -1,6 +1,7 @@
 """Copies of a float network with quantized weights, and measures of the quantization error and the packed size."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,24 @@ def _parts(weight: Tensor, grid: Grid, *others: Tensor) -> Iterator[tuple[Tensor
     for part, scale, *rest in pieces(weight, weight_scale(weight, grid), *others):
         nearest = fake_quantize(in_float32(part), scale, -grid.quant_max, grid.quant_max).to(weight.dtype)
         yield part, nearest, scale, *rest
+
+
+@torch.no_grad()
+def clip_weights(model: nn.Module, grid: Grid | int) -> nn.Module:
+    """Clips the weights (see `layer_grids`) to the range whose grid has the smallest squared error, in place (ours).
+
+    That range is the one of `weight_range` "mse"; afterwards it is that of "absmax" too. Call it before a stage of PSGD
+    at 2 or 3 bits, where max|w| makes the cells of the grid too wide for most weights. Returns `model`. Raises
+    ValueError for full precision, for a weight that is not finite, and what `layer_grids` raises.
+    """
+    grids = layer_grids(model, replace(as_grid(grid), weight_range="mse"))
+    for name in grids:
+        check_finite(name, model.get_parameter(name))
+    for name, own in grids.items():
+        weight = weight_value(model, name)
+        reach = weight_scale(weight, own) * own.quant_max
+        model.get_parameter(name).copy_(weight.clamp(-reach, reach))
+    return model
 
 
 @torch.no_grad()
