@@ -33,7 +33,8 @@ from utils.runs import RunFolder, default_exp_name
 
 PRETRAINED = "models/ResNet82.pth"
 DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
-GRID_ONLY = {"lambda_s": "auto", "granularity": "channel"}  # settings that have no meaning with --target zero
+# Settings that have no meaning with --target zero.
+GRID_ONLY = {"lambda_s": "auto", "granularity": "channel", "clip_weights": 1}
 # Settings that a resumed run may change: where, how long and in which precision it runs, but not what it computes.
 FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "workers", "epoch", "save_epochs"}
 FREE_ON_RESUME |= {"precision", "cuda_graph", "compile"}
@@ -73,6 +74,9 @@ def add_goal(p: Parser) -> None:
     p.add_argument("--eps", type=cli.non_negative, default=0.0, help="added to the gradient multiplier (published: 0)")
     flags.add_first_last_quant(p)
     flags.add_granularity(p, "tensor")
+    p.add_argument("--clip_weights", type=int, choices=[0, 1], default=0,
+                   help="1: begin by clipping the weights to the range whose grid has the smallest squared error; "
+                   "2 bits gain most from it")
     p.add_argument("--a_bit", type=cli.bits, default=4, help="target bit-width of activations; no effect in training")
     # fmt: on
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .selectors import Selector, selectors
-from .sharded import is_sharded, largest_magnitude, other_dims
+from .sharded import is_sharded, largest_magnitude, largest_magnitudes, other_dims
 
 BITS = range(2, 9)
 FLOAT_BITS = 32  # means "not quantized" wherever a bit-width is given
@@ -192,10 +192,13 @@ def weight_scales(
 ) -> list[Tensor]:
     """`weight_scale` of each of `weights`, in their dtype, computed with a few operations for all of them together.
 
-    All `weights` share one device and dtype. Sharded weights are processed one by one. With `per_channel` or
+    All `weights` share one device and dtype, and are sharded over one mesh or not at all. With `per_channel` or
     `scale_dims` the scale of a 1-D tensor may have shape [1] instead of []. Raises ValueError for bits outside 2..8.
     """
-    if len(weights) == 1 or any(map(is_sharded, weights)):
+    sharded = list(filter(is_sharded, weights))
+    if sharded and not (per_channel or scale_dims):
+        return [nonzero_scale(peak / quant_max_of(bits)) for peak in largest_magnitudes(sharded)]
+    if sharded or len(weights) == 1:
         grid = Grid(bits, per_channel=per_channel, scale_dims=scale_dims)
         return [weight_scale(weight, grid).to(weight.dtype) for weight in weights]
     # Not _foreach_norm(weights, inf): on a CPU it takes as long as the rest of PSG together.

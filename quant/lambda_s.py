@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .passes import mean_squares_between
 from .settings import AUTO
-from .sharded import is_sharded
+from .sharded import is_sharded, mean_squares
 
 PLAN_END = 0.75  # share of the stage in which tau grows; lambda_s is constant in the rest
 MEMORY = 100  # steps over which the mean square of the gradients is averaged
@@ -79,30 +80,18 @@ class Pace:
     planned_tau: float
 
 
-def take_step(weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], state: State) -> list[Tensor]:
+def take_step(weights: list[Tensor], given: list[Tensor], group: dict[str, Any], state: State) -> list[Tensor]:
     """Counts a step of the walk of `weights` and returns its lambda_s for each of them, float32 and 0-d.
 
-    `moves` are the gradients of the weights or, with acts_on="update", the base optimizer's steps.
+    `given` are the gradients of the weights or, with acts_on="update", what they were before the base optimizer's step.
     """
-    records = Records(weights, state)
-    squares = mean_squares(moves)
     if group["acts_on"] == "update":
         rate = group["lr"]
         rate = rate.clamp(min=STILL) if isinstance(rate, Tensor) else max(rate, STILL)
-        squares = squares / (rate * rate)
-    return walk(records, squares, group)
-
-
-def mean_squares(tensors: list[Tensor]) -> Tensor:
-    """Mean square of each of `tensors`: float32, shape [len(tensors)]. That of a sharded tensor is over all
-    processes."""
-    if any(map(is_sharded, tensors)):
-        norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
-        norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
+        squares = mean_squares_between(given, weights) / (rate * rate)
     else:
-        norms = list(torch._foreach_norm(tensors))
-    roots = torch._foreach_div(norms, [math.sqrt(tensor.numel()) for tensor in tensors])
-    return torch.stack(list(roots)).float().square()
+        squares = mean_squares(given)
+    return walk(Records(weights, state), squares, group)
 
 
 class Records:

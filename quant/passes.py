@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .grid import dims_with_scales, nonzero_scale, peak_over, quant_max_of, weight_scales
-from .sharded import is_sharded
+from .sharded import is_sharded, mean_squares
 
 # Elements of a piece: on a CPU a few float32 pieces fit into its last-level cache, elsewhere calls have to be large.
 CPU_PIECE = 1 << 18
@@ -26,10 +26,13 @@ def scale_moves(
     weights: list[Tensor],
     group: dict[str, Any],
     lambda_s: float | list[Tensor],
-    onto: bool = False,
+    between: bool = False,
     compiled: bool = False,
 ) -> None:
-    """Multiplies `moves` by the PSG multipliers of `weights`, in place. With `onto` it then adds `weights` to them.
+    """Multiplies `moves` by the PSG multipliers of `weights`, in place.
+
+    With `between`, `moves` are where the base optimizer's step has brought `weights`, and the way there is what is
+    multiplied: moves <- weights + multiplier * (moves - weights).
 
     `moves` have the shapes of `weights`, and all share one device and dtype, which the fast path of the foreach calls
     requires. `lambda_s` is one number, or a 0-d tensor for each weight. `compiled` has the same results sooner for
@@ -40,13 +43,13 @@ def scale_moves(
         columns: list[list[Any]] = [[column[index] for index in batch] for column in (weights, moves, numbers)]
         if compiled and _worth_compiling(columns[0]):
             weight, move, number = (column[0] for column in columns)
-            _scale_compiled(weight, move, number, group, onto)
+            _scale_compiled(weight, move, number, group, between)
             continue
         if group["target"] == "grid":
             scales = weight_scales(columns[0], group["bits"], group["per_channel"], group.get("scale_dims"))
             columns.append(scales)
         for piece in _pieces(columns):
-            _scale_piece(*piece, eps=group["psg_eps"], onto=onto)
+            _scale_piece(*piece, eps=group["psg_eps"], between=between)
 
 
 def _scale_piece(
@@ -56,7 +59,7 @@ def _scale_piece(
     scales: list[Tensor] | None = None,
     *,
     eps: float,
-    onto: bool,
+    between: bool,
 ) -> None:
     """See `scale_moves`. `scales` are those of the grids; without them the target is zero."""
     if scales is None:
@@ -72,8 +75,10 @@ def _scale_piece(
     torch._foreach_mul_(factors, lambda_s)
     if eps:
         torch._foreach_add_(factors, eps)
+    if between:
+        torch._foreach_sub_(moves, weights)
     torch._foreach_mul_(moves, factors)
-    if onto:
+    if between:
         torch._foreach_add_(moves, weights)
 
 
@@ -108,6 +113,23 @@ def _pieces(columns: list[list[Any]]) -> Iterator[list[list[Any]]]:
         return
     for row in _cut([column[0] for column in columns], size):
         yield [[entry] for entry in row]
+
+
+def mean_squares_between(starts: list[Tensor], ends: list[Tensor]) -> Tensor:
+    """Mean square of each of ends - starts: float32, shape [len(starts)]. Of sharded tensors it is over all processes.
+
+    Of a large tensor no difference is made as a whole.
+    """
+    found = []
+    for batch in _batches(starts):
+        columns = [[column[index] for index in batch] for column in (starts, ends)]
+        whole = columns[0][0].numel()
+        parts = [
+            mean_squares(list(torch._foreach_sub(end, start))) * (start[0].numel() / whole)
+            for start, end in _pieces(columns)
+        ]
+        found.append(torch.stack(parts).sum(0))
+    return torch.cat(found)
 
 
 def pieces(weight: Tensor, *others: Tensor) -> Iterator[Sequence[Tensor]]:
@@ -147,13 +169,13 @@ def _worth_compiling(weights: list[Tensor]) -> bool:
     return alone and weight.dtype == torch.float32 and weight.numel() >= WORTH_COMPILING
 
 
-def _scale_compiled(weight: Tensor, move: Tensor, lambda_s: Any, group: dict[str, Any], onto: bool) -> None:
+def _scale_compiled(weight: Tensor, move: Tensor, lambda_s: Any, group: dict[str, Any], between: bool) -> None:
     on_grid = group["target"] == "grid"
     own = dims_with_scales(weight, group["per_channel"], group.get("scale_dims"))
     number = lambda_s if isinstance(lambda_s, Tensor) else torch.full((), lambda_s, device=weight.device)
     # Detached, as each shape of a parameter would be compiled anew.
     weight, move = weight.detach(), move.detach()
-    _compiled()(weight, move, number, quant_max_of(group["bits"]) if on_grid else 0, own, group["psg_eps"], onto)
+    _compiled()(weight, move, number, quant_max_of(group["bits"]) if on_grid else 0, own, group["psg_eps"], between)
 
 
 @functools.cache
@@ -162,7 +184,7 @@ def _compiled() -> Callable[..., None]:
 
 
 def _scale_whole(
-    weight: Tensor, move: Tensor, lambda_s: Tensor, quant_max: int, own: tuple[int, ...], eps: float, onto: bool
+    weight: Tensor, move: Tensor, lambda_s: Tensor, quant_max: int, own: tuple[int, ...], eps: float, between: bool
 ) -> None:
     """`scale_moves` of one weight, as two loops when it is compiled. A quant_max of 0 stands for target zero."""
     if quant_max:
@@ -171,4 +193,4 @@ def _scale_whole(
     else:
         apart = weight.abs()
     factor = apart * lambda_s + eps if eps else apart * lambda_s
-    move.copy_(move * factor + weight if onto else move * factor)
+    move.copy_((move - weight) * factor + weight if between else move * factor)

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from .lambda_s import Pace, measured_pace, restore_records, steps_taken, take_step, watch_loss
 from .passes import scale_moves
 from .settings import AUTO, PSG_KEYS, STAGE_KEYS, SWITCHES, complete, is_scaled, momentum
+from .sharded import is_sharded
 
 STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
@@ -130,14 +131,15 @@ class PSGD(Optimizer):
         self._taken = steps_taken(self.param_groups, self.state)
 
     def _alike(self, acts_on: str) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
-        """Lists of scaled weights with this `acts_on`, each list from one group and of one device and dtype."""
+        """Lists of scaled weights with this `acts_on`, each list from one group and of one device, dtype and mesh."""
         for group in self.param_groups:
             if not is_scaled(group) or group["acts_on"] != acts_on:
                 continue
             alike: dict[Any, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.numel():
-                    alike[parameter.device, parameter.dtype].append(parameter)
+                    mesh = parameter.device_mesh if is_sharded(parameter) else None
+                    alike[parameter.device, parameter.dtype, mesh].append(parameter)
             yield from ((weights, group) for weights in alike.values())
 
     @torch.no_grad()
@@ -169,14 +171,12 @@ class PSGD(Optimizer):
         if not moved:
             return
         weights, before = [weights[i] for i in moved], [before[i] for i in moved]
-        torch._foreach_sub_(weights, before)
-        lambda_s = self._lambda_s(weights, [weight.detach() for weight in weights], group)
-        scale_moves(weights, before, group, lambda_s, onto=True, compiled=self.compiled)
+        lambda_s = self._lambda_s(weights, before, group)
+        scale_moves(weights, before, group, lambda_s, between=True, compiled=self.compiled)
 
-    def _lambda_s(self, weights: list[Tensor], moves: list[Tensor], group: dict[str, Any]) -> float | list[Tensor]:
-        """lambda_s of this step: one for all weights, or one for each. `moves` are their gradients, or the base
-        optimizer's steps."""
-        own = take_step(weights, moves, group, self.state) if "steps" in group else []
+    def _lambda_s(self, weights: list[Tensor], given: list[Tensor], group: dict[str, Any]) -> float | list[Tensor]:
+        """lambda_s of this step: one for all weights, or one for each. `given` is what `take_step` takes."""
+        own = take_step(weights, given, group, self.state) if "steps" in group else []
         number: float = group["lambda_s"]
         return own if group["lambda_s"] == AUTO else number
 

@@ -1,6 +1,7 @@
 """Tensors that may be sharded over processes (DTensor), as FSDP2's are."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -45,6 +46,50 @@ def largest_magnitude(weight: Tensor, own: Sequence[int] = ()) -> Tensor:
     sizes = [size if dim in own else 1 for dim, size in enumerate(weight.shape)] if own else []
     peak = _peak(part, dims, bool(own)) if part.numel() else part.new_zeros(sizes)
     return DTensor.from_local(peak, mesh, [Partial("max")] * mesh.ndim).redistribute(mesh, [Replicate()] * mesh.ndim)
+
+
+def largest_magnitudes(weights: "list[DTensor]") -> "list[DTensor]":
+    """max|w| of each of `weights` of one mesh, 0-d, with one reduction for all."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weights[0].device_mesh
+
+    def peak(part: Tensor) -> Tensor:
+        return _peak(part, other_dims(part, ()), False) if part.numel() else part.new_zeros(())
+
+    peaks = _reduced(weights, peak, "max")
+    return [DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False) for value in peaks]
+
+
+def mean_squares(tensors: list[Tensor]) -> Tensor:
+    """Mean square of each of `tensors`: float32, shape [len(tensors)]. That of sharded tensors, all of one mesh, is
+    over all processes, with one reduction for all."""
+    counts = [tensor.numel() for tensor in tensors]
+    sharded = list(filter(is_sharded, tensors))
+    if sharded:
+        sums = _reduced(sharded, lambda part: torch.linalg.vector_norm(part).float().square(), "sum")
+        return torch.stack([total / count for total, count in zip(sums, counts, strict=True)])
+    roots = torch._foreach_div(list(torch._foreach_norm(tensors)), [math.sqrt(count) for count in counts])
+    return torch.stack(list(roots)).float().square()
+
+
+def _reduced(tensors: "list[DTensor]", value: Callable[[Tensor], Tensor], reduction: str) -> list[Tensor]:
+    """The 0-d `value` of this process's part of each of `tensors` of one mesh, reduced over the parts: "max" or "sum".
+
+    One reduction serves all that are cut along the same dims of the mesh.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    found: dict[int, Tensor] = {}
+    alike: dict[tuple[bool, ...], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        alike.setdefault(tuple(placement.is_replicate() for placement in tensor.placements), []).append(index)
+    for whole, indices in alike.items():
+        parts = torch.stack([value(tensors[index].to_local()) for index in indices])
+        placements = [Replicate() if kept else Partial(reduction) for kept in whole]
+        values = DTensor.from_local(parts, tensors[0].device_mesh, placements).full_tensor()
+        found |= dict(zip(indices, values.unbind()))
+    return [found[index] for index in range(len(tensors))]
 
 
 def _peak(weight: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:

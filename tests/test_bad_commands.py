@@ -13,6 +13,7 @@ BAD = [
     ("train.py", ["--w_bit", "4.5"], "'4.5' is not a whole number"),
     ("train.py", ["--target", "one"], "--target: invalid choice: 'one'"),
     ("train.py", ["--target", "zero", "--w_bit", "4"], "--w_bit 4 does not go with --target zero"),
+    ("train.py", ["--target", "zero", "--clip_weights", "1"], "--clip_weights 1 does not go with --target zero"),
     ("train.py", ["--target", "zero", "--lambda_s", "auto"], "--lambda_s auto does not go with --target zero"),
     (
         "train.py",

@@ -369,17 +369,19 @@ def compare_scales():
 
 
 def count_collectives():
-    """Of a step on weights that are sharded by row: none with a scale for each row, else the maximum of each weight."""
+    """Of a step on weights that are sharded by row: one for all ranges unless rows have their own, one for the pace."""
     from torch.distributed.tensor.debug import CommDebugMode
 
-    for acts_on, per_channel in product(("gradient", "update"), (False, True)):
+    for acts_on, per_channel, lambda_s in product(("gradient", "update"), (False, True), (50, "auto")):
         model = sharded(nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False)))
-        optimizer = PSGD(sgd(model, per_channel=per_channel), 50, acts_on=acts_on)
+        steps = 9 if lambda_s == "auto" else None
+        optimizer = PSGD(sgd(model, per_channel=per_channel), lambda_s, acts_on=acts_on, steps=steps)
         model(torch.randn(4, 6)).square().mean().backward()
         optimizer.step()
         with CommDebugMode() as counted:
             optimizer.step()
-        assert counted.get_total_counts() == (0 if per_channel else 2), (acts_on, per_channel)
+        expected = (not per_channel) + (lambda_s == "auto")
+        assert counted.get_total_counts() == expected, (acts_on, per_channel, lambda_s)
 
 
 def sharded(model):

@@ -34,11 +34,11 @@ def tensors(seed):
     return made
 
 
-def scaled(group, onto=False, dtype=torch.float32, compiled=False):
+def scaled(group, between=False, dtype=torch.float32, compiled=False):
     """What `scale_moves` makes of one set of moves."""
     weights, moves = ([tensor.to(dtype) for tensor in tensors(seed)] for seed in (0, 1))
     lambda_s = [torch.tensor(2.0 + index) for index in range(len(SHAPES))]
-    scale_moves(moves, weights, group, lambda_s, onto, compiled)
+    scale_moves(moves, weights, group, lambda_s, between, compiled)
     assert equal(weights, [tensor.to(dtype) for tensor in tensors(0)])
     return moves
 
@@ -47,8 +47,12 @@ def equal(a, b):
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-@pytest.mark.parametrize("onto", [False, True])
-def test_the_rule(group, onto):
+def near(a, b):
+    return len(a) == len(b) and all(map(torch.allclose, a, b))
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_the_rule(group, between):
     expected = []
     for index, (weight, move) in enumerate(zip(tensors(0), tensors(1))):
         apart = weight.abs()
@@ -58,26 +62,27 @@ def test_the_rule(group, onto):
             peak = weight.abs().amax(dims, keepdim=True)
             scale = torch.where(peak == 0, torch.tensor(1.0), peak / (2 ** (group["bits"] - 1) - 1))
             apart = (weight - torch.round(weight / scale) * scale).abs()
-        expected.append(move * ((2.0 + index) * apart + group["psg_eps"]) + (weight if onto else 0))
-    assert equal(scaled(group, onto), expected)
+        factor, way = (2.0 + index) * apart + group["psg_eps"], move - weight if between else move
+        expected.append(way * factor + (weight if between else 0))
+    assert equal(scaled(group, between), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("piece", [1, 7, 64, 1000])
 def test_pieces_of_any_size_give_the_same(group, piece, dtype, monkeypatch):
     monkeypatch.setattr(passes, "CPU_PIECE", 1 << 40)
-    whole = [scaled(group, onto, dtype) for onto in (False, True)]
+    whole = [scaled(group, between, dtype) for between in (False, True)]
     monkeypatch.setattr(passes, "CPU_PIECE", piece)
-    for onto in (False, True):
-        assert equal(scaled(group, onto, dtype), whole[onto])
+    for between in (False, True):
+        assert equal(scaled(group, between, dtype), whole[between])
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, g++")
 def test_compiled_is_the_same(group, monkeypatch, no_compiled_code_of_before):
     monkeypatch.setattr(passes, "CPU_PIECE", 64)
     monkeypatch.setattr(passes, "WORTH_COMPILING", 1000)
-    onto = "psg_eps" in group and group["psg_eps"] > 0
-    assert equal(scaled(group, onto, compiled=True), scaled(group, onto))
+    between = "psg_eps" in group and group["psg_eps"] > 0
+    assert equal(scaled(group, between, compiled=True), scaled(group, between))
 
 
 @pytest.mark.parametrize("acts_on", ["gradient", "update"])
@@ -99,7 +104,17 @@ def test_a_network_is_trained_alike_in_pieces(acts_on, monkeypatch):
                 parameter.grad = torch.randn_like(parameter)
             optimizer.step()
         ends.append(list(net.parameters()))
-    assert equal(*ends) and not equal(ends[0], list(start.parameters()))
+    # Of an update the mean square, which auto needs, is added up over the pieces.
+    alike = equal if acts_on == "gradient" else near
+    assert alike(*ends) and not near(ends[0], list(start.parameters()))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 1 << 40])
+def test_mean_squares_between(piece, monkeypatch):
+    monkeypatch.setattr(passes, "CPU_PIECE", piece)
+    starts, ends = tensors(0), tensors(1)
+    expected = torch.stack([(end.double() - start.double()).square().mean() for start, end in zip(starts, ends)])
+    torch.testing.assert_close(passes.mean_squares_between(starts, ends), expected.float())
 
 
 def test_compiled_stays_with_copies():

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.utils import prune
 
 from quant import (
     Grid,
+    clip_weights,
     fake_quantize_weight,
     grid_share,
     layer_grids,
@@ -20,6 +22,7 @@ from quant import (
     quantize_weights,
     sparse_param_groups,
     weight_mse,
+    weight_scale,
 )
 from quant.deploy import integer_weights
 from quant.pruning import nonzero_weights, pruning_mse
@@ -93,6 +96,37 @@ def test_weight_mse_and_grid_share(net):
     for parameter in big.parameters():
         nn.init.uniform_(parameter)
     assert grid_share(big, 4) == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_clip_weights(net, bits, per_channel):
+    """Afterwards the largest weights span the grid that had the least squared error before; the others stay."""
+    before, grid = copy.deepcopy(net), Grid(bits, per_channel=per_channel)
+    assert clip_weights(net, grid) is net
+    grids = layer_grids(net, replace(grid, weight_range="mse"))
+    assert any(not torch.equal(net.get_parameter(name), before.get_parameter(name)) for name in grids)
+    for name, weight in net.named_parameters():
+        start = before.get_parameter(name)
+        if name not in grids:
+            assert torch.equal(weight, start)
+            continue
+        scale = weight_scale(start, grids[name])
+        reach = scale * grids[name].quant_max
+        assert torch.equal(weight, torch.maximum(torch.minimum(start, reach), -reach))
+        torch.testing.assert_close(weight_scale(weight, replace(grids[name], weight_range="absmax")), scale)
+    assert weight_mse(net, grid) < weight_mse(before, replace(grid, weight_range="mse")) < weight_mse(before, grid)
+
+
+def test_clip_weights_changes_nothing_if_it_cannot_be_done(net):
+    with torch.no_grad():
+        net.fc.weight[0, 0] = float("nan")
+    before = copy.deepcopy(net.conv2.weight)
+    with pytest.raises(ValueError, match="fc.weight"):
+        clip_weights(net, 2)
+    assert torch.equal(net.conv2.weight, before)
+    with pytest.raises(ValueError, match="32"):
+        clip_weights(net, 32)
 
 
 def test_packed_bytes():

@@ -25,7 +25,6 @@ from torch.optim import Optimizer
 
 import quant.psgd
 import train
-from quant import clip_weights
 from quant import lambda_s as law
 from quant.grid import Grid, snap
 from quant.lambda_s import Records, State, mean_squares
@@ -130,8 +129,6 @@ def shrink(optimizer: Optimizer, w_decay: float) -> None:
 def extend(run: Any, args: Namespace) -> None:
     """Adds what --decay_at, --adamw, --beta1 and the rule "gap" ask for to a prepared run."""
     optimizer = run.optimizer
-    if args.clip and run.done < run.first_epoch:
-        clip_weights(run.model, run.goal.grid)
     if args.rule == "gap":
         optimizer.register_step_post_hook(GapRule(run))
     if args.decay_at:
@@ -172,7 +169,6 @@ def parser() -> Parser:
     p.add_argument("--plan_end", type=positive, default=law.PLAN_END, help="share of the stage at which the plan ends")
     p.add_argument("--decay_at", type=positive, help="share of the stage's steps after which the rate is a tenth")
     p.add_argument("--adamw", choices=["scaled", "outside"], help="decoupled decay inside or outside the scaling")
-    p.add_argument("--clip", type=int, choices=[0, 1], default=0, help="1: clip the weights at the start")
     p.add_argument("--beta1", type=float, choices=[0.0, 0.5, 0.9], help="of Adam (default: train.py's)")
     return p
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
+from quant import clip_weights
 from quant.penalties import gradient_penalty
 from utils.checkpoint import (
     image_size,
@@ -34,7 +35,7 @@ from utils.signals import StopRequest
 from utils.training.checks import VANISHED, check_moves, check_takes, vanished_layer
 from utils.training.epochs import Training
 from utils.training.evaluation import evaluate_goal
-from utils.training.goals import Goal
+from utils.training.goals import Goal, GridGoal
 from utils.training.loop import NonFiniteError
 from utils.training.pace import PaceWatch
 from utils.training.setup import build_goal, build_optimizer, described
@@ -128,6 +129,8 @@ def prepare(
     if args.psg and not args.eps and not resumed:
         check_moves(model, bool(args.first_last_quant))
     goal = build_goal(args)
+    if args.clip_weights and isinstance(goal, GridGoal) and not resumed:
+        clip_weights(model, goal.grid)
     planned_epoch = resumed.settings()["args"]["epoch"] if resumed else args.epoch
     optimizer = build(args, model, goal, device, (planned_epoch - first_epoch + 1) * len(batches))
     scheduler = MultiStepLR(optimizer, [epoch - first_epoch for epoch in decays(args)], gamma=0.1)
