@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from quant import Grid, expected_share, psg_param_groups
-from quant.lambda_s import mean_squares
+from quant.sharded import mean_squares
 from utils import flags
 from utils.cli import Parser, UserError, count, run
 from utils.device import select_device

@@ -27,9 +27,10 @@ import quant.psgd
 import train
 from quant import lambda_s as law
 from quant.grid import Grid, snap
-from quant.lambda_s import Records, State, mean_squares
+from quant.lambda_s import Records, State
 from quant.layers import copy_network
 from quant.settings import AUTO, STAGE_DEFAULTS
+from quant.sharded import mean_squares
 from utils.cli import Parser, positive, run
 from utils.training.evaluation import evaluate_batches
 
