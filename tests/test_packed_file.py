@@ -11,12 +11,12 @@ from torch import nn
 from models import ResNet32
 from quant import Grid, load_packed, quantize_weights, read_facts
 from quant.deploy import save_packed
-from quant.deploy.packing import pack_bits, unpack_bits
+from quant.deploy.packing import PIECE, pack_bits, unpack_bits
 from tests.helpers import SmallNet
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 1000])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 1000, PIECE, PIECE + 5])
 def test_round_trip_at_the_true_width(bits, count):
     torch.manual_seed(0)
     limit = 2 ** (bits - 1)

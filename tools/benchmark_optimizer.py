@@ -9,6 +9,7 @@ compare the ratios of one run. "Extra" is the peak of memory during a step or ca
 """
 
 import ctypes
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from models import ResNet32
 from quant import PSGD, Grid, grid_share, psg_param_groups, quantize_weights, weight_mse
+from quant.deploy.packed_file import save_packed
 from tools.benchmark import alternate
 from utils.cli import Parser, count, run
 from utils.device import machine, select_device
@@ -34,11 +36,19 @@ KINDS: dict[str, dict[str, Any]] = {  # settings of the scaled groups
     "the same, lambda_s auto": {"lambda_s": "auto", "per_channel": True, **STAGE},
 }
 COMPILED = ", compiled"
+
+
+def in_a_file(model: nn.Module, grid: Grid) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save_packed(f"{folder}/network.safetensors", model, grid)
+
+
 FUNCTIONS: dict[str, Callable[[nn.Module, Grid], object]] = {
     "grid_share": grid_share,
     "weight_mse": weight_mse,
     "quantize_weights": quantize_weights,
     "quantize_weights(inplace=True)": partial(quantize_weights, inplace=True),
+    "save_packed": in_a_file,
 }
 
 Row = dict[str, str | float]

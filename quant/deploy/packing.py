@@ -5,6 +5,8 @@ from torch import Tensor
 
 from ..grid import check_bits
 
+PIECE = 1 << 18  # values that are packed at a time, each of which takes a byte for each bit; a multiple of 8
+
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
     """Packs integers -2^(bits-1) ... 2^(bits-1) - 1, of any shape and dtype, into uint8 [ceil(numel * bits / 8)].
@@ -17,10 +19,23 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     low, high = (flat.min().item(), flat.max().item()) if flat.numel() else (0, 0)
     if low < -limit or high >= limit:
         raise ValueError(f"values from {low} to {high} do not fit {bits} bits")
-    places = torch.arange(bits, device=flat.device)
-    ones = ((flat.to(torch.int16)[:, None] >> places) & 1).reshape(-1)
-    ones = torch.nn.functional.pad(ones, (0, -ones.numel() % 8)).view(-1, 8)
-    return (ones << torch.arange(8, device=flat.device)).sum(1).to(torch.uint8)
+    return torch.cat([_packed(part.to(torch.int8), bits) for part in torch.split(flat, PIECE)])
+
+
+def _packed(values: Tensor, bits: int) -> Tensor:
+    ones = _bits(values.view(torch.uint8), bits).reshape(-1)
+    return _number(torch.nn.functional.pad(ones, (0, -ones.numel() % 8)).view(-1, 8))
+
+
+def _bits(values: Tensor, count: int) -> Tensor:
+    """The lowest `count` bits of each of the uint8 `values` [N], lowest first: uint8 [N, count]."""
+    return (values[:, None] >> torch.arange(count, dtype=torch.uint8, device=values.device)) & 1
+
+
+def _number(ones: Tensor) -> Tensor:
+    """The reverse of `_bits`: uint8 [N]."""
+    places = torch.arange(ones.shape[1], dtype=torch.uint8, device=ones.device)
+    return (ones << places).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -32,7 +47,11 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != expected:
         shape = f"{packed.dtype} {list(packed.shape)}"
         raise ValueError(f"{count} values of {bits} bits need uint8 [{expected}], got {shape}")
-    ones = (packed[:, None].to(torch.int16) >> torch.arange(8, device=packed.device)) & 1
-    ones = ones.reshape(-1)[: count * bits].view(count, bits)
-    unsigned = (ones << torch.arange(bits, device=packed.device)).sum(1)
-    return (unsigned - ((unsigned >> (bits - 1)) << bits)).to(torch.int8)
+    return torch.cat([_unpacked(part, bits) for part in torch.split(packed, PIECE // 8 * bits)])[:count]
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """All values that `packed` has room for."""
+    ones = _bits(packed, 8).reshape(-1)
+    whole = _number(ones[: len(ones) // bits * bits].view(-1, bits))
+    return (whole << 8 - bits).view(torch.int8) >> 8 - bits  # the highest bit is the sign
