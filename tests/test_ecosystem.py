@@ -324,6 +324,7 @@ def distributed(rank, ranks, store, wraps):
         compare_with_one_process(rank, ranks, wrap, per_channel)
     if sharded in wraps:
         compare_scales()
+        compare_with_a_whole_weight()
         count_collectives()
     torch.distributed.barrier()  # a rank that leaves early may take the other down with it
     torch.distributed.destroy_process_group()
@@ -382,6 +383,22 @@ def count_collectives():
             optimizer.step()
         expected = (not per_channel) + (lambda_s == "auto")
         assert counted.get_total_counts() == expected, (acts_on, per_channel, lambda_s)
+
+
+def compare_with_a_whole_weight():
+    """A group of a sharded weight and one that every rank holds whole: as in one process, on the same images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 4, bias=False))
+    reference = copy.deepcopy(model)
+    sharded(model[0])
+    for acts_on, net in product(("gradient", "update"), (model, reference)):
+        optimizer = PSGD(sgd(net), "auto", acts_on=acts_on, steps=9)
+        for step in range(2):
+            optimizer.zero_grad()
+            net(torch.randn(4, 6, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+    for parameter, expected in zip((model[0].weight.full_tensor(), model[1].weight), reference.parameters()):
+        assert torch.allclose(parameter, expected, rtol=1e-5, atol=1e-7)
 
 
 def sharded(model):
