@@ -80,15 +80,18 @@ class Pace:
     planned_tau: float
 
 
-def take_step(weights: list[Tensor], given: list[Tensor], group: dict[str, Any], state: State) -> list[Tensor]:
+def take_step(
+    weights: list[Tensor], given: list[Tensor], group: dict[str, Any], state: State, compiled: bool = False
+) -> list[Tensor]:
     """Counts a step of the walk of `weights` and returns its lambda_s for each of them, float32 and 0-d.
 
     `given` are the gradients of the weights or, with acts_on="update", what they were before the base optimizer's step.
+    `compiled` is that of PSGD.
     """
     if group["acts_on"] == "update":
         rate = group["lr"]
         rate = rate.clamp(min=STILL) if isinstance(rate, Tensor) else max(rate, STILL)
-        squares = mean_squares_between(given, weights) / (rate * rate)
+        squares = mean_squares_between(given, weights, compiled) / (rate * rate)
     else:
         squares = mean_squares(given)
     return walk(Records(weights, state), squares, group)

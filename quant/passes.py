@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .grid import dims_with_scales, nonzero_scale, peak_over, quant_max_of, weight_scales
-from .sharded import is_sharded, mean_squares
+from .sharded import is_sharded, local, means, squares
 
 # Elements of a piece: on a CPU a few float32 pieces fit into its last-level cache, elsewhere calls have to be large.
 CPU_PIECE = 1 << 18
@@ -39,17 +39,25 @@ def scale_moves(
     large weights in float32; the first call with it takes seconds to compile.
     """
     numbers = lambda_s if isinstance(lambda_s, list) else [lambda_s] * len(weights)
+    on_grid, known = group["target"] == "grid", None
+    if any(map(is_sharded, weights)):
+        # Scales are those of whole weights. The rest needs this process's parts only.
+        known = local(_scales(weights, group)) if on_grid else None
+        weights, moves, compiled = local(weights), local(moves), False
     for batch in _batches(weights):
         columns: list[list[Any]] = [[column[index] for index in batch] for column in (weights, moves, numbers)]
         if compiled and _worth_compiling(columns[0]):
             weight, move, number = (column[0] for column in columns)
             _scale_compiled(weight, move, number, group, between)
             continue
-        if group["target"] == "grid":
-            scales = weight_scales(columns[0], group["bits"], group["per_channel"], group.get("scale_dims"))
-            columns.append(scales)
+        if on_grid:
+            columns.append([known[index] for index in batch] if known else _scales(columns[0], group))
         for piece in _pieces(columns):
             _scale_piece(*piece, eps=group["psg_eps"], between=between)
+
+
+def _scales(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    return weight_scales(weights, group["bits"], group["per_channel"], group.get("scale_dims"))
 
 
 def _scale_piece(
@@ -82,12 +90,28 @@ def _scale_piece(
         torch._foreach_add_(moves, weights)
 
 
+def mean_squares_between(starts: list[Tensor], ends: list[Tensor], compiled: bool = False) -> Tensor:
+    """Mean square of each of ends - starts: float32, shape [len(starts)]. Of sharded tensors it is over all processes.
+
+    Of a large tensor no difference is made as a whole. `compiled` is as in `scale_moves`.
+    """
+    found, columns = [], [local(starts), local(ends)]
+    for batch in _batches(columns[0]):
+        chosen = [[column[index] for index in batch] for column in columns]
+        if compiled and _worth_compiling(chosen[0]):
+            found.append(_compiled(_squares_between)(*(column[0].detach() for column in chosen)))
+            continue
+        parts = [squares(list(torch._foreach_sub(end, start))) for start, end in _pieces(chosen)]
+        found.append(torch.stack(parts).sum(0))
+    return means(starts, torch.cat(found))
+
+
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
 
 def _size(weights: Sequence[Tensor]) -> float:
-    """Largest number of elements of a piece. Compiled code has pieces of its own, and shards are not cut."""
-    if torch.compiler.is_compiling() or any(map(is_sharded, weights)):
+    """Largest number of elements of a piece. Compiled code has pieces of its own."""
+    if torch.compiler.is_compiling():
         return float("inf")
     return CPU_PIECE if weights[0].device.type == "cpu" else PIECE
 
@@ -115,29 +139,12 @@ def _pieces(columns: list[list[Any]]) -> Iterator[list[list[Any]]]:
         yield [[entry] for entry in row]
 
 
-def mean_squares_between(starts: list[Tensor], ends: list[Tensor]) -> Tensor:
-    """Mean square of each of ends - starts: float32, shape [len(starts)]. Of sharded tensors it is over all processes.
-
-    Of a large tensor no difference is made as a whole.
-    """
-    found = []
-    for batch in _batches(starts):
-        columns = [[column[index] for index in batch] for column in (starts, ends)]
-        whole = columns[0][0].numel()
-        parts = [
-            mean_squares(list(torch._foreach_sub(end, start))) * (start[0].numel() / whole)
-            for start, end in _pieces(columns)
-        ]
-        found.append(torch.stack(parts).sum(0))
-    return torch.cat(found)
-
-
 def pieces(weight: Tensor, *others: Tensor) -> Iterator[Sequence[Tensor]]:
-    """`weight` in pieces that stay in the cache, as views, each with its part of `others`.
+    """`weight` in pieces that stay in the cache, as views, each with its part of `others`. A sharded one stays whole.
 
     The others have the weight's shape, or 1 in the place of some of its sizes, or are 0-d.
     """
-    return _cut((weight, *others), _size([weight]))
+    return _cut((weight, *others), float("inf") if is_sharded(weight) else _size([weight]))
 
 
 def _cut(row: Sequence[Any], size: float) -> Iterator[Sequence[Any]]:
@@ -165,7 +172,7 @@ def _cut(row: Sequence[Any], size: float) -> Iterator[Sequence[Any]]:
 
 def _worth_compiling(weights: list[Tensor]) -> bool:
     weight = weights[0]
-    alone = len(weights) == 1 and not is_sharded(weight) and not torch.compiler.is_compiling()
+    alone = len(weights) == 1 and not torch.compiler.is_compiling()
     return alone and weight.dtype == torch.float32 and weight.numel() >= WORTH_COMPILING
 
 
@@ -175,12 +182,18 @@ def _scale_compiled(weight: Tensor, move: Tensor, lambda_s: Any, group: dict[str
     number = lambda_s if isinstance(lambda_s, Tensor) else torch.full((), lambda_s, device=weight.device)
     # Detached, as each shape of a parameter would be compiled anew.
     weight, move = weight.detach(), move.detach()
-    _compiled()(weight, move, number, quant_max_of(group["bits"]) if on_grid else 0, own, group["psg_eps"], between)
+    quant_max = quant_max_of(group["bits"]) if on_grid else 0
+    _compiled(_scale_whole)(weight, move, number, quant_max, own, group["psg_eps"], between)
 
 
 @functools.cache
-def _compiled() -> Callable[..., None]:
-    return torch.compile(_scale_whole, dynamic=True)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def _squares_between(start: Tensor, end: Tensor) -> Tensor:
+    """The sum of squares of end - start, of shape [1]."""
+    return (end - start).square().sum()[None]
 
 
 def _scale_whole(

@@ -176,7 +176,7 @@ class PSGD(Optimizer):
 
     def _lambda_s(self, weights: list[Tensor], given: list[Tensor], group: dict[str, Any]) -> float | list[Tensor]:
         """lambda_s of this step: one for all weights, or one for each. `given` is what `take_step` takes."""
-        own = take_step(weights, given, group, self.state) if "steps" in group else []
+        own = take_step(weights, given, group, self.state, self.compiled) if "steps" in group else []
         number: float = group["lambda_s"]
         return own if group["lambda_s"] == AUTO else number
 

@@ -1,7 +1,6 @@
 """Tensors that may be sharded over processes (DTensor), as FSDP2's are."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -52,44 +51,55 @@ def largest_magnitudes(weights: "list[DTensor]") -> "list[DTensor]":
     """max|w| of each of `weights` of one mesh, 0-d, with one reduction for all."""
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh = weights[0].device_mesh
-
     def peak(part: Tensor) -> Tensor:
         return _peak(part, other_dims(part, ()), False) if part.numel() else part.new_zeros(())
 
-    peaks = _reduced(weights, peak, "max")
-    return [DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False) for value in peaks]
+    mesh, parts = weights[0].device_mesh, [weight.to_local() for weight in weights]
+    peaks = reduced(weights, torch.stack([*map(peak, parts)]), "max")
+    return [DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False) for value in peaks.unbind()]
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """This process's parts of those of `tensors` that are sharded, and the others."""
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
 
 
 def mean_squares(tensors: list[Tensor]) -> Tensor:
     """Mean square of each of `tensors`: float32, shape [len(tensors)]. That of sharded tensors, all of one mesh, is
     over all processes, with one reduction for all."""
-    counts = [tensor.numel() for tensor in tensors]
+    return means(tensors, squares(local(tensors)))
+
+
+def squares(tensors: list[Tensor]) -> Tensor:
+    """Sum of squares of each of `tensors`, which are not sharded: float32, shape [len(tensors)]."""
+    return torch.stack(list(torch._foreach_norm(tensors))).float().square()
+
+
+def means(tensors: list[Tensor], sums: Tensor) -> Tensor:
+    """`sums` [len(tensors)] over this process's part of each tensor, as means over all of the tensor."""
     sharded = list(filter(is_sharded, tensors))
-    if sharded:
-        sums = _reduced(sharded, lambda part: torch.linalg.vector_norm(part).float().square(), "sum")
-        return torch.stack([total / count for total, count in zip(sums, counts, strict=True)])
-    roots = torch._foreach_div(list(torch._foreach_norm(tensors)), [math.sqrt(count) for count in counts])
-    return torch.stack(list(roots)).float().square()
+    sums = reduced(sharded, sums, "sum") if sharded else sums
+    # Numbers, as a tensor of counts would have to be copied to the device.
+    return torch.stack(list(torch._foreach_div(list(sums.unbind()), [float(tensor.numel()) for tensor in tensors])))
 
 
-def _reduced(tensors: "list[DTensor]", value: Callable[[Tensor], Tensor], reduction: str) -> list[Tensor]:
-    """The 0-d `value` of this process's part of each of `tensors` of one mesh, reduced over the parts: "max" or "sum".
+def reduced(tensors: "list[DTensor]", values: Tensor, reduction: str) -> Tensor:
+    """`values`, one of this process's part of each of `tensors` of one mesh, reduced over all parts: "max" or "sum".
 
     One reduction serves all that are cut along the same dims of the mesh.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    found: dict[int, Tensor] = {}
     alike: dict[tuple[bool, ...], list[int]] = {}
     for index, tensor in enumerate(tensors):
         alike.setdefault(tuple(placement.is_replicate() for placement in tensor.placements), []).append(index)
+    found: dict[int, Tensor] = {}
     for whole, indices in alike.items():
-        parts = torch.stack([value(tensors[index].to_local()) for index in indices])
         placements = [Replicate() if kept else Partial(reduction) for kept in whole]
-        values = DTensor.from_local(parts, tensors[0].device_mesh, placements).full_tensor()
-        found |= dict(zip(indices, values.unbind()))
-    return [found[index] for index in range(len(tensors))]
+        parts = torch.stack([values[index] for index in indices])
+        total = DTensor.from_local(parts, tensors[0].device_mesh, placements).full_tensor()
+        found |= dict(zip(indices, total.unbind()))
+    return torch.stack([found[index] for index in range(len(tensors))])
 
 
 def _peak(weight: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:

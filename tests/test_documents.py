@@ -130,10 +130,16 @@ def test_top1_over_bit_widths():
 
 
 def test_pruning_by_layer():
-    rows = read_csv(ROOT / "results/sparse/s90_layer/results.csv")
-    found = {row["post"]: row["top1"] for row in rows if row["sparsity"] == "0.9" and row["prune"] == "layer"}
-    line = re.search(r"global one and (.*) by layer, or .* and (.*) with batch norm", text_of("docs/pruning.md"))
-    assert line.groups() == (found["none"], found["bn_reestimate"])
+    text = text_of("docs/pruning.md")
+    for folder, words in (
+        ("s90_layer", r"global one and (\S+) by layer, or \S+ and (\S+) with batch norm"),
+        ("s90_layer_inner", r"whole, by layer has (\S+) and (\S+) \("),
+    ):
+        rows = read_csv(ROOT / "results/sparse" / folder / "results.csv")
+        found = {
+            row["post"]: float(row["top1"]) for row in rows if row["sparsity"] == "0.9" and row["prune"] == "layer"
+        }
+        assert [*map(float, re.search(words, text).groups())] == [found["none"], found["bn_reestimate"]]
 
 
 def test_the_worst_width_of_a_file():

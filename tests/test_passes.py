@@ -12,6 +12,7 @@ from quant import PSGD, Grid, passes, psg_param_groups
 from quant.grid import dims_with_scales
 from quant.passes import scale_moves
 
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, g++")
 SHAPES = [(40, 30), (5,), (), (24, 10, 3, 3), (8, 3, 3, 3), (1, 700), (3, 2, 501)]
 CASES = {
     "a scale for each tensor": {"bits": 4},
@@ -77,7 +78,7 @@ def test_pieces_of_any_size_give_the_same(group, piece, dtype, monkeypatch):
         assert equal(scaled(group, between, dtype), whole[between])
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, g++")
+@needs_compiler
 def test_compiled_is_the_same(group, monkeypatch, no_compiled_code_of_before):
     monkeypatch.setattr(passes, "CPU_PIECE", 64)
     monkeypatch.setattr(passes, "WORTH_COMPILING", 1000)
@@ -115,6 +116,15 @@ def test_mean_squares_between(piece, monkeypatch):
     starts, ends = tensors(0), tensors(1)
     expected = torch.stack([(end.double() - start.double()).square().mean() for start, end in zip(starts, ends)])
     torch.testing.assert_close(passes.mean_squares_between(starts, ends), expected.float())
+
+
+@needs_compiler
+def test_compiled_mean_squares_between(monkeypatch, no_compiled_code_of_before):
+    monkeypatch.setattr(passes, "CPU_PIECE", 64)
+    monkeypatch.setattr(passes, "WORTH_COMPILING", 1000)
+    starts, ends = tensors(0), tensors(1)
+    expected = passes.mean_squares_between(starts, ends)
+    torch.testing.assert_close(passes.mean_squares_between(starts, ends, compiled=True), expected)
 
 
 def test_compiled_stays_with_copies():

@@ -53,7 +53,9 @@ def shaped(shape: Shape) -> Callable[[Records, dict[str, Any]], Tensor]:
     return planned_variance
 
 
-def one_lambda_s(weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], state: State) -> list[Tensor]:
+def one_lambda_s(
+    weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], state: State, _: bool
+) -> list[Tensor]:
     """`take_step` with the mean over all tensors in place of each tensor's mean square. Gradients only."""
     sizes = torch.tensor([float(weight.numel()) for weight in weights])
     squares = mean_squares(moves)
@@ -61,7 +63,7 @@ def one_lambda_s(weights: list[Tensor], moves: list[Tensor], group: dict[str, An
     return law.walk(Records(weights, state), mean.expand_as(squares).clone(), group)
 
 
-def grafted(weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], state: State) -> list[Tensor]:
+def grafted(weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], state: State, _: bool) -> list[Tensor]:
     """`take_step` with |g| / | |w - Q(w)| * g | as the lambda_s of each tensor. Gradients only."""
     records, squares = Records(weights, state), mean_squares(moves)
     grid = Grid(group["bits"], per_channel=group["per_channel"])
