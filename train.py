@@ -75,8 +75,8 @@ def add_goal(p: Parser) -> None:
     flags.add_first_last_quant(p)
     flags.add_granularity(p, "tensor")
     p.add_argument("--clip_weights", type=int, choices=[0, 1], default=0,
-                   help="1: begin by clipping the weights to the range whose grid has the smallest squared error; "
-                   "2 bits gain most from it")
+                   help="1: begin by clipping the weights to the range whose grid has the smallest squared error, and "
+                   "with PSG keep them in it; 2 bits gain most from it")
     p.add_argument("--a_bit", type=cli.bits, default=4, help="target bit-width of activations; no effect in training")
     # fmt: on
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .kept_range import first_ranges, keep_ranges
 from .lambda_s import Pace, measured_pace, restore_records, steps_taken, take_step, watch_loss
 from .passes import scale_moves
 from .settings import AUTO, PSG_KEYS, STAGE_KEYS, SWITCHES, complete, is_scaled, momentum
@@ -66,6 +67,10 @@ class PSGD(Optimizer):
             (default False). The results are the same. The first step then takes seconds, and needs what torch.compile
             needs: a C++ compiler on a CPU, Triton on a GPU.
 
+        keep_range: whether the scaled groups that do not set their own keep their weights within the range that these
+            have at the first step (default False, as published). Use it after `clip_weights`, which makes that range
+            the best for the grid: momentum would carry weights beyond it. It takes a pass over the weights.
+
     A weight on a grid point does not move unless eps > 0. That holds for all-zero tensors and for the largest weight of
     each tensor, which defines the grid.
 
@@ -74,8 +79,8 @@ class PSGD(Optimizer):
 
     Raises TypeError if `base` is not an optimizer instance or is itself a PSGD. Raises ValueError for a setting out of
     range, for complex weights, for PSG settings in a group that is not marked, and if no group is marked. Raises
-    ValueError for "auto" without steps, for "auto" with target "zero", which has no grid, and for steps with
-    acts_on="gradient" around a base other than torch.optim.SGD.
+    ValueError for "auto" without steps, for "auto" and keep_range with target "zero", which has no grid, and for steps
+    with acts_on="gradient" around a base other than torch.optim.SGD.
     """
 
     def __init__(
@@ -86,12 +91,13 @@ class PSGD(Optimizer):
         acts_on: str = "gradient",
         steps: int | None = None,
         compiled: bool = False,
+        keep_range: bool = False,
     ) -> None:
         if not isinstance(base, Optimizer) or isinstance(base, PSGD):
             raise TypeError(f"base must be an instance of another torch optimizer, got {base!r}")
         self.psg_defaults = {
             "target": "grid", "lambda_s": lambda_s, "psg_eps": eps, "per_channel": False, "acts_on": acts_on,
-            "steps": steps,
+            "steps": steps, "keep_range": keep_range,
         }  # fmt: skip
         for group in base.param_groups:
             complete(group, self.psg_defaults, base)
@@ -157,10 +163,12 @@ class PSGD(Optimizer):
             starts = [
                 (weights, group, [weight.clone() for weight in weights]) for weights, group in self._alike("update")
             ]
+        ranges = first_ranges(self.param_groups, self.state)
         loss = self._base_step(closure)
         with torch.no_grad():
             for start in starts:
                 self._scale_update(*start)
+        keep_ranges(self.param_groups, self.state, ranges)
         self._warn_once_after_the_plan()
         return loss
 

@@ -13,7 +13,7 @@ from .grid import check_bits, check_scale_dims
 CHOICES = {"target": ("grid", "zero"), "acts_on": ("gradient", "update")}
 AUTO = "auto"  # as lambda_s: each tensor's own, set by the pace of the stage
 # The key is psg_eps because Adam and others have their own eps in the same dict.
-PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "scale_dims", "acts_on"}
+PSG_KEYS = {"bits", "target", "lambda_s", "psg_eps", "per_channel", "scale_dims", "acts_on", "keep_range"}
 STAGE_KEYS = {"steps", "tau_end", "noise_limit", "psg_loss"}  # of a group whose stage has a known number of steps
 STAGE_DEFAULTS = {"tau_end": 10.0, "noise_limit": 0.1}  # of lambda_s "auto"; see quant/lambda_s.py
 SWITCHES = {"train", "eval"}  # methods of base optimizers that keep two sets of weights, such as those of schedule_free
@@ -50,6 +50,10 @@ def complete(group: dict[str, Any], defaults: dict[str, Any], base: Optimizer) -
     params = group["params"] if isinstance(group["params"], (list, tuple)) else ()
     if any(isinstance(parameter, Tensor) and parameter.is_complex() for parameter in params):
         raise ValueError("a scaled group has complex weights: only real ones have a grid")
+    if not isinstance(settings["keep_range"], bool):
+        raise ValueError(f"keep_range must be True or False, got {settings['keep_range']!r}")
+    if settings["keep_range"] and settings["target"] == "zero":
+        raise ValueError('keep_range=True needs a grid, and a group has target "zero"')
     if settings["target"] == "grid":
         check_bits(group["bits"])
         if settings.get("scale_dims") is not None:
@@ -59,6 +63,8 @@ def complete(group: dict[str, Any], defaults: dict[str, Any], base: Optimizer) -
         _check_auto(settings)
     for key in LEAST.keys() & settings.keys():
         _check_number(key, settings[key])
+    if not settings["keep_range"]:
+        del settings["keep_range"]
     if settings["steps"] is None:
         del settings["steps"]
     else:

@@ -347,7 +347,7 @@ def compare_with_one_process(rank, ranks, wrap, per_channel):
         if step % 3 == 0:
             lambda_s, acts_on = next(stages)
             bases = [sgd(net, per_channel=per_channel) for net in (model, reference)]
-            optimizer, other = (PSGD(base, lambda_s, acts_on=acts_on, steps=400) for base in bases)
+            optimizer, other = (PSGD(base, lambda_s, acts_on=acts_on, steps=400, keep_range=True) for base in bases)
         images = torch.randn(4 * ranks, 6, generator=torch.Generator().manual_seed(step))
         for net, batch, chosen in ((wrapped, images[4 * rank : 4 * rank + 4], optimizer), (reference, images, other)):
             chosen.zero_grad()

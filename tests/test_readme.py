@@ -151,7 +151,7 @@ def test_every_python_block_of_the_documents_runs(monkeypatch, tmp_path):
     as_installed(monkeypatch)
     monkeypatch.chdir(tmp_path)
     found = [block for path in sorted((ROOT / "docs").glob("*.md")) for block in blocks("python", path.read_text())]
-    assert len(found) == 5
+    assert len(found) == 6
     for block in found:
         exec(block, {"model": ResNet32(10), "batches": [torch.randn(4, 3, 32, 32)], "torch": torch})
     assert (tmp_path / "w4a8.onnx").exists()

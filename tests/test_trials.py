@@ -11,7 +11,7 @@ from quant import PSGD, Grid, expected_share, psg_param_groups, quantize_weights
 from quant import lambda_s as law
 from quant.settings import STAGE_DEFAULTS
 from tests.helpers import Walk
-from tools.trials import GAP_CHECKS, Decay, GapRule, KeptRange, change, extend
+from tools.trials import GAP_CHECKS, Decay, GapRule, change, extend
 from utils.training.goals import GridGoal
 
 
@@ -100,7 +100,7 @@ def test_decay_outside_the_scaling_keeps_every_weight_in_its_cell(decay):
     model = nn.Linear(30, 20)
     before = model.weight.detach().clone()
     optimizer = PSGD(torch.optim.Adam(psg_param_groups(model, 4), lr=0.1), 50.0, acts_on="update")
-    extend(prepared(optimizer, model, []), Namespace(rule="even", decay_at=None, keep_range=0, adamw=decay, beta1=0.5))
+    extend(prepared(optimizer, model, []), Namespace(rule="even", decay_at=None, adamw=decay, beta1=0.5))
     assert optimizer.param_groups[0]["betas"][0] == 0.5
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -123,15 +123,3 @@ def test_wrong_rules_are_one_line(rejected):
     assert "--tau_end" in rejected("tools.trials", "--tau_end", "0")
     assert "'inside'" in rejected("tools.trials", "--adamw", "inside")
     assert "unrecognized arguments: --lamda" in rejected("tools.trials", "--lamda", "3")
-
-
-def test_a_kept_range():
-    """Weights that a step takes beyond the largest one come back to it, in each channel; the others stay."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3, bias=False))
-    weight = model[0].weight
-    keep, reach = KeptRange(model, Grid(4, per_channel=True)), weight.detach().abs().amax(1, keepdim=True)
-    with torch.no_grad():
-        moved = weight.copy_(weight * torch.tensor([2.0, 1.0, 0.5, -3.0])).clone()
-    keep()
-    assert torch.equal(weight, torch.maximum(torch.minimum(moved, reach), -reach)) and not torch.equal(weight, moved)

@@ -2,8 +2,8 @@
 
     python -m tools.trials --rule grafted --w_bit 3 --epoch 86 --decay_epoch 86 --exp_name trials/grafted
 
---rule, --tau_end, --noise_limit and --plan_end change how `auto` works; --decay_at, --keep_range, --adamw and --beta1
-change what is round it. All other flags are those of train.py.
+--rule, --tau_end, --noise_limit and --plan_end change how `auto` works; --decay_at, --adamw and --beta1 change what is
+round it. All other flags are those of train.py.
 
 even: the rule of `auto`. fast_first, slow_first: tau grows to the same end, in the first half of the plan to three
 quarters or one quarter of it. one_lambda_s: one lambda_s for all tensors of a group, from the mean square of all
@@ -26,9 +26,9 @@ from torch.optim import Optimizer
 import quant.psgd
 import train
 from quant import lambda_s as law
-from quant.grid import Grid, snap, weight_scale
+from quant.grid import Grid, snap
 from quant.lambda_s import Records, State
-from quant.layers import copy_network, layer_grids
+from quant.layers import copy_network
 from quant.settings import AUTO, STAGE_DEFAULTS
 from quant.sharded import mean_squares
 from utils.cli import Parser, positive, run
@@ -117,19 +117,6 @@ class Decay:
                 group["lr"] /= 10
 
 
-class KeptRange:
-    """Keeps each quantized weight of `model` within the range that it has now."""
-
-    def __init__(self, model: torch.nn.Module, grid: Grid) -> None:
-        weights = [(model.get_parameter(name), own) for name, own in layer_grids(model, grid).items()]
-        self.reaches = [(weight, weight_scale(weight.detach(), own) * own.quant_max) for weight, own in weights]
-
-    @torch.no_grad()
-    def __call__(self, *_: Any) -> None:
-        for weight, reach in self.reaches:
-            weight.clamp_(-reach, reach)
-
-
 def staged(optimizer: Optimizer) -> dict[str, Any]:
     """A group that knows the steps of its stage."""
     return next(group for group in optimizer.param_groups if "steps" in group)
@@ -147,8 +134,6 @@ def extend(run: Any, args: Namespace) -> None:
     optimizer = run.optimizer
     if args.rule == "gap":
         optimizer.register_step_post_hook(GapRule(run))
-    if args.keep_range:
-        optimizer.register_step_post_hook(KeptRange(run.model, run.goal.grid))
     if args.decay_at:
         steps = math.ceil(args.decay_at * staged(optimizer)["steps"])
         optimizer.register_step_post_hook(Decay(optimizer, steps))
@@ -187,7 +172,6 @@ def parser() -> Parser:
     p.add_argument("--plan_end", type=positive, default=law.PLAN_END, help="share of the stage at which the plan ends")
     p.add_argument("--decay_at", type=positive, help="share of the stage's steps after which the rate is a tenth")
     p.add_argument("--adamw", choices=["scaled", "outside"], help="decoupled decay inside or outside the scaling")
-    p.add_argument("--keep_range", type=int, choices=[0, 1], default=0, help="1: no weight leaves its first range")
     p.add_argument("--beta1", type=float, choices=[0.0, 0.5, 0.9], help="of Adam (default: train.py's)")
     return p
 

@@ -38,7 +38,10 @@ def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch
     if not args.psg:
         return base
     has_pace = args.target == "grid" and not normalized
-    return PSGD(base, args.lambda_s, args.eps, args.psg_acts_on, steps if has_pace else None)
+    return PSGD(
+        base, args.lambda_s, args.eps, args.psg_acts_on, steps if has_pace else None,
+        keep_range=bool(args.clip_weights),
+    )  # fmt: skip
 
 
 def described(args: Namespace, goal: Goal, optimizer: Optimizer) -> str:
