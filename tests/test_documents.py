@@ -317,6 +317,15 @@ def test_the_table_of_optimizers():
     assert markdown(rows) in text_of("docs/performance.md")
 
 
+def test_the_table_of_several_processes():
+    """docs/performance.md has the table that tools.benchmark_distributed makes of its file."""
+    from tools.benchmark_distributed import WRAPS, markdown
+
+    rows = read_csv(ROOT / "results/benchmarks/distributed.csv")
+    assert {row["wrap"] for row in rows} == set(WRAPS)
+    assert markdown(rows) in text_of("docs/performance.md")
+
+
 def test_figures_of_the_readme_are_those_of_the_documents():
     """Each row of its tables with figures, and its first line of figures, is a row of a table in docs/."""
     known = [

@@ -125,13 +125,27 @@ def rows_of(wrap: str, base: str, rank: int, args: Namespace) -> list[Row]:
     return rows
 
 
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The rows as a table: a line for each optimizer and kind of grid, a column for each figure under DDP and FSDP2."""
+    found = {(row["wrap"], row["optimizer"], row["grid"]): row for row in rows}
+    lines = []
+    for base, grid in dict.fromkeys((row["optimizer"], row["grid"]) for row in rows):
+        cells = [found[wrap, base, grid] for wrap in WRAPS]
+        name = f"PSGD({base}), a scale for each {grid}" if grid else base
+        times = [f"{float(cell['ratio']):.2f}" if grid else f"{float(cell['step_ms']):,.0f} ms" for cell in cells]
+        extras = [f"{float(cell['extra_share']):.0%}" for cell in cells]
+        lines.append([name, *times, *extras, *(cell["difference"] for cell in cells)])
+    figures = [f"{figure}, {wrap}" for figure in ("step", "extra memory", "difference") for wrap in WRAPS]
+    return markdown_table(["optimizer", *figures], lines)
+
+
 def process(rank: int, store: str, args: Namespace) -> None:
     """One of the processes; the first writes the rows."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.processes)
     rows = [row for wrap in WRAPS for base in BASES for row in rows_of(wrap, base, rank, args)]
     if not rank:
-        print(markdown_table(HEADS, [[str(row[head]) for head in HEADS] for row in rows]))
+        print(markdown([{key: str(value) for key, value in row.items()} for row in rows]))
         if args.csv:
             write_csv(args.csv, rows)
             facts = {"command": args.command, "commit": git_commit(), "machine": machine(CPU)}
