@@ -6,18 +6,17 @@ shape of `weight_scale` and the dtype of the weight.
 """
 
 import math
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .grid import dims_with_scales
+from .lambda_s import State
 from .sharded import largest_magnitude, local
 
 RANGE = "psg_range"
-
-State = MutableMapping[Tensor, dict[str, Any]]
 
 
 def _kept(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[Tensor]]]:

@@ -16,7 +16,6 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +27,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from quant import PSGD, Grid, psg_param_groups
 from quant.sharded import is_sharded, largest_magnitude
 from tools.benchmark import alternate
-from tools.benchmark_optimizer import BASES, Memory, peak_of
+from tools.benchmark_optimizer import BASES, Memory, peak_of, write_figures
 from utils.cli import Parser, count, run
-from utils.device import machine
-from utils.files import check_output_file, command_line, git_commit, markdown_table, write_csv, write_json
+from utils.files import check_output_file, command_line, markdown_table
 
 CPU = torch.device("cpu")
 TOKENS, SEQUENCES = 64, 4  # of each process
@@ -110,10 +108,8 @@ def rows_of(wrap: str, base: str, rank: int, args: Namespace) -> list[Row]:
         for batch in batches(args.processes, args.width):
             train_step(wrapped, optimizer, batch[own])
             train_step(reference, other, batch)
-        apart, size = (
-            difference(model, reference, network(args.layers, args.width)),
-            sum(p.numel() for p in reference.parameters()),
-        )
+        apart = difference(model, reference, network(args.layers, args.width))
+        size = sum(p.numel() for p in reference.parameters())
         del reference, other
         share = peak_of(Memory(CPU), optimizer.step) / (4 * size)
         rows.append({"wrap": wrap, "optimizer": base, "grid": grid, "extra_share": round(share, 4),
@@ -147,11 +143,7 @@ def process(rank: int, store: str, args: Namespace) -> None:
     if not rank:
         print(markdown([{key: str(value) for key, value in row.items()} for row in rows]))
         if args.csv:
-            write_csv(args.csv, rows)
-            facts = {"command": args.command, "commit": git_commit(), "machine": machine(CPU)}
-            write_json(
-                Path(args.csv).with_suffix(".json"), {**facts, "torch": torch.__version__, "rounds": args.rounds}
-            )
+            write_figures(args.csv, rows, args.command, CPU, args.rounds)
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may outlive the group, and abort a process that shuts down

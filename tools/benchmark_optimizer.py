@@ -198,6 +198,13 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return markdown_table(["optimizer", "kind", *heads], lines)
 
 
+def write_figures(path: str, rows: list[Row], command: str, device: torch.device, rounds: int) -> None:
+    """Writes the rows as a CSV file, and beside it a JSON file of how they were made."""
+    write_csv(path, rows)
+    facts = {"command": command, "commit": git_commit(), "machine": machine(device)}
+    write_json(Path(path).with_suffix(".json"), {**facts, "torch": torch.__version__, "rounds": rounds})
+
+
 def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="what is measured")
@@ -222,9 +229,7 @@ def main() -> None:
             rows.append(row)
     print(markdown([{key: str(value) for key, value in row.items()} for row in rows]))
     if args.csv:
-        write_csv(args.csv, rows)
-        facts = {"command": command_line(), "commit": git_commit(), "machine": machine(device)}
-        write_json(Path(args.csv).with_suffix(".json"), {**facts, "torch": torch.__version__, "rounds": args.rounds})
+        write_figures(args.csv, rows, command_line(), device, args.rounds)
 
 
 if __name__ == "__main__":
