@@ -49,9 +49,10 @@ def _parts(weight: Tensor, grid: Grid, *others: Tensor) -> Iterator[tuple[Tensor
 def clip_weights(model: nn.Module, grid: Grid | int) -> nn.Module:
     """Clips the weights (see `layer_grids`) to the range whose grid has the smallest squared error, in place (ours).
 
-    That range is the one of `weight_range` "mse"; afterwards it is that of "absmax" too. Call it before a stage of PSGD
-    at 2 or 3 bits, where max|w| makes the cells of the grid too wide for most weights. Returns `model`. Raises
-    ValueError for full precision, for a weight that is not finite, and what `layer_grids` raises.
+    That range is the one of `weight_range` "mse"; afterwards it is that of "absmax" too. Call it once before a stage of
+    PSGD(..., keep_range=True) at 2 bits, where max|w| makes the cells of the grid too wide for most weights; at 3 bits
+    it made no difference. Returns `model`. Raises ValueError for full precision, for a weight that is not finite, and
+    what `layer_grids` raises.
     """
     grids = layer_grids(model, replace(as_grid(grid), weight_range="mse"))
     for name in grids:
