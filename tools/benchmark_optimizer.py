@@ -9,6 +9,7 @@ compare the ratios of one run. "Extra" is the peak of memory during a step or ca
 """
 
 import ctypes
+import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -92,6 +93,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
             return
+        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # else freed memory that the process has kept would be used again unseen
         Path("/proc/self/clear_refs").write_text("5")
         self.before = self.status("VmRSS")
