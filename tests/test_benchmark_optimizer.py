@@ -12,7 +12,7 @@ from torch import nn
 import tools.benchmark
 from tests.helpers import ROOT, read_csv
 from tools import benchmark_optimizer
-from tools.benchmark_optimizer import KINDS, Memory, Steps
+from tools.benchmark_optimizer import KINDS, Steps
 
 
 def test_a_row_for_each_kind_of_step(cli, tmp_path, monkeypatch):
