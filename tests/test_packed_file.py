@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import ResNet32
 from quant import Grid, load_packed, quantize_weights, read_facts
@@ -49,6 +50,29 @@ def test_file_gives_the_quantized_network_bit_for_bit(tmp_path, net, bits, per_c
     expected = quantize_weights(net, Grid(bits, per_channel=per_channel)).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
     assert read_facts(path) == {"arch": "SmallNet"} and not loaded.training
+
+
+class LargestFloat(TorchDispatchMode):
+    """The number of elements of the largest floating-point tensor that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.is_floating_point() and not function.is_view:
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_large_weight_is_packed_in_pieces(tmp_path, per_channel, memory_format):
+    layer = nn.Conv2d(256, 512, 3).to(memory_format=memory_format)
+    path, grid = tmp_path / "a.safetensors", Grid(4, per_channel=per_channel)
+    with LargestFloat() as made:
+        save_packed(path, layer, grid)
+    assert made.numel < layer.weight.numel() / 2
+    assert torch.equal(load_packed(path, nn.Conv2d(256, 512, 3)).weight, quantize_weights(layer, grid).weight)
 
 
 def test_size_of_resnet32_at_4_bits(tmp_path):

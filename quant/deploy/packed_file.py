@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..grid import BITS, Grid, in_float32, quantize, weight_scale
 from ..layers import check_finite, layer_grids, warn_of_float, weight_value
+from ..passes import pieces
 from .packing import pack_bits, unpack_bits
 
 FORMAT = "psgd-packed-1"
@@ -43,7 +44,9 @@ def integer_weights(model: nn.Module, grid: Grid | int) -> dict[str, IntegerWeig
         weight = weight_value(model, name).detach()
         check_finite(name, weight)
         scale = weight_scale(weight, own)
-        values = quantize(in_float32(weight), scale, -own.quant_max, own.quant_max).to(torch.int8)
+        values = torch.empty_like(weight, dtype=torch.int8)
+        for part, its_scale, integers in pieces(weight, scale, values):
+            integers.copy_(quantize(in_float32(part), its_scale, -own.quant_max, own.quant_max))
         found[name] = IntegerWeight(values, scale, own.bits)
     return found
 
@@ -67,7 +70,7 @@ def save_packed(path: str | Path, model: nn.Module, grid: Grid | int, facts: dic
         if name in integers:
             if value.dtype != torch.float32:
                 raise ValueError(f"{name} is {value.dtype}: packed files hold float32 networks (call model.float())")
-            values, scale, width = integers[name]
+            values, scale, width = integers.pop(name)  # which frees its memory
             tensors[f"{name}.packed"] = pack_bits(values.contiguous(), width)
             tensors[f"{name}.scale"] = scale.contiguous()
             described[name] = {"bits": width, "shape": list(values.shape)}
