@@ -186,8 +186,8 @@ def peak_of(memory: Memory, call: Callable[[], object]) -> int:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """The ratios and the shares of extra memory as a table: a line for each kind of step, a column for each network."""
-    networks = list(dict.fromkeys(row["network"] for row in rows))
+    """The steps' ratios and shares of extra memory as a table: a line for each kind, a column for each network."""
+    networks, heads = _networks(rows)
     found = {(row["network"], row["optimizer"], row["kind"]): row for row in rows if row["optimizer"]}
     lines = []
     for base in BASES:
@@ -195,9 +195,25 @@ def markdown(rows: list[dict[str, str]]) -> str:
             cells = [found[network, base, kind] for network in networks]
             figures = [f"{float(cell['ratio']):.2f}, {float(cell['extra_share']):.0%}" for cell in cells]
             lines.append([f"PSGD({base})", kind, *figures])
-    sizes = {row["network"]: int(row["parameters"]) for row in rows}
-    heads = [f"{network}, {sizes[network] / 1e6:.1f} M" for network in networks]
     return markdown_table(["optimizer", "kind", *heads], lines)
+
+
+def markdown_of_functions(rows: list[dict[str, str]]) -> str:
+    """The functions' milliseconds and shares of extra memory as a table: a line for each, a column for each network."""
+    networks, heads = _networks(rows)
+    found = {(row["network"], row["kind"]): row for row in rows if not row["optimizer"]}
+    lines = []
+    for function in FUNCTIONS:
+        cells = [found[network, function] for network in networks]
+        figures = [f"{float(cell['milliseconds']):,.0f} ms, {float(cell['extra_share']):.0%}" for cell in cells]
+        lines.append([f"`{function}`", *figures])
+    return markdown_table(["function", *heads], lines)
+
+
+def _networks(rows: list[dict[str, str]]) -> tuple[list[str], list[str]]:
+    """The names of the networks, and the heads of their columns."""
+    sizes = {row["network"]: int(row["parameters"]) for row in rows}
+    return list(sizes), [f"{network}, {size / 1e6:.1f} M" for network, size in sizes.items()]
 
 
 def write_figures(path: str, rows: list[Row], command: str, device: torch.device, rounds: int) -> None:
@@ -229,7 +245,8 @@ def main() -> None:
             name, optimizer, kind = row["network"], row["optimizer"], row["kind"]
             print(f"{name:12} {optimizer:6} {kind:36} {row['milliseconds']:9} ms {row['ratio']:7} {row['extra_share']}")
             rows.append(row)
-    print(markdown([{key: str(value) for key, value in row.items()} for row in rows]))
+    words = [{key: str(value) for key, value in row.items()} for row in rows]
+    print(markdown(words), markdown_of_functions(words), sep="\n\n")
     if args.csv:
         write_figures(args.csv, rows, command_line(), device, args.rounds)
 
