@@ -309,12 +309,13 @@ def test_sizes_of_sparse_files(tmp_path):
 
 
 def test_the_table_of_optimizers():
-    """docs/performance.md has the table that tools.benchmark_optimizer makes of its file."""
-    from tools.benchmark_optimizer import NETWORKS, markdown
+    """docs/performance.md has the tables that tools.benchmark_optimizer makes of its file."""
+    from tools.benchmark_optimizer import NETWORKS, markdown, markdown_of_functions
 
     rows = read_csv(ROOT / "results/benchmarks/optimizer.csv")
     assert list(dict.fromkeys(row["network"] for row in rows)) == list(NETWORKS)
     assert markdown(rows) in text_of("docs/performance.md")
+    assert markdown_of_functions(rows) in text_of("docs/performance.md")
 
 
 def test_the_table_of_several_processes():
