@@ -66,7 +66,6 @@ class PSGD(Optimizer):
         compiled: whether PSG's pass over float32 weights of a million elements and more is compiled with torch.compile
             (default False). The results are the same. The first step then takes seconds, and needs what torch.compile
             needs: a C++ compiler on a CPU, Triton on a GPU.
-
         keep_range: whether the scaled groups that do not set their own keep their weights within the range that these
             have at the first step (default False, as published). Use it after `clip_weights`, which makes that range
             the best for the grid: momentum would carry weights beyond it. It takes a pass over the weights.
