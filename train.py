@@ -35,6 +35,8 @@ PRETRAINED = "models/ResNet82.pth"
 DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
 # Settings that have no meaning with --target zero.
 GRID_ONLY = {"lambda_s": "auto", "granularity": "channel", "clip_weights": 1}
+# Settings of PSG alone, and their defaults.
+PSG_ONLY = {"lambda_s": 150.0, "eps": 0.0, "psg_acts_on": "gradient"}
 # Settings that a resumed run may change: where, how long and in which precision it runs, but not what it computes.
 FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "workers", "epoch", "save_epochs"}
 FREE_ON_RESUME |= {"precision", "cuda_graph", "compile"}
@@ -66,7 +68,7 @@ def add_goal(p: Parser) -> None:
     p.add_argument("--w_bit", type=cli.bits, default=None, help="target bit-width of the weights, 2 to 8 (default: 4)")
     p.add_argument("--sparsity", type=cli.sparsity, default=None, metavar="S",
                    help="share of weights pruned with --target zero, by magnitude over all layers (default: 0.9)")
-    p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=150.0,
+    p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=PSG_ONLY["lambda_s"],
                    help="strength of the scaling; auto: each tensor's own, such that about 96 percent of the weights "
                    "are near the grid after three quarters of the run (docs/optimizer.md)")
     p.add_argument("--psg_acts_on", choices=["gradient", "update"], default="gradient",
@@ -138,6 +140,8 @@ def parse(make: Callable[[], Parser] = parser) -> tuple[Namespace, RunFolder | N
             as_published = args.psg and args.arch == "ResNet32" and args.dataset == "cifar100"
             args.load_pretrained = PRETRAINED if as_published else ""
         resolve_target(args)
+        if not args.psg:
+            check_no_psg_flags(args, "--psg 0")
         if args.lambda_s == "auto" and args.adam and args.psg and args.psg_acts_on == "gradient":
             raise UserError("--lambda_s auto with --adam 1 needs --psg_acts_on update: Adam cancels it on gradients")
         if args.w_decay_target is not None and not (args.psg and args.target == "zero"):
@@ -174,8 +178,17 @@ def resolve_target(args: Namespace) -> None:
         setattr(args, used, DEFAULT_GOALS[used])
 
 
+def check_no_psg_flags(args: Namespace, without: str) -> None:
+    """UserError if a flag of PSG is set, which `without`, another flag, leaves without effect."""
+    given = [f"--{key} {getattr(args, key)}" for key, default in PSG_ONLY.items() if getattr(args, key) != default]
+    if given:
+        raise UserError(f"{given[0]} does not go with {without}: leave one of them out")
+
+
 def main() -> None:
     args, folder = parse()
+    if folder and "rule" in args:
+        raise UserError(f"{folder.path} was started by tools.trials, whose rules cannot be resumed: start a new run")
     if folder and "method" in args:
         command = f"python -m tools.peers --exp_name {args.exp_name} --resume"
         raise UserError(f"{folder.path} was started by tools.peers: {command} continues it")

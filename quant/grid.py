@@ -200,7 +200,8 @@ def weight_scales(
         return [nonzero_scale(peak / quant_max_of(bits)) for peak in largest_magnitudes(sharded)]
     if sharded or len(weights) == 1:
         grid = Grid(bits, per_channel=per_channel, scale_dims=scale_dims)
-        return [weight_scale(weight, grid).to(weight.dtype) for weight in weights]
+        # A scale of a float16 weight may vanish in float16.
+        return [nonzero_scale(weight_scale(weight, grid).to(weight.dtype)) for weight in weights]
     # Not _foreach_norm(weights, inf): on a CPU it takes as long as the rest of PSG together.
     magnitudes = torch._foreach_abs(weights)
     if per_channel or scale_dims:

@@ -41,11 +41,15 @@ def first_ranges(groups: Iterable[dict[str, Any]], state: State) -> dict[Tensor,
 
 @torch.no_grad()
 def keep_ranges(groups: Iterable[dict[str, Any]], state: State, first: dict[Tensor, Tensor]) -> None:
-    """Clamps the weights to their ranges after a step, of which `first` are new. Weights without a gradient stay."""
+    """Clamps the weights to their ranges after a step, of which `first` are new. Weights without a gradient stay.
+
+    A weight that began to move within the step, and has no range yet, gets one before the next.
+    """
     for _, weights in _kept(groups):
         moved = [weight for weight in weights if weight.grad is not None]
         for weight in moved:
             if weight in first:  # not before the step, in which the base optimizer expects an empty state
                 state[weight][RANGE] = first[weight]
+        moved = [weight for weight in moved if RANGE in state.get(weight, {})]
         for weight, reach in zip(local(moved), local([state[weight][RANGE] for weight in moved])):
             weight.clamp_(-reach, reach)

@@ -68,7 +68,8 @@ class PSGD(Optimizer):
             needs: a C++ compiler on a CPU, Triton on a GPU.
         keep_range: whether the scaled groups that do not set their own keep their weights within the range that these
             have at the first step (default False, as published). Use it after `clip_weights`, which makes that range
-            the best for the grid: momentum would carry weights beyond it. It takes a pass over the weights.
+            the best for the grid: momentum would carry weights beyond it. It takes a pass over the weights. Other
+            weights that are loaded after the first step are clamped too: begin a new stage with a new base optimizer.
 
     A weight on a grid point does not move unless eps > 0. That holds for all-zero tensors and for the largest weight of
     each tensor, which defines the grid.
@@ -245,8 +246,8 @@ class PSGD(Optimizer):
         self.base.load_state_dict(state_dict)
         self._share()
         for group, settings in zip(self.base.param_groups, before, strict=True):
-            # A lambda_s that was saved belongs to its own stage, whether or not that was of a known length.
-            keys = PSG_KEYS if "lambda_s" in group else PSG_KEYS | STAGE_KEYS
+            # What was saved with PSG belongs to its own stage, whether or not that has steps or keeps its range.
+            keys = PSG_KEYS - {"keep_range"} if "lambda_s" in group else PSG_KEYS | STAGE_KEYS
             for key in keys & settings.keys():
                 group.setdefault(key, settings[key])
         restore_records(self.param_groups, self.state, state_dict)

@@ -51,10 +51,13 @@ def clip_weights(model: nn.Module, grid: Grid | int) -> nn.Module:
 
     That range is the one of `weight_range` "mse"; afterwards it is that of "absmax" too. Call it once before a stage of
     PSGD(..., keep_range=True) at 2 bits, where max|w| makes the cells of the grid too wide for most weights; at 3 bits
-    it made no difference. Returns `model`. Raises ValueError for full precision, for a weight that is not finite, and
-    what `layer_grids` raises.
+    it made no difference. A second call clips further. Frozen weights stay as they are: no stage could make up for what
+    is cut. Returns `model`. Warns as `quantize_weights` does. Raises ValueError for full precision, for a weight that
+    is not finite, and what `layer_grids` raises.
     """
     grids = layer_grids(model, replace(as_grid(grid), weight_range="mse"))
+    warn_of_float(model, grid)
+    grids = {name: own for name, own in grids.items() if model.get_parameter(name).requires_grad}
     for name in grids:
         check_finite(name, model.get_parameter(name))
     for name, own in grids.items():

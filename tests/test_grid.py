@@ -177,3 +177,12 @@ def test_mse_range_is_the_best_of_its_candidates(per_channel):
 def test_unknown_weight_range():
     with pytest.raises(ValueError, match="weight_range must be one of absmax, mse, got 'max'"):
         weight_scale(torch.ones(3), Grid(4, weight_range="max"))
+
+
+def test_a_scale_that_vanishes_in_float16_is_one():
+    """Of a channel that is as good as zero, whether the weight is the only one of its group or not."""
+    weight = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).half()
+    weight[1] *= 1e-7
+    for weights in ([weight], [weight, weight]):
+        for scale in weight_scales(weights, 8, per_channel=True):
+            assert scale.dtype == torch.float16 and scale[1] == 1 and (scale[0] < 0.1).all()

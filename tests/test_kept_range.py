@@ -103,6 +103,28 @@ def test_a_closure(net):
     assert net.conv2.weight.abs().max() <= reach and optimizer.state[net.conv2.weight][RANGE] == reach
 
 
+def test_a_state_that_was_saved_without_it_turns_it_off(net):
+    free = stage(copy.deepcopy(net), "gradient", False)
+    optimizer = stage(net, "gradient", False, keep_range=True)
+    optimizer.load_state_dict(free.state_dict())
+    assert not any("keep_range" in group for group in optimizer.param_groups)
+
+
+def test_a_weight_that_begins_to_move_within_a_step_has_its_range_from_the_next(net):
+    optimizer, weight = stage(net, "gradient", False, keep_range=True), net.conv2.weight
+    weight.requires_grad_(False)
+
+    def closure():
+        weight.requires_grad_(True)
+        fill_gradients(net, 0)
+
+    optimizer.step(closure)
+    assert RANGE not in optimizer.state[weight] and RANGE in optimizer.state[net.fc.weight]
+    reach = weight.abs().max()
+    optimizer.step(closure)
+    assert optimizer.state[weight][RANGE] == reach >= weight.abs().max()
+
+
 def test_wrong_settings():
     weight = [nn.Parameter(torch.ones(2, 2))]
     with pytest.raises(ValueError, match="keep_range must be True or False, got 1"):

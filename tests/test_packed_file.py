@@ -1,5 +1,6 @@
 """Packed integers and the files of them: exact, small, and suspicious of what they read."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import ResNet32
@@ -73,6 +75,26 @@ def test_a_large_weight_is_packed_in_pieces(tmp_path, per_channel, memory_format
         save_packed(path, layer, grid)
     assert made.numel < layer.weight.numel() / 2
     assert torch.equal(load_packed(path, nn.Conv2d(256, 512, 3)).weight, quantize_weights(layer, grid).weight)
+
+
+def test_a_state_dict_with_other_names(tmp_path):
+    """Activation checkpointing puts each layer into a wrapper, which the names of the state_dict do not show."""
+    layers = [nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)]
+    wrapped = nn.Sequential(layers[0], checkpoint_wrapper(layers[1]), layers[2])
+    save_packed(tmp_path / "a.safetensors", wrapped, 4)
+    loaded = load_packed(tmp_path / "a.safetensors", nn.Sequential(*map(copy.deepcopy, layers)))
+    expected = quantize_weights(nn.Sequential(*layers), 4).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_state_dict_without_a_quantized_parameter(tmp_path, net):
+    def forget(module, state, prefix, metadata):
+        del state["conv2.weight"]
+
+    net.register_state_dict_post_hook(forget)
+    with pytest.raises(ValueError, match="conv2.weight is not in the state_dict as it is"):
+        save_packed(tmp_path / "a.safetensors", net, 4)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_size_of_resnet32_at_4_bits(tmp_path):

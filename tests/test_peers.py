@@ -82,6 +82,7 @@ def test_weight_decay_is_that_of_sgd_at_two_bits(monkeypatch):
         (["--method", "ste", "--w_bits", "4"], "did you mean --w_bit?"),
         (["--method", "ste", "--psg", "0"], "--psg follows from --method"),
         (["--method", "ste", "--target", "zero"], "leave --target zero and --grad_l1 out"),
+        (["--method", "ste", "--lambda_s", "300"], "--lambda_s 300.0 does not go with --method ste"),
         (["--method", "lsq", "--compile", "1"], "--compile 1 does not go with --method lsq"),
     ],
 )

@@ -116,6 +116,9 @@ def test_a_run_of_a_trial_keeps_its_command(cli, tmp_path, few_digits):
     words = ["--rule", "fast_first", "--tau_end", 3, "--dataset", "cifar10", "--device", "cpu", "--epoch", 1]
     assert cli("tools.trials", *words, "--exp_name", "a").code == 0
     assert "--rule fast_first --tau_end 3 --dataset cifar10" in (tmp_path / "runs/a/args.json").read_text()
+    for command in ("train.py", "tools.trials"):
+        outcome = cli(command, "--exp_name", "a", "--resume", "--epoch", 2)
+        assert outcome.code == 2 and "start a new run" in outcome.err
 
 
 def test_wrong_rules_are_one_line(rejected):
@@ -123,3 +126,16 @@ def test_wrong_rules_are_one_line(rejected):
     assert "--tau_end" in rejected("tools.trials", "--tau_end", "0")
     assert "'inside'" in rejected("tools.trials", "--adamw", "inside")
     assert "unrecognized arguments: --lamda" in rejected("tools.trials", "--lamda", "3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--psg 0", "--lambda_s auto does not go with --psg 0"),
+        ("--lambda_s 300", "--lambda_s 300: tools.trials changes lambda_s auto"),
+        ("--rule grafted --adam 1 --psg_acts_on update", "--rule grafted is for gradients"),
+        ("--beta1 0", "--adamw and --beta1 need --adam 1"),
+    ],
+)
+def test_what_has_no_meaning_together(rejected, flags, message):
+    assert message in rejected("tools.trials", *flags.split())

@@ -129,6 +129,19 @@ def test_clip_weights_changes_nothing_if_it_cannot_be_done(net):
         clip_weights(net, 32)
 
 
+def test_clip_weights_leaves_frozen_weights_and_names_computed_ones(net):
+    grid, before = Grid(2, per_channel=True), copy.deepcopy(net.conv2.weight)
+    nn.utils.parametrizations.weight_norm(net.fc)
+    net.conv2.weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match="the weights of fc are computed"):
+        clip_weights(net, grid)
+    assert torch.equal(net.conv2.weight, before)
+    net.conv2.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match="the weights of fc are computed"):
+        clip_weights(net, grid)
+    assert not torch.equal(net.conv2.weight, before)
+
+
 def test_packed_bytes():
     net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(7, 3))
     conv, conv_bias, linear, linear_bias = 3 * 5 * 9, 5, 21, 3

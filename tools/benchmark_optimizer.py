@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from models import ResNet32
+from models import ResNet32, build_model
 from quant import PSGD, Grid, grid_share, psg_param_groups, quantize_weights, weight_mse
 from quant.deploy.packed_file import save_packed
 from tools.benchmark import alternate
@@ -68,8 +67,8 @@ def squares(width: int) -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-32": lambda: ResNet32(100),
-    "ResNet-50": lambda: torchvision.models.resnet50(),
-    "ViT-B": lambda: torchvision.models.vit_b_16(),
+    "ResNet-50": lambda: build_model("resnet50", 1000),
+    "ViT-B": lambda: build_model("vit_b_16", 1000),
     "24 x 2048^2": lambda: squares(2048),
     "GPT-2": gpt2,
     "24 x 4096^2": lambda: squares(4096),

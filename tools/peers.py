@@ -86,6 +86,8 @@ def parse() -> tuple[Namespace, RunFolder | None]:
     if args.method in OF_TORCHAO and not importlib.util.find_spec("torchao"):
         raise UserError(f"--method {args.method} needs torchao: {INSTALL}")
     args.psg = int(args.method == "psgd")
+    if not (args.psg or folder):
+        train.check_no_psg_flags(args, f"--method {args.method}")
     args.cuda_graph *= args.method not in OF_TORCHAO  # their steps count in Python
     return args, folder
 

@@ -31,7 +31,7 @@ from quant.lambda_s import Records, State
 from quant.layers import copy_network
 from quant.settings import AUTO, STAGE_DEFAULTS
 from quant.sharded import mean_squares
-from utils.cli import Parser, positive, run
+from utils.cli import Parser, UserError, positive, run
 from utils.training.evaluation import evaluate_batches
 
 GAP_CHECKS = 8  # of the rule "gap", in each epoch
@@ -72,6 +72,9 @@ def grafted(weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], s
     tau = records["tau"] + (law.gain(group) * lambda_s).square() * squares
     records.write(steps=records["steps"] + 1, tau=tau, lambda_s=lambda_s)
     return list(lambda_s.unbind())
+
+
+STEPS = {"one_lambda_s": one_lambda_s, "grafted": grafted}  # what replaces `take_step`
 
 
 class GapRule:
@@ -152,9 +155,8 @@ def change(args: Namespace) -> None:
     shapes: dict[str, Shape] = {"fast_first": lambda p: 1 - (1 - p).square(), "slow_first": lambda p: p.square()}
     if args.rule in shapes:
         setattr(law, "planned_variance", shaped(shapes[args.rule]))  # noqa: B010 - mypy takes functions for constants
-    steps = {"one_lambda_s": one_lambda_s, "grafted": grafted}
-    if args.rule in steps:
-        setattr(quant.psgd, "take_step", steps[args.rule])  # noqa: B010
+    if args.rule in STEPS:
+        setattr(quant.psgd, "take_step", STEPS[args.rule])  # noqa: B010
     setattr(law, "PLAN_END", args.plan_end)  # noqa: B010
     STAGE_DEFAULTS.update(tau_end=args.tau_end, noise_limit=args.noise_limit)
 
@@ -176,11 +178,25 @@ def parser() -> Parser:
     return p
 
 
+def check(args: Namespace, settings: Namespace, resumed: bool) -> None:
+    """UserError for what has no meaning together."""
+    if resumed:
+        raise UserError("a stage of tools.trials cannot be resumed: start a new run")
+    if settings.lambda_s != AUTO:
+        raise UserError(f"--lambda_s {settings.lambda_s:g}: tools.trials changes lambda_s auto, leave it out")
+    if args.rule in STEPS and settings.psg_acts_on == "update":
+        raise UserError(f"--rule {args.rule} is for gradients: leave --psg_acts_on update out")
+    if not settings.adam and (args.adamw or args.beta1 is not None):
+        raise UserError("--adamw and --beta1 need --adam 1")
+
+
 def main() -> None:
     args, flags = parser().parse_known_args()
-    command, sys.argv = sys.argv, [*sys.argv[:1], *flags, "--lambda_s", AUTO]
+    command, sys.argv = sys.argv, [*sys.argv[:1], "--lambda_s", AUTO, *flags]
     settings, folder = train.parse()
     sys.argv = command  # for the record
+    check(args, settings, resumed=folder is not None)
+    vars(settings).update(vars(args))
     change(args)
 
     from utils.training.run import train as train_run

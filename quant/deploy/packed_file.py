@@ -8,7 +8,7 @@ every length is checked against the network that is filled.
 """
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,15 +62,16 @@ def save_packed(path: str | Path, model: nn.Module, grid: Grid | int, facts: dic
 
     integers = integer_weights(model, grid)
     tensors, described = {}, {}
-    stored = _stored_names(model, integers)
+    named = _names_in_state(model, integers)
+    stored = _stored_names(model, named)
     for name, value in model.state_dict().items():
         if name != stored[name]:
             continue
         _check_tensor(name, value)
-        if name in integers:
+        if name in named:
             if value.dtype != torch.float32:
                 raise ValueError(f"{name} is {value.dtype}: packed files hold float32 networks (call model.float())")
-            values, scale, width = integers.pop(name)  # which frees its memory
+            values, scale, width = integers.pop(named[name])  # which frees its memory
             tensors[f"{name}.packed"] = pack_bits(values.contiguous(), width)
             tensors[f"{name}.scale"] = scale.contiguous()
             described[name] = {"bits": width, "shape": list(values.shape)}
@@ -145,6 +146,19 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
 def _unsaved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     saved = model.state_dict(keep_vars=True)
     return [(name, buffer) for name, buffer in model.named_buffers() if name not in saved]
+
+
+def _names_in_state(model: nn.Module, integers: Iterable[str]) -> dict[str, str]:
+    """The names of quantized parameters in the state_dict, which a hook may have renamed, each with its own name.
+
+    Raises ValueError for a parameter that is not in the state_dict.
+    """
+    state = model.state_dict(keep_vars=True)
+    own = {id(model.get_parameter(name)): name for name in integers}
+    named = {key: own[id(value)] for key, value in state.items() if id(value) in own}
+    if missing := next((name for name in integers if name not in named.values()), None):
+        raise ValueError(f"{missing} is not in the state_dict as it is: a packed file cannot hold it")
+    return named
 
 
 def _stored_names(model: nn.Module, packed: Container[str]) -> dict[str, str]:

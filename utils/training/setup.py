@@ -51,6 +51,7 @@ def described(args: Namespace, goal: Goal, optimizer: Optimizer) -> str:
     strength = lambda_s if lambda_s == AUTO else f"{lambda_s:g}"
     method = f"PSG for {goal.name}, lambda_s {strength}" if args.psg else "no PSG"
     method += f" on the {args.psg_acts_on}" if args.psg else ""
+    method += ", clipped weights" if args.clip_weights else ""
     method += "".join(f", {flag} {getattr(args, flag):g}" for flag in EXTRAS if getattr(args, flag))
     why = " (as published at 2 bits; --w_decay overrides)" if args.psg and args.w_bit == 2 and not args.w_decay else ""
     return f"from {start}, {method}, weight decay {args.w_decay:g}{why}"
