@@ -136,7 +136,7 @@ def with_children(pid):
 @pytest.mark.parametrize("number, at_once", [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_signal_to_every_process_is_one_line(tmp_path, many_images, number, at_once):
     """As a terminal, SLURM and systemd send it: to the processes that read images too, and to these first."""
-    flags = ["--dataset", "imagefolder", "--data_dir", many_images, "--workers", "2", "--psg", "0", *FLAGS[2:-1]]
+    flags = ["--dataset", "imagefolder", "--data_dir", many_images, "--workers", "2", *FLAGS[2:-1]]
     process = start(tmp_path, *flags, "--batch_size", "8", "--exp_name", "a", "--epoch", "9", apart=True)
     assert wait_for(process, "epochs ")
     while len(processes := with_children(process.pid)) < 3:
@@ -153,7 +153,7 @@ def test_a_signal_to_every_process_is_one_line(tmp_path, many_images, number, at
 
 
 def test_a_reader_of_images_that_is_killed_is_one_line(tmp_path, many_images):
-    flags = ["--dataset", "imagefolder", "--data_dir", many_images, "--workers", "1", "--psg", "0", *FLAGS[2:-1]]
+    flags = ["--dataset", "imagefolder", "--data_dir", many_images, "--workers", "1", *FLAGS[2:-1]]
     process = start(tmp_path, *flags, "--batch_size", "8", "--exp_name", "a", "--epoch", "9")
     assert wait_for(process, "epochs ")
     while len(processes := with_children(process.pid)) < 2:
