@@ -35,8 +35,7 @@ PRETRAINED = "models/ResNet82.pth"
 DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
 # Settings that have no meaning with --target zero.
 GRID_ONLY = {"lambda_s": "auto", "granularity": "channel", "clip_weights": 1}
-# Settings of PSG alone, and their defaults.
-PSG_ONLY = {"lambda_s": 150.0, "eps": 0.0, "psg_acts_on": "gradient"}
+PSG_ONLY = ("lambda_s", "eps", "psg_acts_on")  # settings that have no effect without PSG
 # Settings that a resumed run may change: where, how long and in which precision it runs, but not what it computes.
 FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "workers", "epoch", "save_epochs"}
 FREE_ON_RESUME |= {"precision", "cuda_graph", "compile"}
@@ -68,7 +67,7 @@ def add_goal(p: Parser) -> None:
     p.add_argument("--w_bit", type=cli.bits, default=None, help="target bit-width of the weights, 2 to 8 (default: 4)")
     p.add_argument("--sparsity", type=cli.sparsity, default=None, metavar="S",
                    help="share of weights pruned with --target zero, by magnitude over all layers (default: 0.9)")
-    p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=PSG_ONLY["lambda_s"],
+    p.add_argument("--lambda_s", type=cli.positive_or("auto"), default=150.0,
                    help="strength of the scaling; auto: each tensor's own, such that about 96 percent of the weights "
                    "are near the grid after three quarters of the run (docs/optimizer.md)")
     p.add_argument("--psg_acts_on", choices=["gradient", "update"], default="gradient",
@@ -180,7 +179,8 @@ def resolve_target(args: Namespace) -> None:
 
 def check_no_psg_flags(args: Namespace, without: str) -> None:
     """UserError if a flag of PSG is set, which `without`, another flag, leaves without effect."""
-    given = [f"--{key} {getattr(args, key)}" for key, default in PSG_ONLY.items() if getattr(args, key) != default]
+    default = parser().get_default
+    given = [f"--{key} {getattr(args, key)}" for key in PSG_ONLY if getattr(args, key) != default(key)]
     if given:
         raise UserError(f"{given[0]} does not go with {without}: leave one of them out")
 

@@ -45,11 +45,10 @@ def keep_ranges(groups: Iterable[dict[str, Any]], state: State, first: dict[Tens
 
     A weight that began to move within the step, and has no range yet, gets one before the next.
     """
+    for weight, reach in first.items():
+        if weight.grad is not None:  # not before the step, in which the base optimizer expects an empty state
+            state[weight][RANGE] = reach
     for _, weights in _kept(groups):
-        moved = [weight for weight in weights if weight.grad is not None]
-        for weight in moved:
-            if weight in first:  # not before the step, in which the base optimizer expects an empty state
-                state[weight][RANGE] = first[weight]
-        moved = [weight for weight in moved if RANGE in state.get(weight, {})]
+        moved = [weight for weight in weights if weight.grad is not None and RANGE in state.get(weight, {})]
         for weight, reach in zip(local(moved), local([state[weight][RANGE] for weight in moved])):
             weight.clamp_(-reach, reach)

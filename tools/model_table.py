@@ -6,9 +6,8 @@ python -m tools.model_table
 from pathlib import Path
 from typing import Any
 
-from quant.settings import AUTO
 from utils.checkpoint import grid_of, load_checkpoint, training_facts
-from utils.cli import Parser, UserError, run
+from utils.cli import Parser, UserError, as_typed, run
 from utils.files import markdown_table, write_page
 from utils.results import read_results
 
@@ -75,7 +74,7 @@ def row_of(path: Path, known: dict[Setting, float]) -> tuple[tuple[float, int, s
         f"[{path.name}]({path.name})",
         facts["trained"].partition(" ")[0] + (" with L1" if args.get("l1") else ""),
         goal,
-        "" if not args["psg"] else AUTO if args["lambda_s"] == AUTO else f"{args['lambda_s']:g}",
+        as_typed(args["lambda_s"]) if args["psg"] else "",
         granularity if on_grid else "",
         (args["load_pretrained"] or "scratch").removeprefix("models/"),
         facts["epoch"],

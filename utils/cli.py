@@ -153,6 +153,11 @@ def positive(text: str) -> float:
     return value
 
 
+def as_typed(value: float | str) -> str:
+    """A value of a flag that takes a number or a word, as one types it."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def positive_or(word: str) -> Callable[[str], float | str]:
     """Argument type: a finite number > 0, or `word`."""
 

@@ -62,9 +62,10 @@ def save_packed(path: str | Path, model: nn.Module, grid: Grid | int, facts: dic
 
     integers = integer_weights(model, grid)
     tensors, described = {}, {}
-    named = _names_in_state(model, integers)
-    stored = _stored_names(model, named)
-    for name, value in model.state_dict().items():
+    state = model.state_dict(keep_vars=True)
+    named = _names_in_state(state, model, integers)
+    stored = _stored_names(state, named)
+    for name, value in state.items():
         if name != stored[name]:
             continue
         _check_tensor(name, value)
@@ -114,7 +115,7 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     if left:
         raise ValueError(f"{left} is on the meta device, and no file has its values: build the network on the CPU")
     tensors, _, described = _open(path)
-    stored = _stored_names(model, described)
+    stored = _stored_names(model.state_dict(keep_vars=True), described)
     whole, state = model.state_dict(), {}
     for name, wanted in whole.items():
         if name != stored[name]:
@@ -148,12 +149,11 @@ def _unsaved_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name not in saved]
 
 
-def _names_in_state(model: nn.Module, integers: Iterable[str]) -> dict[str, str]:
+def _names_in_state(state: dict[str, Any], model: nn.Module, integers: Iterable[str]) -> dict[str, str]:
     """The names of quantized parameters in the state_dict, which a hook may have renamed, each with its own name.
 
     Raises ValueError for a parameter that is not in the state_dict.
     """
-    state = model.state_dict(keep_vars=True)
     own = {id(model.get_parameter(name)): name for name in integers}
     named = {key: own[id(value)] for key, value in state.items() if id(value) in own}
     if missing := next((name for name in integers if name not in named.values()), None):
@@ -161,10 +161,9 @@ def _names_in_state(model: nn.Module, integers: Iterable[str]) -> dict[str, str]
     return named
 
 
-def _stored_names(model: nn.Module, packed: Container[str]) -> dict[str, str]:
+def _stored_names(state: dict[str, Any], packed: Container[str]) -> dict[str, str]:
     """Maps each name in the state_dict to the name under which its tensor is stored. Of several names for one tensor, a
-    name in `packed` has precedence."""
-    state = model.state_dict(keep_vars=True)  # a shared tensor is the same object under all its names
+    name in `packed` has precedence. With keep_vars=True a shared tensor is the same object under all its names."""
     first: dict[int, str] = {}
     for name in sorted(state, key=lambda name: name not in packed):
         first.setdefault(id(state[name]), name)

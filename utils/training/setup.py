@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from quant import PSGD, Grid, penalize_l1
-from quant.settings import AUTO
+from utils.cli import as_typed
 from utils.training.goals import Goal, GridGoal, SparseGoal
 
 EXTRAS = ("w_decay_target", "l1", "grad_l1")  # flags that the log names where they are set
@@ -48,8 +48,7 @@ def described(args: Namespace, goal: Goal, optimizer: Optimizer) -> str:
     """Start, goal and method, in words for the log."""
     start = f"torchvision's weights {args.weights}" if args.weights else args.load_pretrained or "scratch"
     lambda_s = optimizer.param_groups[0]["lambda_s"] if args.psg else 0
-    strength = lambda_s if lambda_s == AUTO else f"{lambda_s:g}"
-    method = f"PSG for {goal.name}, lambda_s {strength}" if args.psg else "no PSG"
+    method = f"PSG for {goal.name}, lambda_s {as_typed(lambda_s)}" if args.psg else "no PSG"
     method += f" on the {args.psg_acts_on}" if args.psg else ""
     method += ", clipped weights" if args.clip_weights else ""
     method += "".join(f", {flag} {getattr(args, flag):g}" for flag in EXTRAS if getattr(args, flag))
