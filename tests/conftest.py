@@ -12,10 +12,12 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from models import ResNet32
-from tests.helpers import ROOT, SmallNet, copy_with_args
+from models import ARCHITECTURES
+from tests.helpers import ROOT, ResNet8, SmallNet, copy_with_args
 from utils.checkpoint import save_checkpoint
+from utils.cli import run
 
+ARCHITECTURES["ResNet8"] = ResNet8  # for the commands that run in this process
 SLOW = {"cli", "rejected", "digits_run", "channel_run", "installed"}  # fixtures that run commands
 
 
@@ -35,11 +37,18 @@ class Outcome:
     err: str
 
 
+def run_alone(main):
+    """Runs a script's `main`, and sets back what scripts leave on, for the process they are alone in."""
+    try:
+        run(main)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capfd):
     """cli("train.py", "--flag", ...) -> Outcome; the working directory is tmp_path."""
-    from utils.cli import run
-
     monkeypatch.chdir(tmp_path)
 
     def call(script: str, *words: object) -> Outcome:
@@ -48,12 +57,9 @@ def cli(tmp_path, monkeypatch, capfd):
         capfd.readouterr()
         code = 0
         try:
-            run(module.main)
+            run_alone(module.main)
         except SystemExit as stop:
             code = stop.code
-        finally:
-            torch.use_deterministic_algorithms(False)
-            torch.set_flush_denormal(False)  # which scripts leave on, for the process they are alone in
         return Outcome(code, *capfd.readouterr())
 
     return call
@@ -101,14 +107,15 @@ def shared_folder(tmp_path_factory, worker_id):
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory, worker_id):
-    """Path of a checkpoint of a real vanilla run on the digits, epoch 3 alone, trained once for all processes."""
+    """Path of a checkpoint of a real vanilla run of ResNet8 on the digits, epoch 3 alone, once for all processes."""
     folder = shared_folder(tmp_path_factory, worker_id)
-    command = "--psg 0 --dataset digits --lr 0.05 --batch_size 16 --resume_epoch 3 --epoch 3 --exp_name v"
-    command += " --precision fp32"
+    flags = "--psg 0 --dataset digits --arch ResNet8 --lr 0.05 --batch_size 16 --resume_epoch 3 --epoch 3 --exp_name v"
     checkpoint = folder / "runs/v/last.pth"
-    with FileLock(folder / "digits.lock"):
+    with FileLock(folder / "digits.lock"), pytest.MonkeyPatch.context() as patch:
         if not checkpoint.exists():
-            subprocess.run([sys.executable, ROOT / "train.py", *command.split()], cwd=folder, check=True)
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["train.py", *flags.split(), "--precision", "fp32"])
+            run_alone(importlib.import_module("train").main)
     return checkpoint
 
 
@@ -144,13 +151,13 @@ def own_photographs(tmp_path, photographs):
 def photograph_network(own_photographs):
     """A checkpoint of a small network for `own_photographs` at 48 px, which says that it was trained for 4 bits."""
     torch.manual_seed(0)
-    model = ResNet32(2)
+    model = ResNet8(2)
     for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
         norm.momentum = 1.0  # one batch is enough for statistics that fit
     model(torch.randn(16, 3, 48, 48))
     args = {"dataset": "imagefolder", "data_dir": str(own_photographs), "image_size": 48, "psg": 1, "w_bit": 4}
     path = own_photographs.parent / "p.pth"
-    facts = {"arch": "ResNet32", "num_classes": 2, "classes": ["blue", "red"], "args": args}
+    facts = {"arch": "ResNet8", "num_classes": 2, "classes": ["blue", "red"], "args": args}
     save_checkpoint(path, facts | {"state_dict": model.state_dict()})
     return path
 

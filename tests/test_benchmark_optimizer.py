@@ -52,7 +52,7 @@ PEAK = """
 import torch
 from tools.benchmark_optimizer import Memory
 memory = Memory(torch.device("cpu"))
-for megabytes in (40, 80):
+for megabytes in (1, 100, 200):
     memory.start()
     torch.ones(megabytes << 18).mul(2)  # two tensors
     print(memory.peak())
@@ -61,6 +61,7 @@ for megabytes in (40, 80):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_memory_of_a_call():
-    """In a process of its own: what earlier tests allocated and freed would be used again, unseen."""
+    """In a process of its own: what earlier tests allocated and freed would be used again, unseen. The first call loads
+    code of torch, whose size is the machine's."""
     done = subprocess.run([sys.executable, "-c", PEAK], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert [int(line) for line in done.stdout.split()] == pytest.approx([80 << 20, 160 << 20], rel=0.1)
+    assert [int(line) for line in done.stdout.split()[1:]] == pytest.approx([200 << 20, 400 << 20], rel=0.1)

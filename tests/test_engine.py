@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from models import ResNet32
 from quant import quantize_activations
 from quant.activations import relu_names
-from tests.helpers import split, trained_resnet
+from tests.helpers import ResNet8, split, trained_resnet
 from utils.training.evaluation import evaluate, fold_batch_norm
 from utils.training.loop import NonFiniteError, train_epoch, train_step
 
@@ -25,7 +24,7 @@ def test_evaluate_equals_one_plain_forward_pass():
 
 @pytest.mark.parametrize("a_bit", [32, 8])
 def test_folding_batch_norm_keeps_the_function(a_bit):
-    model = quantize_activations(trained_resnet(), a_bit, dict.fromkeys(relu_names(ResNet32()), 4.0))
+    model = quantize_activations(trained_resnet(), a_bit, dict.fromkeys(relu_names(ResNet8()), 4.0))
     folded = fold_batch_norm(copy.deepcopy(model))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     images = torch.randn(8, 3, 32, 32)

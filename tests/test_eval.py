@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval import SEARCHED
-from models import ResNet32, build_model
+from models import build_model
 from quant import (
     Grid,
     adaround,
@@ -26,7 +26,7 @@ from quant import (
     weight_mse,
 )
 from quant.pruning import nonzero_weights
-from tests.helpers import CIFAR100, ORDER, ROOT, WORDS, copy_with_args, needs_cifar100, permuted, read_csv
+from tests.helpers import CIFAR100, ORDER, ROOT, WORDS, ResNet8, copy_with_args, needs_cifar100, permuted, read_csv
 from utils.checkpoint import load_checkpoint, load_weights, model_from_checkpoint
 from utils.data.load import load_dataset
 from utils.training.evaluation import evaluate, evaluate_batches, fold_batch_norm
@@ -41,7 +41,7 @@ COLUMNS = [
 @pytest.fixture(scope="module")
 def network(digits_run):
     """In the memory format of the scripts, so that its numbers are theirs to the last bit."""
-    model = ResNet32(10)
+    model = ResNet8(10)
     load_weights(model, load_checkpoint(digits_run), digits_run)
     return model.to(memory_format=torch.channels_last).eval()
 
@@ -84,7 +84,7 @@ def test_sweep(cli, tmp_path, digits_run, network, few_digits):
         assert float(row["top1"]) == pytest.approx(expected.top1, abs=1e-3)
         assert float(row["loss"]) == pytest.approx(expected.loss, rel=1e-3)
         assert float(row["weight_mse"]) == pytest.approx(weight_mse(network, int(row["w_bit"])), rel=1e-9)
-        assert row["arch"] == "ResNet32" and row["dataset"] == "cifar10" and row["act_range"] == row["post"] == "none"
+        assert row["arch"] == "ResNet8" and row["dataset"] == "cifar10" and row["act_range"] == row["post"] == "none"
         assert (row["trained"], row["seed"], row["epoch"], row["split"]) == ("SGD", "1", "3", "test")
     content = json.loads((tmp_path / "out/deep/results.json").read_text())
     assert [{k: str(v) for k, v in row.items()} for row in content["rows"]] == written
@@ -240,7 +240,7 @@ def test_report(cli, tmp_path, digits_run, network, held_out):
     outcome = cli("eval.py", "--model_path", digits_run, *flags)
     assert outcome.code == 0 and outcome.out.endswith("a/results.csv and results.json and layers.csv\n")
     layers = read_csv(tmp_path / "a/layers.csv")
-    assert len(layers) == 34 and layers[0]["layer"] == "conv1" and layers[-1]["layer"] == "fc"
+    assert len(layers) == 10 and layers[0]["layer"] == "conv1" and layers[-1]["layer"] == "fc"
     row = max(layers[1:-1], key=lambda row: abs(float(row["top1_lost"])))
     alone = copy.deepcopy(network)
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_published_name_of_out(cli, tmp_path, digits_run):
 
 def test_bad_input_with_a_good_checkpoint(rejected, digits_run, tmp_path):
     model = ["--model_path", digits_run]
-    assert "is a ResNet32, but --arch is vgg16_bn" in rejected("eval.py", *model, "--arch", "vgg16_bn")
+    assert "is a ResNet8, but --arch is vgg16_bn" in rejected("eval.py", *model, "--arch", "vgg16_bn")
     too_many = [*model, "--a_bit", "4", "--calib_images", "1438"]
     assert "--calib_images 1438 is more than the 1437 training images" in rejected("eval.py", *too_many)
     too_many = [*model, "--post", "bn_reestimate", "--val_split", "1000", "--calib_images", "438"]
@@ -319,21 +319,12 @@ as_published = partial(pytest.approx, abs=0.02)
 
 
 @needs_cifar100
-def test_shipped_checkpoint_has_its_published_figures(cli, tmp_path):
-    """In float and at 4 bits, on the real test set."""
-    model = ROOT / "models/W4_ResNet.pth"
-    flags = ["--model_path", model, "--data_dir", CIFAR100.parent, "--w_bit", "4", "--out", "a"]
-    assert cli("eval.py", *flags).code == 0
-    figures = published()
-    for row, w_bit in zip(rows(tmp_path / "a"), ("32", "4"), strict=True):
-        assert float(row["top1"]) == as_published(figures[model.name, w_bit, 0.0])
-
-
-@needs_cifar100
-def test_channel_grids_have_their_published_figure():
+@pytest.mark.parametrize("name, per_channel", [("W4_ResNet.pth", False), ("W4_channel_ResNet.pth", True)])
+def test_shipped_checkpoints_have_their_published_figures(name, per_channel):
     """At 4 bits on the real test set, by the package's own functions."""
-    path = ROOT / "models/W4_channel_ResNet.pth"
-    model = quantize_weights(model_from_checkpoint(load_checkpoint(path), path).eval(), Grid(4, per_channel=True))
+    path = ROOT / "models" / name
+    grid = Grid(4, per_channel=per_channel)
+    model = quantize_weights(model_from_checkpoint(load_checkpoint(path), path).eval(), grid)
     test = load_dataset("cifar100", CIFAR100.parent, torch.device("cpu")).test
     assert evaluate(model, test).top1 == as_published(published()[path.name, "4", 0.0])
 

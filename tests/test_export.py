@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tools.benchmark
-from models import ResNet32, build_model
+from models import build_model
 from quant import (
     Grid,
     calibrate,
@@ -19,7 +19,7 @@ from quant import (
     read_facts,
 )
 from quant.deploy import integer_weights, to_onnx
-from tests.helpers import copy_with_args
+from tests.helpers import ResNet8, copy_with_args
 from tools import benchmark_deploy
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
 from utils.data.load import load_dataset
@@ -54,9 +54,9 @@ def test_export_writes_both_files(cli, tmp_path, digits_run):
     ]
     assert "bit for bit" in outcome.out and "times smaller; largest logit difference" in outcome.out
     facts = read_facts(tmp_path / "a/b/last_w4.safetensors")
-    assert (facts["arch"], facts["num_classes"], facts["grid"]["bits"]) == ("ResNet32", 10, 4)
+    assert (facts["arch"], facts["num_classes"], facts["grid"]["bits"]) == ("ResNet8", 10, 4)
     model = model_from_checkpoint(load_checkpoint(digits_run), digits_run)
-    packed = load_packed(tmp_path / "a/b/last_w4.safetensors", ResNet32(10)).state_dict()
+    packed = load_packed(tmp_path / "a/b/last_w4.safetensors", ResNet8(10)).state_dict()
     assert all(torch.equal(packed[name], value) for name, value in quantize_weights(model, 4).state_dict().items())
     train = load_dataset("digits", "", torch.device("cpu")).train
     images = [batch for batch, _ in train.calibration(64, seed=1)]

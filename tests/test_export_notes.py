@@ -8,10 +8,11 @@ import onnx
 import pytest
 import torch
 
+import models
 from models import build_model
 from quant import Grid, quantize_weights, read_facts
 from quant.deploy import save_packed
-from tests.helpers import copy_with_args
+from tests.helpers import ResNet8, copy_with_args
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
 from utils.data.load import load_dataset
 from utils.data.specs import DATASETS
@@ -35,7 +36,7 @@ def test_a_network_for_photographs(cli, tmp_path, monkeypatch, own_photographs, 
     """At the size of its training; the lines of the page load the files, whose outputs are the quantized network's."""
     outcome = cli("export.py", "--model_path", photograph_network, "--out", "a", "--workers", "0")
     assert outcome.code == 0 and outcome.err == ""
-    assert "ResNet32 for imagefolder, 2 classes: blue, red" in outcome.out
+    assert "ResNet8 for imagefolder, 2 classes: blue, red" in outcome.out
     assert "checked on 6 test images" in outcome.out and "top-1 on these test images: " in outcome.out
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["p_w4.md", "p_w4.onnx", "p_w4.safetensors"]
     stated, facts = properties(tmp_path / "a/p_w4.onnx"), read_facts(tmp_path / "a/p_w4.safetensors")
@@ -49,6 +50,7 @@ def test_a_network_for_photographs(cli, tmp_path, monkeypatch, own_photographs, 
     (images, _) = next(split.batches(6))
     model = model_from_checkpoint(load_checkpoint(photograph_network), photograph_network).eval()
     monkeypatch.chdir(tmp_path / "a")
+    monkeypatch.setattr(models, "ResNet8", ResNet8, raising=False)
     with torch.no_grad():
         expected = quantize_weights(model, 4)(images)
         first, second = code_of((tmp_path / "a/p_w4.md").read_text())

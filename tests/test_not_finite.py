@@ -54,8 +54,8 @@ def test_a_network_that_evaluation_finds_not_finite_ends_the_run(cli, tmp_path, 
     checkpoint = load_checkpoint(digits_run)
     checkpoint["state_dict"]["layer1.0.bn1.running_var"].fill_(-1000)
     save_checkpoint(tmp_path / "bad.pth", checkpoint)
-    flags = ["--load_pretrained", "bad.pth", "--dataset", "cifar10", "--epoch", "4", "--exp_name", "a", "--psg", "0"]
-    outcome = cli("train.py", *flags, "--device", "cpu")
+    flags = ["--load_pretrained", "bad.pth", "--arch", "ResNet8", "--dataset", "cifar10", "--psg", "0"]
+    outcome = cli("train.py", *flags, "--epoch", "4", "--exp_name", "a", "--device", "cpu")
     assert outcome.code == 2 and len(outcome.err.splitlines()) == 1, outcome.err
     reason = (
         "the network's outputs were not finite (loss nan) in the evaluation of epoch 4; last good checkpoint: bad.pth"

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.ops import StochasticDepth
 
-from models import ResNet32, build_model
+from models import build_model
 from quant import (
     Grid,
     adaround,
@@ -23,6 +23,7 @@ from quant import (
     reestimate_batch_norm,
     weight_scale,
 )
+from tests.helpers import ResNet8
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.data.load import load_dataset
 
@@ -239,7 +240,7 @@ def three_epochs(tmp_path_factory, digits_run):
     folder = tmp_path_factory.mktemp("run")
     checkpoint = load_checkpoint(digits_run)
     args = checkpoint["args"] | {"psg": 1, "w_bit": 4, "granularity": "channel", "dataset": "cifar10"}
-    state, parameters = checkpoint["state_dict"], dict(ResNet32(10).named_parameters())
+    state, parameters = checkpoint["state_dict"], dict(ResNet8(10).named_parameters())
     generator = torch.Generator().manual_seed(0)
     for epoch in (1, 2, 3):
         moved = {n: state[n] + 0.01 * torch.randn(p.shape, generator=generator) for n, p in parameters.items()}
@@ -293,7 +294,7 @@ def test_bad_input_of_average(rejected, few_digits, three_epochs):
 
 def test_average_refuses_an_epoch_of_another_network(rejected, tmp_path, few_digits, three_epochs):
     last = load_checkpoint(three_epochs / "epoch_2.pth")
-    other = {"arch": "ResNet32", "num_classes": 5, "state_dict": ResNet32(5).state_dict()}
+    other = {"arch": "ResNet8", "num_classes": 5, "state_dict": ResNet8(5).state_dict()}
     save_checkpoint(tmp_path / "epoch_1.pth", other)
     save_checkpoint(tmp_path / "epoch_2.pth", last)
     message = rejected("tools.average", tmp_path, "--epochs", "1-2", "--out", "a.pth")

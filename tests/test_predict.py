@@ -29,7 +29,7 @@ def test_probabilities_and_names(cli, own_photographs, photograph_network):
     paths = [f"d/val/{name}/{number}.jpg" for name in ("blue", "red") for number in (0, 2)]
     outcome = cli("eval.py", "--images", *paths, "--model_path", photograph_network, "--w_bit", "4", "2")
     assert outcome.code == 0, outcome.err
-    assert "p.pth: ResNet32 for imagefolder; of an image it gets the middle 48 x 48 pixels" in outcome.out
+    assert "p.pth: ResNet8 for imagefolder; of an image it gets the middle 48 x 48 pixels" in outcome.out
     test = load_dataset("imagefolder", own_photographs, CPU, image_size=48).test
     (images, _) = next(test.chosen([torch.tensor([0, 2, 3, 5])]))
     model = model_from_checkpoint(load_checkpoint(photograph_network), photograph_network).eval()

@@ -99,14 +99,13 @@ def test_kill_at_random_moments(tmp_path):
     print(f"{KILLS} kills, {last} epochs of {an_epoch:.1f} s")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_the_run_in_good_order(tmp_path, cli, number):
+def test_a_signal_ends_the_run_in_good_order(tmp_path, cli):
     process = start(tmp_path, *FLAGS, "--exp_name", "a", "--epoch", 1000)
     assert wait_for(process, "epoch   1 ")
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate()
-    assert process.returncode == 128 + number
-    assert f"stopped by {number.name}; python train.py --exp_name a --resume continues" in err
+    assert process.returncode == 143
+    assert "stopped by SIGTERM; python train.py --exp_name a --resume continues" in err
     assert "Traceback" not in err
     done = load_checkpoint(tmp_path / "runs/a/last.pth")["epoch"]
     assert len(rows(tmp_path / "runs/a")) == done
@@ -164,9 +163,11 @@ def test_a_reader_of_images_that_is_killed_is_one_line(tmp_path, many_images):
     assert err.startswith("error: a process that reads images was killed (signal") and "try fewer --workers" in err
 
 
-def test_sigterm_in_an_evaluation(tmp_path, digits_run):
+def test_sigterm_in_an_evaluation(tmp_path):
     """One line, and no folder is left that holds nothing."""
-    flags = ["--model_path", digits_run, "--w_bit", *range(2, 9), "--out", "out"]
+    facts = {"arch": "ResNet32", "num_classes": 10, "args": {"dataset": "digits"}}
+    save_checkpoint(tmp_path / "a.pth", facts | {"state_dict": ResNet32(10).state_dict()})
+    flags = ["--model_path", "a.pth", "--w_bit", *range(2, 9), "--out", "out"]
     process = start(tmp_path, *flags, script="eval.py")
     assert wait_for(process, "device: ")
     process.send_signal(signal.SIGTERM)
@@ -278,7 +279,7 @@ def test_full_disk(tmp_path, cli):
 
 
 def test_full_disk_at_an_export(tmp_path, cli, digits_run):
-    with files_up_to(2**16):
+    with files_up_to(2**14):
         outcome = cli("export.py", "--model_path", digits_run)
     assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1, outcome.err
     assert "deploy/last_w4.safetensors cannot be written" in outcome.err

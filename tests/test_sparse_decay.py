@@ -61,9 +61,9 @@ def test_a_layer_that_vanishes_ends_the_run(cli, tmp_path, digits_run, few_digit
     weight = checkpoint["state_dict"]["conv1.weight"]
     weight.mul_(3e-6 / weight.abs().max())
     save_checkpoint(tmp_path / "small.pth", checkpoint)
-    flags = ["--load_pretrained", "small.pth", "--dataset", "cifar10", "--epoch", "9", "--lr", "0.1", "--exp_name", "a"]
-    outcome = cli("train.py", *flags, "--target", "zero", "--lambda_s", "1e-6", "--w_decay_target", "5",
-                  "--device", "cpu")  # fmt: skip
+    flags = ["--load_pretrained", "small.pth", "--arch", "ResNet8", "--dataset", "cifar10", "--exp_name", "a"]
+    flags += ["--epoch", "9", "--lr", "0.1", "--target", "zero", "--lambda_s", "1e-6", "--w_decay_target", "5"]
+    outcome = cli("train.py", *flags, "--device", "cpu")
     assert outcome.code == 2 and len(outcome.err.splitlines()) == 1, outcome.err
     assert "conv1.weight has no weight above 1e-06 after epoch 5" in outcome.err
     assert "last good checkpoint: runs/a/last.pth; try a smaller --w_decay_target or --l1" in outcome.err

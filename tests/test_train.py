@@ -138,7 +138,7 @@ def test_a_weight_of_zeros_is_refused_before_the_run_begins(rejected, digits_run
     checkpoint = load_checkpoint(digits_run)
     checkpoint["state_dict"]["fc.weight"].zero_()
     save_checkpoint(tmp_path / "zero.pth", checkpoint)
-    flags = [*QUICK, "--load_pretrained", "zero.pth", "--epoch", "5"]
+    flags = [*QUICK, "--arch", "ResNet8", "--load_pretrained", "zero.pth", "--epoch", "5"]
     assert "fc.weight is all zeros, which PSG never moves: use --eps 0.01" in rejected("train.py", *flags)
 
 
@@ -150,7 +150,8 @@ def test_run_folders_below_a_link_to_nowhere(rejected, tmp_path):
 
 def test_psg_starts_from_a_checkpoint(cli, tmp_path, digits_run):
     """Epochs go on from the checkpoint's, and the learning rate decays at its epoch."""
-    outcome = cli("train.py", *QUICK, "--load_pretrained", digits_run, "--epoch", "5", "--decay_epoch", "5")
+    flags = [*QUICK, "--arch", "ResNet8", "--load_pretrained", digits_run]
+    outcome = cli("train.py", *flags, "--epoch", "5", "--decay_epoch", "5")
     assert outcome.code == 0
     rows = metrics(tmp_path / "runs/cifar10/4bits")
     assert [(row["epoch"], row["lr"]) for row in rows] == [(4, 0.05), (5, pytest.approx(0.005))]
@@ -177,14 +178,15 @@ def test_adam_learning_rate_is_the_published_one(cli, tmp_path):
 
 def test_sparse_training(cli, tmp_path, digits_run):
     """Target zero scales by |w| and is watched pruned; its columns name the sparsity."""
-    flags = [*QUICK, "--target", "zero", "--sparsity", "0.75", "--lambda_s", "20", "--load_pretrained", digits_run]
+    flags = [*QUICK, "--arch", "ResNet8", "--load_pretrained", digits_run]
+    flags += ["--target", "zero", "--sparsity", "0.75", "--lambda_s", "20"]
     outcome = cli("train.py", *flags, "--epoch", "4", "--exp_name", "a")
     assert outcome.code == 0 and "PSG for S75, lambda_s 20" in outcome.out and "  S75 " in outcome.out
     (row,) = metrics(tmp_path / "runs/a")
     assert "s75_top1" in row and "grid_share" not in row
     checkpoint = load_checkpoint(tmp_path / "runs/a/last.pth")
     groups = checkpoint["optimizer"]["param_groups"]
-    assert [group.get("target") for group in groups] == ["zero", None] and len(groups[0]["params"]) == 34
+    assert [group.get("target") for group in groups] == ["zero", None] and len(groups[0]["params"]) == 10
     assert training_facts(checkpoint)["trained"] == "PSGD sparse"
     assert cli("eval.py", "--model_path", "runs/a/last.pth", "--sparsity", "0.75", "--out", "b").code == 0
     with open(tmp_path / "b/results.csv", newline="") as file:
@@ -253,7 +255,7 @@ SCRATCH = ["--dataset", "digits", "--load_pretrained", ""]
 
 def test_checkpoint_of_another_network(rejected, digits_run):
     flags = ["--dataset", "digits", "--load_pretrained", digits_run, "--arch", "vgg16_bn"]
-    assert "is a ResNet32, but --arch is vgg16_bn" in rejected("train.py", *flags)
+    assert "is a ResNet8, but --arch is vgg16_bn" in rejected("train.py", *flags)
 
 
 def test_checkpoint_of_another_class_count(rejected, digits_run, tmp_path):

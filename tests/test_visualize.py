@@ -28,7 +28,7 @@ def test_a_picture_for_each_layer(cli, tmp_path, digits_run, monkeypatch):
     pixels = matplotlib.image.imread(tmp_path / "p/q" / pictures[0])
     assert pixels.shape[0] > 500 and pixels.shape[1] > 1000 and pixels.std() > 0.05
     all_layers = Namespace(model_path=paths, labels=["SGD", "PSGD"], layers=None, w_bit=4, first_last_quant=1)
-    assert len(layer_figures(all_layers)) == 34
+    assert len(layer_figures(all_layers)) == 10
 
 
 @pytest.mark.parametrize("width", [2, 4, 8])
