@@ -16,6 +16,8 @@ def load(**settings):
 @pytest.mark.parametrize(("settings", "file", "grid"), [
     ({}, "W4_ResNet.pth", Grid(4)),
     ({"bits": 2, "granularity": "channel"}, "W2_channel_ResNet.pth", Grid(2, per_channel=True)),
+    ({"bits": 2, "granularity": "channel", "clipped": True}, "W2_channel_clipped_ResNet.pth",
+     Grid(2, per_channel=True)),
 ])  # fmt: skip
 def test_the_float_network_and_its_quantized_copy(settings, file, grid):
     expected = ResNet32(100)
@@ -30,7 +32,9 @@ def test_sgds_network():
     assert grid_share(model, 4) < 0.3 and model(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
 
 
-@pytest.mark.parametrize("settings", [{"bits": 7}, {"bits": 8, "granularity": "channel"}, {"granularity": "layer"}])
+@pytest.mark.parametrize(
+    "settings", [{"bits": 7}, {"bits": 8, "granularity": "channel"}, {"granularity": "layer"}, {"clipped": True}]
+)
 def test_there_is_no_such_network(settings):
     with pytest.raises(ValueError, match=r"no network of bits=.*; there are W2_ResNet.pth, W2_channel_ResNet.pth"):
         load(**settings)
