@@ -4,8 +4,8 @@
     python -m tools.benchmark_peers --rounds 12 --csv results/benchmarks/peers.csv
 
 A step is forward, backward and optimizer, in float32, on one held batch of 128, at 4 bits with a scale for each output
-channel. All methods take turns, each on a network of its own: compare the ratios of one run. "Extra" is the memory that
-a method takes beside SGD's, gradients and activations included, after two steps.
+channel. All methods take turns, each on a network of its own: compare the ratios of one run. "Extra" is the peak of memory in
+two steps beyond that of SGD's. In the table it stands for networks whose weights outweigh their activations.
 """
 
 import gc
@@ -30,6 +30,7 @@ from utils.training.qat import LearnedGoal, QuantizationPenalty, Substitution, f
 
 BASE = "SGD"
 STEPS = 10_000  # of the stage
+LARGE = 10_000_000  # parameters from which their memory can be told from that of activations
 GRID = Grid(4, per_channel=True)
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {  # and their inputs
     "ResNet-32": lambda: (ResNet32(100), torch.randn(BATCH_SIZE, 3, 32, 32)),
@@ -117,14 +118,17 @@ def rows_of(network: str, methods: list[str], rounds: int, device: torch.device)
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A line for each method: what it changes, and for each network its ratio and its share of extra memory."""
+    """A line for each method: what it changes, and for each network its ratio and, if large, its extra memory."""
     found = {(row["network"], row["method"]): row for row in rows}
     networks = list(dict.fromkeys(network for network, _ in found))
-    heads = [f"{network}, {1e-6 * int(found[network, BASE]['parameters']):.1f} M" for network in networks]
+    sizes = {network: int(found[network, BASE]["parameters"]) for network in networks}
+    heads = [f"time, {network}, {size / 1e6:.1f} M" for network, size in sizes.items()]
+    large = [network for network, size in sizes.items() if size >= LARGE]
+    heads += [f"extra memory, {network}" for network in large]
     lines = []
     for method in (method for method in METHODS if (networks[0], method) in found):
-        cells = [found[network, method] for network in networks]
-        figures = [f"{float(cell['ratio']):.2f}, {float(cell['extra_share']):.1f}" for cell in cells]
+        figures = [f"{float(found[network, method]['ratio']):.2f}" for network in networks]
+        figures += [f"{float(found[network, method]['extra_share']):.1f}" for network in large]
         lines.append([METHODS[method], CHANGES[method], *figures])
     return markdown_table(["method", "what changes", *heads], lines)
 
