@@ -4,8 +4,8 @@
     python -m tools.benchmark_peers --rounds 12 --csv results/benchmarks/peers.csv
 
 A step is forward, backward and optimizer, in float32, on one held batch of 128, at 4 bits with a scale for each output
-channel. All methods take turns, each on a network of its own: compare the ratios of one run. "Extra" is the peak of memory in
-two steps beyond that of SGD's. In the table it stands for networks whose weights outweigh their activations.
+channel. All methods take turns, each on a network of its own: compare the ratios of one run. "Extra" is the peak of
+memory in two steps beyond that of SGD's. In the table it stands for networks whose weights outweigh their activations.
 """
 
 import gc
@@ -113,7 +113,7 @@ def rows_of(network: str, methods: list[str], rounds: int, device: torch.device)
         yield {
             "network": network, "parameters": size, "method": kind, "milliseconds": round(1000 * seconds[kind], 2),
             "ratio": round(seconds[kind] / seconds[BASE], 3), "extra_bytes": extra,
-            "extra_share": round(extra / (4 * size), 3),
+            "extra_share": round(extra / (4 * size), 4),
         }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
     lines = []
     for method in (method for method in METHODS if (networks[0], method) in found):
         figures = [f"{float(found[network, method]['ratio']):.2f}" for network in networks]
-        figures += [f"{float(found[network, method]['extra_share']):.1f}" for network in large]
+        figures += [f"{max(float(found[network, method]['extra_share']), 0):.0%}" for network in large]
         lines.append([METHODS[method], CHANGES[method], *figures])
     return markdown_table(["method", "what changes", *heads], lines)
 
