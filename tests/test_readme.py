@@ -138,7 +138,7 @@ def test_the_loop_of_the_readme_runs(monkeypatch, capsys):
     scope = {"model": model, "epochs": 2, "loader": batches}
     exec(block, scope)
     assert not torch.equal(model.conv2.weight, before) and scope["optimizer"].pace().steps == 2
-    assert len(scope["four_bit_model"].conv2.weight.unique()) <= 15
+    assert all(len(channel.unique()) <= 15 for channel in scope["four_bit_model"].conv2.weight)
     assert capsys.readouterr().out.count("near the grid") == 2
 
 
