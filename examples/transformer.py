@@ -93,7 +93,7 @@ print(
 print(f"test accuracy: float {accuracy(model):.2f}, 4 bits {accuracy(quantize_weights(model, grid)):.2f}")
 
 if folder := sys.argv[1:]:
-    Path(folder[0]).mkdir(parents=True)
+    Path(folder[0]).mkdir(parents=True, exist_ok=True)
     (Path(folder[0]) / "args.json").write_text(json.dumps({"args": {"psg": 1, "w_bit": 4}}))
     with open(Path(folder[0]) / "metrics.csv", "w", newline="") as file:
         csv.writer(file).writerows([["epoch", "lr", "grid_share", "tau", "expected_share"], *history])

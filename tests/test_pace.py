@@ -1,6 +1,7 @@
 """The pace of real runs: what train.py plans, logs and says, and how a run is resumed."""
 
 import csv
+import json
 import re
 import shutil
 
@@ -112,7 +113,7 @@ def test_a_decay_that_stops_the_walk_is_foreseen(decays, silent):
     assert bool(lines) != silent
 
 
-def test_the_law_of_a_recorded_run(cli, tmp_path, few_digits):
+def test_the_law_of_a_recorded_run(cli, rejected, tmp_path, few_digits):
     """Of a run that logged no tau, it is near the one that was logged; the weights of this run hardly move."""
     assert cli("train.py", *QUICK, "--psg", 0, "--epoch", 1, "--exp_name", "start").code == 0
     flags = ["--load_pretrained", "runs/start/last.pth", "--lr", "1e-5", "--lambda_s", "1000", "--epoch", 4]
@@ -130,6 +131,14 @@ def test_the_law_of_a_recorded_run(cli, tmp_path, few_digits):
     for ours, theirs in zip(old, new, strict=True):
         assert float(ours["tau"]) == pytest.approx(float(theirs["tau"]), rel=0.5)
         assert ours["grid_share"] == theirs["grid_share"] and ours["tau_from"] == "law"
+    record = json.loads((tmp_path / "runs/old/args.json").read_text())
+    for key, value, message in (
+        ("load_pretrained", "", "runs/old began without a checkpoint"),
+        ("first_last_quant", 0, "runs/old has --clip_weights 1 or --first_last_quant 0, which are not computed"),
+    ):
+        changed = record | {"args": record["args"] | {key: value}}
+        (tmp_path / "runs/old/args.json").write_text(json.dumps(changed))
+        assert message in rejected("tools.pace", "--runs", "runs/old", "--out", "q")
     first, _, last = (float(row["tau"]) for row in old)
     assert last - float(old[1]["tau"]) == pytest.approx(first / 100, rel=1e-3)  # the rate is a tenth
     assert cli("visualize.py", "--figure", "pace", "--results", "p/pace.csv", "--out", "f").code == 0
@@ -141,6 +150,7 @@ def test_runs_without_a_law(cli, rejected, tmp_path, few_digits):
     assert cli("train.py", *QUICK, "--adam", 1, "--lr", "1e-4", "--epoch", 1, "--exp_name", "adam").code == 0
     assert "runs/plain is not a run of PSG for a grid" in rejected("tools.pace", "--runs", "runs/plain", "--out", "p")
     assert "the law is not for it" in rejected("tools.pace", "--runs", "runs/adam", "--out", "p")
+    assert "two runs have the label a: give --labels that differ" in rejected("tools.pace", "--runs", "b/a", "c/a")
     assert "2 --labels for 1 --runs" in rejected("tools.pace", "--runs", "a", "--labels", "a", "b")
     assert "runs/none/args.json cannot be read" in rejected("tools.pace", "--runs", "runs/none", "--out", "p")
     (tmp_path / "pace.csv").write_text("run,tau,grid_share\na,nan,0.5\n")

@@ -1,5 +1,9 @@
 """The other rules for lambda_s "auto", which tools.trials compares."""
 
+import os
+import signal
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
@@ -10,8 +14,8 @@ import quant.psgd
 from quant import PSGD, Grid, expected_share, psg_param_groups, quantize_weights
 from quant import lambda_s as law
 from quant.settings import STAGE_DEFAULTS
-from tests.helpers import Walk
-from tools.trials import GAP_CHECKS, Decay, GapRule, change, extend
+from tests.helpers import ROOT, Walk
+from tools.trials import GAP_CHECKS, Decay, GapRule, change, extend, main
 from utils.training.goals import GridGoal
 
 
@@ -119,6 +123,38 @@ def test_a_run_of_a_trial_keeps_its_command(cli, tmp_path, few_digits):
     for command in ("train.py", "tools.trials"):
         outcome = cli(command, "--exp_name", "a", "--resume", "--epoch", 2)
         assert outcome.code == 2 and "start a new run" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "graph"),
+    [
+        ([], 1),
+        (["--rule", "gap"], 0),
+        (["--decay_at", "0.5"], 0),
+        (["--adam", "1", "--psg_acts_on", "update", "--adamw", "outside"], 0),
+    ],
+)
+def test_hooks_of_steps_need_the_plain_loop(monkeypatch, flags, graph):
+    """A CUDA graph replays none."""
+    asked = []
+    monkeypatch.setattr("utils.training.run.train", lambda settings, *_: asked.append(settings.cuda_graph))
+    monkeypatch.setattr(sys, "argv", ["trials", *flags])
+    main()
+    assert asked == [graph]
+
+
+def test_a_run_that_cannot_be_resumed_says_so_when_it_is_stopped(tmp_path, few_digits):
+    flags = ["--dataset", "cifar10", "--arch", "squeezenet1_1", "--load_pretrained", "", "--batch_size", "16"]
+    flags += ["--lr", "0.001", "--epoch", "500", "--exp_name", "a", "--device", "cpu"]
+    command = [sys.executable, "-m", "tools.trials", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert any(line.startswith("epoch   1 ") for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 143 and "it cannot be resumed: start a new run" in err and "--resume" not in err
 
 
 def test_wrong_rules_are_one_line(rejected):

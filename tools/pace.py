@@ -53,6 +53,8 @@ def parse() -> Namespace:
     args.labels = args.labels or [Path(path).name for path in args.runs]
     if len(args.labels) != len(args.runs):
         raise UserError(f"{len(args.labels)} --labels for {len(args.runs)} --runs: give one for each")
+    if twice := next((label for label in args.labels if args.labels.count(label) > 1), None):
+        raise UserError(f"two runs have the label {twice}: give --labels that differ")
     return args
 
 
@@ -71,6 +73,10 @@ def rows_of(path: str, label: str, measure: Measure) -> list[Row]:
     logged = bool(rows[0].get("tau"))
     if not logged and settings.get("adam"):
         raise UserError(f"{path} is of Adam, which normalizes the gradients that PSG scales: the law is not for it")
+    if not logged and not settings.get("load_pretrained"):
+        raise UserError(f"{path} began without a checkpoint, and the law needs the gradients of its first network")
+    if not logged and (settings.get("clip_weights") or not settings.get("first_last_quant", 1)):
+        raise UserError(f"{path} has --clip_weights 1 or --first_last_quant 0, which are not computed: leave it out")
     pace: Sequence[tuple[str | float, str | float]] = (
         [(row["tau"], row["expected_share"]) for row in rows] if logged else by_law(rows, settings, measure)
     )

@@ -17,6 +17,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from itertools import islice
+from operator import mul
 from typing import Any
 
 import torch
@@ -57,9 +58,8 @@ def one_lambda_s(
     weights: list[Tensor], moves: list[Tensor], group: dict[str, Any], state: State, _: bool
 ) -> list[Tensor]:
     """`take_step` with the mean over all tensors in place of each tensor's mean square. Gradients only."""
-    sizes = torch.tensor([float(weight.numel()) for weight in weights])
-    squares = mean_squares(moves)
-    mean = (sizes * squares).sum() / sizes.sum()
+    counts, squares = [weight.numel() for weight in weights], mean_squares(moves)
+    mean = sum(map(mul, squares.unbind(), counts), torch.zeros_like(squares[0])) / sum(counts)
     return law.walk(Records(weights, state), mean.expand_as(squares).clone(), group)
 
 
@@ -134,8 +134,10 @@ def shrink(optimizer: Optimizer, w_decay: float) -> None:
 
 def extend(run: Any, args: Namespace) -> None:
     """Adds what --decay_at, --adamw, --beta1 and the rule "gap" ask for to a prepared run."""
-    optimizer = run.optimizer
+    optimizer, run.command = run.optimizer, ""
     if args.rule == "gap":
+        if run.world.size > 1:
+            raise UserError("--rule gap needs a single process")
         optimizer.register_step_post_hook(GapRule(run))
     if args.decay_at:
         steps = math.ceil(args.decay_at * staged(optimizer)["steps"])
@@ -197,6 +199,9 @@ def main() -> None:
     sys.argv = command  # for the record
     check(args, settings, resumed=folder is not None)
     vars(settings).update(vars(args))
+    settings.cuda_graph *= not (
+        args.decay_at or args.adamw == "outside" or args.rule == "gap"
+    )  # a graph replays no hooks
     change(args)
 
     from utils.training.run import train as train_run

@@ -62,7 +62,7 @@ class Run:
     done: int
     last_good: str | Path
     extras: dict[str, Any] = field(default_factory=dict)  # what else the checkpoints hold
-    command: str = "python train.py"  # which resumes it
+    command: str = "python train.py"  # which resumes it; "" if nothing does
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -199,7 +199,8 @@ def train_epochs(run: Run, folder: RunFolder | None) -> None:
     first, loop = run.done + 1, ""
     for epoch in range(first, args.epoch + 1):
         if epoch > run.first_epoch:
-            stop.advice = f"{run.command} --exp_name {args.exp_name} --resume continues after its last complete epoch"
+            resume = f"{run.command} --exp_name {args.exp_name} --resume continues after its last complete epoch"
+            stop.advice = resume if run.command else "it cannot be resumed: start a new run"
         row = train_epoch_and_evaluate(run, training, epoch)
         if training.loop != loop:
             loop = training.loop
