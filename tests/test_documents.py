@@ -90,6 +90,8 @@ def one_network(target: str, kind: str) -> list[list[float]]:
     rows = results_below(path)
     if path.name in ("sgd_channel_grids", "adam_update"):
         return [top1(rows, "ResNet150.pth" if "sgd" in path.name else "epoch_150.pth", post)]
+    if path.name == "w2_channel_clipped_8_seeds":
+        return [top1(rows, model, post) for model in sorted({row["model"] for row in rows})]
     family, renewed = path.name.removesuffix("_seeds"), ONCE in kind
     ours = f"W{family.removeprefix('w')}_ResNet{'_bn' if renewed else ''}.pth"
     later = [top1(rows, f"seed{seed}/{'bn' if renewed else 'epoch_150'}.pth", post) for seed in (2, 3)]
