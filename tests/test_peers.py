@@ -56,6 +56,17 @@ def test_a_run_and_its_files(cli, tmp_path, few_digits, method):
     assert same(weights(model_from_checkpoint(quantized, "quantized.pth")), weights(expected))
 
 
+@needs_torchao
+@pytest.mark.parametrize("decay", [9, 2])
+def test_the_relaxation_ends_within_the_stage(cli, tmp_path, few_digits, decay):
+    """With a fall of the rate behind the end of the run, as with the default one, it ends with the run."""
+    words = ["--method", "parq", *RUN, "--epoch", 2, "--decay_epoch", decay, "--exp_name", "a"]
+    assert cli("tools.peers", *words).code == 0
+    relaxed = load_checkpoint(tmp_path / "runs/a/last.pth")["relaxed"]
+    points = [len(channel.unique()) for name, weight in relaxed.items() if "squeeze" in name for channel in weight]
+    assert points and max(points) <= 7  # of 3 bits
+
+
 def test_psgd_is_train_py(cli, tmp_path, few_digits):
     words = [*RUN, "--epoch", 1, "--exp_name"]
     assert cli("train.py", *words, "a", "--lambda_s", "auto").code == 0

@@ -152,7 +152,8 @@ def relax(run: Run, optimizer: Any) -> None:
     """Makes the network of `run` compute with the weights that `optimizer` relaxes, up to the last fall of the rate."""
     ends = [(fall - run.first_epoch) * len(run.batches) for fall in decays(run.args)]
     stage = optimizer.prox_map.anneal_end
-    optimizer.prox_map.anneal_end = max((end for end in ends if end < stage), default=stage)
+    # At the latest the last step is hard.
+    optimizer.prox_map.anneal_end = max((end for end in ends if end < stage), default=stage - 1)
     keep(run, "relaxed", optimizer.relaxed)
     changes = {name: partial(straight_through, other=relaxed) for name, relaxed in optimizer.relaxed.items()}
     Substitution(run.model, changes)
