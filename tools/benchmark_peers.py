@@ -11,7 +11,6 @@ memory in two steps beyond that of SGD's. In the table it stands for networks wh
 import gc
 import importlib.util
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from tools.peers import INSTALL, METHODS, OF_TORCHAO
 from utils.cli import Parser, count, run
 from utils.device import machine, select_device
 from utils.files import check_output_file, command_line, markdown_table
-from utils.training.qat import LearnedGoal, QuantizationPenalty, Substitution, first_step, ste_changes, straight_through
+from utils.training.qat import LearnedGoal, QuantizationPenalty, Substitution, first_step, ste_changes
 
 BASE = "SGD"
 STEPS = 10_000  # of the stage
@@ -64,8 +63,7 @@ def with_method(method: str, model: nn.Module) -> Optimizer:
         from utils.training.parq import Relaxed
 
         optimizer = relaxed = Relaxed(optimizer, model, GRID, method, STEPS)
-        changes = {name: partial(straight_through, other=weight) for name, weight in relaxed.relaxed.items()}
-        Substitution(model, changes)
+        Substitution(model, relaxed.changes())
     return optimizer
 
 

@@ -33,7 +33,7 @@ from utils.checkpoint import RUN_STATE, load_checkpoint, save_checkpoint
 from utils.cli import Parser, UserError, positive, run
 from utils.runs import RunFolder
 from utils.training.goals import Goal, GridGoal
-from utils.training.qat import LearnedGoal, QuantizationPenalty, Substitution, first_step, ste_changes, straight_through
+from utils.training.qat import LearnedGoal, QuantizationPenalty, Substitution, first_step, ste_changes
 from utils.training.run import Run, decays
 from utils.training.run import train as train_run
 from utils.training.setup import build_optimizer
@@ -155,8 +155,7 @@ def relax(run: Run, optimizer: Any) -> None:
     # At the latest the last step is hard.
     optimizer.prox_map.anneal_end = max((end for end in ends if end < stage), default=stage - 1)
     keep(run, "relaxed", optimizer.relaxed)
-    changes = {name: partial(straight_through, other=relaxed) for name, relaxed in optimizer.relaxed.items()}
-    Substitution(run.model, changes)
+    Substitution(run.model, optimizer.changes())
 
 
 @torch.no_grad()

@@ -199,9 +199,8 @@ def main() -> None:
     sys.argv = command  # for the record
     check(args, settings, resumed=folder is not None)
     vars(settings).update(vars(args))
-    settings.cuda_graph *= not (
-        args.decay_at or args.adamw == "outside" or args.rule == "gap"
-    )  # a graph replays no hooks
+    if args.decay_at or args.adamw == "outside" or args.rule == "gap":
+        settings.cuda_graph = 0  # a graph replays no hooks
     change(args)
 
     from utils.training.run import train as train_run

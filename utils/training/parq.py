@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torchao.prototype.parq.quant import MaxUnifQuantizer
 
 from quant import Grid, layer_grids
 from utils.cli import UserError
+from utils.training.qat import Change, straight_through
 
 MAPS = {"parq": ProxPARQ, "binaryrelax": ProxBinaryRelax}
 
@@ -43,6 +45,10 @@ class Relaxed(QuantOptimizer):
             self.relaxed[name].copy_(weight)
         self.restore_latent_params()
         return loss
+
+    def changes(self) -> dict[str, Change]:
+        """What makes the relaxed weight of each, with the straight-through gradient."""
+        return {name: partial(straight_through, other=weight) for name, weight in self.relaxed.items()}
 
 
 def _regroup(base: Optimizer, weights: Mapping[str, Tensor], grids: dict[str, Grid]) -> None:
