@@ -54,6 +54,13 @@ def anchors(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_tests_that_a_document_names_exist(document):
+    written = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
+    for name in re.findall(r"(?<![\w/])test_\w+", document.read_text()):
+        assert f"def {name}(" in written or (ROOT / f"tests/{name}.py").is_file(), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_pictures_and_anchors_exist(document):
     for target in re.findall(r"\]\(([^)]+)\)", without_code(document.read_text())):
         if target.startswith("https://"):
