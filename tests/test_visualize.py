@@ -12,7 +12,14 @@ from quant import Grid, fake_quantize_weight
 from utils.checkpoint import save_checkpoint
 from utils.drawing.figures import bits_figures, lambda_s_figures, layer_figures
 from utils.drawing.paper_figures import sparse_histograms, toy_trajectories
-from utils.drawing.result_figures import accuracy_grids, errors_over_bits, layer_bars, layer_histograms, training_curves
+from utils.drawing.result_figures import (
+    accuracy_grids,
+    errors_over_bits,
+    layer_bars,
+    layer_histograms,
+    pace_of_runs,
+    training_curves,
+)
 
 
 def test_a_picture_for_each_layer(cli, tmp_path, digits_run, monkeypatch):
@@ -79,11 +86,19 @@ def test_figure_1a(cli, rejected, tmp_path):
     assert outcome.code == 0 and (tmp_path / "fig/figure1a.png").stat().st_size > 10_000, outcome.err
     ((_, draw),) = bits_figures(Namespace(results=[str(tmp_path / "r.csv")]))
     assert {label: [row["top1"] for row in rows] for label, rows in draw.args[0].items()} == {
-        "SGD": ["70", "69", "50"], "PSGD": ["68", "70"], "PSGD, grids of channels": ["71"],
+        "SGD": ["70", "69", "50"], "PSGD": ["68", "70"], "PSGD, a scale for each channel": ["71"],
     }  # fmt: skip
     (tmp_path / "r.csv").write_text(
         header.replace("top1", "granularity,top1")
         + "SGD,150,1,4,32,none,tensor,50,1e-3\nSGD,150,1,4,32,none,channel,60,1e-4\n"
+    )
+    ((_, draw),) = bits_figures(Namespace(results=[str(tmp_path / "r.csv")]))
+    assert {label: [row["top1"] for row in rows] for label, rows in draw.args[0].items()} == {
+        "SGD": ["50"], "PSGD": [], "SGD, a scale for each channel": ["60"],
+    }  # fmt: skip
+    (tmp_path / "r.csv").write_text(
+        header.replace("top1", "weight_range,top1")
+        + "SGD,150,1,4,32,none,absmax,50,1e-3\nSGD,150,1,4,32,none,mse,60,1e-4\n"
     )
     assert "SGD has rows of one bit-width that differ in more than the seed" in rejected(
         "visualize.py", "--figure", "1a", "--results", "r.csv"
@@ -114,6 +129,15 @@ def test_training_curves(cli, tmp_path):
     (axis,) = whole.axes
     assert [list(line.get_ydata()) for line in axis.lines] == [[60, 61], [1, 2]]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["mine, float", "mine, 3 bits"]
+
+
+def test_runs_of_one_group_look_alike_in_the_figure_of_the_pace():
+    """Labels up to a colon name a group, which has one color, one marker and one entry in the legend."""
+    figure = pace_of_runs({"A: W4": ([1.0], [0.4]), "B": ([2.0], [0.6]), "A: W3": ([3.0], [0.7])})
+    _, *drawn = figure.axes[0].lines
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["the law", "A", "B"]
+    looks = {tuple(line.get_ydata()): (line.get_color(), line.get_marker()) for line in drawn}
+    assert looks[40.0,] == looks[70.0,] != looks[60.0,]
 
 
 def test_the_first_run_is_drawn_beside_each_of_the_others():

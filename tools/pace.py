@@ -39,7 +39,10 @@ def parser() -> Parser:
     p = Parser(__doc__)
     p.add_argument("--runs", nargs="+", required=True, metavar="DIR", help="run folders with args.json and metrics.csv")
     p.add_argument(
-        "--labels", nargs="+", metavar="NAME", help="names of the runs in the picture (default: the folders)"
+        "--labels",
+        nargs="+",
+        metavar="NAME",
+        help="names of the runs (default: the folders); those that agree up to a colon look alike",
     )
     p.add_argument("--steps", type=count, default=25, metavar="N", help="batches to measure gradients on")
     flags.add_data_dir(p, None)

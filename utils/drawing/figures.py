@@ -100,13 +100,16 @@ def bits_figures(args: Namespace) -> list[Picture]:
         raise UserError(
             f"{', '.join(args.results)} has no row of a network trained with SGD: evaluate one with the others"
         )
-    series = {
-        "SGD": [row for row in rows if row["trained"] == "SGD" and row["epoch"] == str(last)],
-        "PSGD": [row for row in rows if row["trained"] == f"PSGD W{row['w_bit']}"],
+    sgd = [row for row in rows if row["trained"] == "SGD" and row["epoch"] == str(last)]
+    by_channel = {
+        "SGD, a scale for each channel": [row for row in sgd if row.get("granularity") == "channel"],
+        "PSGD, a scale for each channel": [row for row in rows if row["trained"] == f"PSGD W{row['w_bit']} channel"],
     }
-    by_channel = [row for row in rows if row["trained"] == f"PSGD W{row['w_bit']} channel"]
-    if by_channel:
-        series["PSGD, grids of channels"] = by_channel
+    series = {
+        "SGD": [row for row in sgd if row.get("granularity") != "channel"],
+        "PSGD": [row for row in rows if row["trained"] == f"PSGD W{row['w_bit']}"],
+        **{label: found for label, found in by_channel.items() if found},
+    }
     if all(row["w_bit"] == "32" for found in series.values() for row in found):
         raise UserError(f"{', '.join(args.results)} has no row with quantized weights: evaluate with --w_bit")
     for label, found in series.items():

@@ -41,7 +41,7 @@ def layer_histograms(name: str, weights: dict[str, Tensor], grids: dict[str, Gri
     whole = [weight.abs().max().item() for label, weight in weights.items() if not grids[label].per_channel]
     limit = max(whole, default=0.0)
     figure, axes = pyplot.subplots(
-        2, len(weights), figsize=(1 + 4.6 * len(weights), 5.6), sharex="col", sharey="row", squeeze=False,
+        2, len(weights), figsize=(1 + 4.6 * len(weights), 5.6), sharex="col", sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for column, (label, weight) in enumerate(weights.items()):
@@ -60,7 +60,8 @@ def layer_histograms(name: str, weights: dict[str, Tensor], grids: dict[str, Gri
             axis.set_ylabel("weights in a bin" if column == 0 else "")
         axes[1][column].set_xlabel("weight, in steps of its channel's grid" if by_channel else "weight")
     mse = ", ".join(f"{label} {(weights[label] - q).square().mean():.2e}" for label, (q, _) in snapped.items())
-    figure.suptitle(f"{name}    mean-squared error at {bits} bits: {mse}", fontsize="medium")
+    lines = f"    gray lines: the {bits}-bit grid" if points else ""
+    figure.suptitle(f"{name}    mean-squared error at {bits} bits: {mse}{lines}", fontsize="medium")
     return figure
 
 
@@ -101,7 +102,7 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]) -> Figure:
     lines.set_xlabel("bit-width of the weights\n(PSGD: trained for that bit-width)")
     lines.set_ylabel("mean-squared error\nof the weights")
     lines.grid(alpha=0.3)
-    add_legend(figure, legend.values(), [*legend], loc="outside upper center", fontsize="small", ncols=len(legend))
+    add_legend(figure, legend.values(), [*legend], loc="outside upper center", fontsize="small", ncols=min(len(legend), 2))
     return figure
 
 
@@ -266,22 +267,30 @@ def layer_bars(models: dict[str, list[dict[str, str]]]) -> Figure:
 def pace_of_runs(runs: dict[str, tuple[list[float], list[float]]]) -> Figure:
     """Share of weights near the grid over tau, a point an epoch, beside the curve of `expected_share`.
 
-    `runs` holds tau and the measured share of each epoch by label.
+    `runs` holds tau and the measured share of each epoch by label. Runs whose labels agree up to a colon look alike.
     """
     figure, axis = pyplot.subplots(figsize=(8.4, 4.8), layout="constrained")
     highest = max(max(taus) for taus, _ in runs.values())
     lowest = min(tau for taus, _ in runs.values() for tau in taus if tau > 0)
     grid = numpy.geomspace(lowest / 1.5, 1.5 * highest, 200)
     axis.plot(grid, [100 * expected_share(tau) for tau in grid], color="0.2")
-    palette = seaborn.color_palette("husl", len(runs))
-    for color, marker, (taus, shares) in zip(palette, "osD^vP*X" * len(runs), runs.values()):
-        axis.plot(taus, [100 * share for share in shares], marker, color=color, markersize=4, alpha=0.7)
+    groups: dict[str, list[tuple[list[float], list[float]]]] = {}
+    for label, run in runs.items():
+        groups.setdefault(label.split(": ")[0], []).append(run)
+    legend = {"the law": axis.lines[0]}
+    palette = seaborn.color_palette("husl", len(groups))
+    for (group, members), color, marker in zip(groups.items(), palette, "osD^vP*X" * len(groups)):
+        for taus, shares in members:
+            (legend[group],) = axis.plot(
+                taus, [100 * share for share in shares], marker, color=color, markersize=4.5, alpha=0.7
+            )
     axis.set_xscale("log")
     axis.set_ylim(0, 102)
     axis.grid(alpha=0.3)
-    axis.set_xlabel("tau: variance of the logarithm of a weight's distance to its grid point")
+    axis.set_title("a point for each epoch of a stage", fontsize="medium")
+    axis.set_xlabel("tau: variance of log |w - Q(w)|")
     axis.set_ylabel("weights within a tenth of\na step of the grid, percent")
-    add_legend(figure, axis.lines, ["the law", *runs], loc="outside right upper", fontsize="small")
+    add_legend(figure, legend.values(), [*legend], loc="outside right upper", fontsize="small")
     return figure
 
 
