@@ -7,7 +7,7 @@ from torch import fx, nn
 from torch.fx.proxy import TraceError
 from torch.nn.modules import activation
 
-from .grid import FLOAT_BITS
+from .grid import FLOAT_BITS, check_bits
 from .inputs import InputRange, check_float, quantize_inputs
 from .layers import copy_network, first_names, is_relu
 from .quantizers import ActivationQuantizer, Quantizer
@@ -112,8 +112,8 @@ def quantize_activations(
 
     bits=32 quantizes nothing. inplace=True changes `model` itself and returns it. Raises ValueError for bits outside
     2..8, for a network with activation quantizers, for a model without ReLU modules, for a ReLU without a range, for a
-    range of a layer that `model` lacks, and (InPlaceError, for ReLUs) for a network that reads a tensor again after an
-    in-place operation has overwritten it.
+    range of a layer or ReLU that `model` lacks, and (InPlaceError, for ReLUs) for a network that reads a tensor again
+    after an in-place operation has overwritten it.
     """
     if bits == FLOAT_BITS:
         return model if inplace else copy_network(model)
@@ -121,6 +121,7 @@ def quantize_activations(
     largest = {name: own for name, own in ranges.items() if not isinstance(own, InputRange)}
     if inputs and largest:
         raise ValueError("ranges must be those of ReLUs or those of inputs, got both")
+    check_bits(bits)
     check_float(model)
     quantized = (
         quantize_inputs(model, bits, inputs, inplace) if inputs else _replace_relus(model, bits, largest, inplace)
@@ -133,7 +134,10 @@ def _replace_relus(model: nn.Module, bits: int, ranges: Mapping[str, float], inp
     graph = _graph(model)
     called = _called(graph)
     quantizers: dict[str, ActivationQuantizer] = {}
-    for name in relu_names(model):
+    names = relu_names(model)
+    if unknown := next((name for name in ranges if name not in names), None):
+        raise ValueError(f"{type(model).__name__} has no ReLU {unknown}, for which a range is given")
+    for name in names:
         if name in ranges:
             in_place = getattr(model.get_submodule(name), "inplace", False)
             # On the model's device: a GPU divides by a CPU scalar differently, which changes how ties round.

@@ -182,7 +182,7 @@ class _Calls(TorchFunctionMode):
             weight = args[11]  # of the last projection
             if layer := self.layer_of(weight):
                 # Attention with an identity as its last projection, which is exact, and then the projection itself.
-                identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+                identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
                 output, shares = func(*args[:11], identity, None, *args[13:], **kwargs)
                 swaps = self.batch_first and output.dim() == 3  # the function has the batch second
                 output = layer(output.transpose(0, 1)).transpose(0, 1) if swaps else layer(output)

@@ -209,14 +209,15 @@ def _left(group: dict[str, Any], steps: float, tau: float) -> float:
 
 def watch_loss(groups: Iterable[dict[str, Any]], state: State, loss: float) -> bool:
     """See `PSGD.watch_loss`."""
-    halved = False
+    halved, loss = False, float(loss)
     for group in groups:
         if group.get("lambda_s") != AUTO:
             continue
         most = group.get("psg_loss", math.inf)
-        group["psg_loss"] = loss if most == math.inf else max(loss, most)
-        if loss <= HARM * most:
-            continue
+        if math.isfinite(loss):
+            group["psg_loss"] = loss if most == math.inf else max(loss, most)
+            if loss <= most + (HARM - 1) * abs(most):
+                continue
         halved = True
         group["noise_limit"] = even_noise(group) / 2
         for weight in group["params"]:

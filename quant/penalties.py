@@ -1,5 +1,6 @@
 """Penalties on the loss: the L1 penalty, for use together with PSG, and the gradient penalty, a baseline."""
 
+import math
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .pruning import prunable_weights
-from .psgd import with_gradients
+from .psgd import PSGD, with_gradients
 
 Penalty = Callable[[Tensor], Tensor]  # from the 0-d loss of a batch to the 0-d term that is added to it
 
@@ -23,8 +24,13 @@ def penalize_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_l
     strength of 0 adds nothing.
 
     The penalty is a hook on `optimizer`; a deepcopy or a pickle of the optimizer lacks it. A step with a closure raises
-    ValueError, because the gradients that the closure computes would lack the penalty.
+    ValueError, because the gradients that the closure computes would lack the penalty. Raises TypeError for a PSGD, and
+    ValueError for a strength that is not a finite number of at least 0.
     """
+    if isinstance(optimizer, PSGD):
+        raise TypeError("a PSGD would scale the penalty: give its base optimizer (optimizer.base)")
+    if not (math.isfinite(strength) and strength >= 0):
+        raise ValueError(f"the strength of the L1 penalty must be a finite number >= 0, got {strength!r}")
     if not strength:
         return
     weights = [*prunable_weights(model, first_last).values()]

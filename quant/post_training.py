@@ -79,9 +79,10 @@ def correct_bias(
     `model`. Returns `quantized` in eval mode.
 
     The layers are corrected in the order in which they run, each after those before it. The mean is that of each output
-    channel over `batches`. A convolution without a bias gets one. Source: bias correction (Nagel et al. 2019), but with
-    images instead of batch-norm statistics. Raises ValueError if `batches` is empty, and for outputs that are not
-    finite.
+    channel over `batches`. A convolution without a bias gets one. Corrected biases of linear layers are not on their
+    grid, where a later export would round them: keep biases in float with Grid(4, exclude="*.bias"). Source: bias
+    correction (Nagel et al. 2019), but with images instead of batch-norm statistics. Raises ValueError if `batches` is
+    empty, for outputs that are not finite, and for a bias that is computed, as by pruning.
     """
     batches = list(batches)
     with restored_on_error(quantized):
@@ -90,7 +91,12 @@ def correct_bias(
             shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
             _check_finite(shift, of=f"the outputs of {name}")
             bias = cast(Tensor | None, layer.bias)
-            layer.bias = nn.Parameter(shift if bias is None else bias + shift)
+            if bias is None:
+                layer.bias = nn.Parameter(shift, requires_grad=layer.get_parameter("weight").requires_grad)
+            elif isinstance(bias, nn.Parameter):
+                bias.add_(shift)
+            else:
+                raise ValueError(f"{name}.bias is computed from other parameters, and cannot be corrected")
     return quantized.eval()
 
 
@@ -153,6 +159,7 @@ class _Rounding:
     def on_grid(self, up: Tensor) -> Tensor:
         return (self.floor + up).clamp(-self.quant_max, self.quant_max) * self.scale * self.kept
 
+    @torch.enable_grad()
     def learn(
         self, layer: nn.Module, inputs: Tensor, targets: Tensor, iterations: int, lr: float, generator: torch.Generator
     ) -> Tensor:

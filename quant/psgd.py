@@ -37,6 +37,16 @@ def with_gradients(weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor
     return [weight for weight, _ in pairs], [gradient for _, gradient in pairs]
 
 
+def _warn_of_momentum(groups: Iterable[dict[str, Any]], base: Optimizer) -> None:
+    repeated = max((momentum(group) for group in groups if group.get("acts_on") == "update"), default=0)
+    if repeated:
+        warnings.warn(
+            f'acts_on="update" around {type(base).__name__} with a momentum (beta1) of {repeated:g}, which repeats '
+            "scaled steps: it adds noise to the weights and no draw to the grid; set it to 0",
+            stacklevel=3,
+        )
+
+
 class PSGD(Optimizer):
     """Scales each gradient by its weight's distance to the nearest grid point, then lets the base optimizer step.
 
@@ -103,13 +113,7 @@ class PSGD(Optimizer):
             complete(group, self.psg_defaults, base)
         if not any(map(is_scaled, base.param_groups)):
             raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, grid)')
-        repeated = max((momentum(group) for group in base.param_groups if group.get("acts_on") == "update"), default=0)
-        if repeated:
-            warnings.warn(
-                f'acts_on="update" around {type(base).__name__} with a momentum (beta1) of {repeated:g}, which repeats '
-                "scaled steps: it adds noise to the weights and no draw to the grid; set it to 0",
-                stacklevel=2,
-            )
+        _warn_of_momentum(base.param_groups, base)
         super().__init__(base.param_groups, base.defaults)
         self.base, self.compiled = base, compiled
         self._follow()
@@ -207,7 +211,8 @@ class PSGD(Optimizer):
         return measured_pace(self.param_groups, self.state)
 
     def watch_loss(self, loss: float) -> bool:
-        """Halves the pace of lambda_s "auto", for good, if `loss` is more than 1.1 times that of any call before.
+        """Halves the pace of lambda_s "auto", for good, if `loss` is further above the largest of the calls before than
+        a tenth of that, or not finite.
 
         Call it after each epoch with the mean training loss. Returns whether the pace was halved.
         """
@@ -231,6 +236,7 @@ class PSGD(Optimizer):
             super().add_param_group(param_group)
             return
         complete(param_group, self.psg_defaults, self.base)
+        _warn_of_momentum([self.base.defaults | param_group], self.base)
         self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,7 +246,8 @@ class PSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state_dict of PSGD or of the bare base optimizer.
 
-        PSG settings that `state_dict` lacks keep their present values.
+        PSG settings that a state_dict of the bare base lacks keep their present values. One of PSGD brings its own, and
+        with them whether the stage has steps and keeps the range of its weights.
         """
         before = [{key: group[key] for key in (PSG_KEYS | STAGE_KEYS) & group.keys()} for group in self.param_groups]
         self.base.load_state_dict(state_dict)

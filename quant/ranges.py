@@ -7,7 +7,7 @@ labels) as a data loader yields it.
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,16 +44,19 @@ def calibrate(
     weights. There a batch may hold anything that the network takes as its only argument, such as int64 token ids.
 
     `rule` is "mse" (default: smallest squared error at `bits` bits), "minmax" (smallest and largest value) or
-    "percentile" (the `percentile`, 0 to 100, of the values; below zero, 100 minus that). A ReLU that eval mode never
-    calls has no range. Neither has an input that no hook reaches: that of a layer which is not called, unless the
-    module that holds the layer gives its weight to F.linear. One warning names such inputs, which stay float.
+    "percentile" (the `percentile`, above 50 and up to 100, of the values; below zero, 100 minus that). A ReLU that eval
+    mode never calls has no range. Neither has an input that no hook reaches: that of a layer which is not called,
+    unless the module that holds the layer gives its weight to F.linear. One warning names such inputs, which stay
+    float.
 
-    Raises ValueError for any other rule or place, for bits outside 2..8, if `batches` is empty, for activations that
-    are not finite, and for a model without ReLU modules or without layers to quantize.
+    Raises ValueError for any other rule, place or percentile, for bits outside 2..8, if `batches` is empty, for
+    activations that are not finite, and for a model without ReLU modules or without layers to quantize.
     """
     check_bits(bits)
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if not 50 < percentile <= 100:
+        raise ValueError(f"percentile must be above 50 and at most 100 (percent, not a fraction), got {percentile!r}")
     if at not in PLACES:
         raise ValueError(f"at must be one of {', '.join(PLACES)}, got {at!r}")
     if at == "inputs":
@@ -106,7 +109,7 @@ def quantize_sums(model: nn.Module, batches: Iterable[Batch]) -> fx.GraphModule:
     quantized = fx.GraphModule(source, trace(source), type(model).__name__)
     names: list[str] = []
     for node in list(filter(is_sum, quantized.graph.nodes)):
-        for operand in node.args:
+        for operand in dict.fromkeys(node.args):
             module = called_module(quantized, operand)
             if not (is_relu(module) or isinstance(module, ActivationQuantizer)):
                 names.append(f"sum_quantizer_{len(names)}")
@@ -134,13 +137,15 @@ def mse_ranges(histograms: dict[str, Histogram], bits: int) -> dict[str, float]:
 
 
 def _largest_outputs(model: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, float]:
-    """Largest magnitude of the outputs of each of the modules `names` over `batches`.
+    """Largest magnitude of the outputs of each of the modules `names` over `batches`, where they are of a float type.
 
     Raises ValueError if `batches` is empty, and for a magnitude that is not finite.
     """
     largest: dict[str, Tensor] = {}
 
-    def observe(name: str, _: Tensor, output: Tensor) -> None:
+    def observe(name: str, _: Tensor, output: Any) -> None:
+        if not (isinstance(output, Tensor) and output.is_floating_point()):
+            return  # the sum of sizes or of token ids
         peak = output.abs().amax()
         largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
 

@@ -47,7 +47,7 @@ def complete(group: dict[str, Any], defaults: dict[str, Any], base: Optimizer) -
             raise ValueError(f"{key} must be one of {choices}, got {settings[key]!r}")
     if settings["acts_on"] == "update" and SWITCHES & set(dir(base)):
         raise ValueError(f'{type(base).__name__} keeps weights of its own, which acts_on="update" would not scale')
-    params = group["params"] if isinstance(group["params"], (list, tuple)) else ()
+    params = group["params"] if isinstance(group["params"], (list, tuple)) else [group["params"]]
     if any(isinstance(parameter, Tensor) and parameter.is_complex() for parameter in params):
         raise ValueError("a scaled group has complex weights: only real ones have a grid")
     if not isinstance(settings["keep_range"], bool):
@@ -55,30 +55,33 @@ def complete(group: dict[str, Any], defaults: dict[str, Any], base: Optimizer) -
     if settings["keep_range"] and settings["target"] == "zero":
         raise ValueError('keep_range=True needs a grid, and a group has target "zero"')
     if settings["target"] == "grid":
-        check_bits(group["bits"])
+        settings["bits"] = check_bits(group["bits"])
         if settings.get("scale_dims") is not None:
             settings["scale_dims"] = check_scale_dims(settings["scale_dims"])
     if settings["lambda_s"] == AUTO:
         settings = STAGE_DEFAULTS | settings
         _check_auto(settings)
     for key in LEAST.keys() & settings.keys():
-        _check_number(key, settings[key])
+        settings[key] = _checked_number(key, settings[key])
     if not settings["keep_range"]:
         del settings["keep_range"]
     if settings["steps"] is None:
         del settings["steps"]
     else:
         _check_steps(settings, base)
+        settings["steps"] = int(settings["steps"])
     group.update(settings)
 
 
-def _check_number(key: str, value: Any) -> None:
+def _checked_number(key: str, value: Any) -> float | str:
+    """The value as a plain number, which every state_dict can hold; "auto" as it is. Raises ValueError for others."""
     if key == "lambda_s" and value == AUTO:
-        return
-    number = isinstance(value, (int, float)) and math.isfinite(value)
+        return AUTO
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < 0 or (value == 0 and LEAST[key] == "> 0"):
         auto = ' or "auto"' if key == "lambda_s" else ""
         raise ValueError(f"{key} must be a finite number {LEAST[key]}{auto}, got {value!r}")
+    return float(value)
 
 
 def _check_steps(settings: dict[str, Any], base: Optimizer) -> None:

@@ -118,6 +118,34 @@ def test_weights_that_are_given_to_functions():
     assert "forward" not in vars(net)
 
 
+class Pooling(nn.Module):
+    """Attention whose last projection has another number of outputs, as the one that pools CLIP's features."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.project = nn.Linear(8, outputs)
+
+    def forward(self, x):  # [places, images, 8]
+        biases = torch.cat([self.query.bias, self.key.bias, self.value.bias])
+        return functional.multi_head_attention_forward(
+            x[:1], x, x, 8, 2, None, biases, None, None, False, 0.0, self.project.weight, self.project.bias,
+            use_separate_proj_weight=True, training=self.training, need_weights=False,
+            q_proj_weight=self.query.weight, k_proj_weight=self.key.weight, v_proj_weight=self.value.weight,
+        )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("outputs", [4, 8, 16])
+def test_a_projection_need_not_be_square(outputs):
+    torch.manual_seed(0)
+    net, x = Pooling(outputs).eval(), torch.randn(5, 3, 8)
+    with pytest.warns(UserWarning, match="the inputs of query, key, value stay float"):
+        ranges = calibrate(net, [x], 8, "minmax", at="inputs")
+    assert list(ranges) == ["project"]
+    difference = quantize_activations(net, 8, ranges)(x) - net(x)
+    assert 0 < difference.abs().max() < 0.02 * net(x).abs().max()
+
+
 def test_a_layer_that_is_never_called_is_named(net):
     net.auxiliary = nn.Linear(8, 3)
     with pytest.warns(UserWarning, match="the inputs of auxiliary stay float"):
@@ -189,8 +217,15 @@ def test_wrong_calls(net):
         quantize_activations(net, 8, ranges | {"relu1": 1.0})
     with pytest.raises(ValueError, match="SmallNet has no layer conv9"):
         quantize_activations(net, 8, {"conv9": ranges["conv1"]}, inplace=True)
-    with pytest.raises(ValueError, match="bits must be a whole number"):
-        quantize_activations(net, 9, ranges, inplace=True)
+    ends = {name: own for name, own in ranges.items() if own.is_end}  # whose bits do not depend on those asked for
+    for given in (ranges, ends):
+        with pytest.raises(ValueError, match="bits must be a whole number"):
+            quantize_activations(net, 9, given, inplace=True)
+    with pytest.raises(ValueError, match="SmallNet has no ReLU conv1, for which a range is given"):
+        quantize_activations(net, 8, {"relu1": 1.0, "conv1": 1.0})
+    for percentile in (0.9999, 50, 150, math.nan):
+        with pytest.raises(ValueError, match="percentile must be above 50 and at most 100 .percent, not a fraction"):
+            calibrate(net, [images], 8, "percentile", percentile)
     assert not quantizers(net)
     quantized = quantize_activations(net, 8, ranges)
     for again in (ranges, {"relu1": 1.0}):

@@ -267,6 +267,12 @@ def test_a_loss_that_does_not_bear_the_pace_halves_it():
     walk.steps(resumed, 500)
     assert resumed.pace().tau - before.tau == pytest.approx(500 * 10 / 3000 / 4, rel=0.05)
     assert resumed.watch_loss(math.nan)
+    assert not resumed.watch_loss(1.2) and not resumed.watch_loss(torch.tensor(1.25))
+    again = PSGD(torch.optim.SGD(walk.groups(), lr=0.01), "auto", steps=4000)
+    again.load_state_dict(resumed.state_dict())
+    assert [again.watch_loss(loss) for loss in (1.4, math.inf, 1.45)] == [False, True, False]
+    falling = PSGD(torch.optim.SGD(Walk().groups(), lr=0.01), "auto", steps=4000)
+    assert [falling.watch_loss(loss) for loss in (-1.0, -1.05, -0.95, -0.8)] == [False, False, False, True]
     fixed = PSGD(torch.optim.SGD(Walk().groups(), lr=0.01), 150)
     assert not fixed.watch_loss(1.0) and not fixed.watch_loss(9.0)
 
@@ -309,6 +315,7 @@ def test_perceptrons_bear_auto(seed):
         (dict(lambda_s="auto", steps=0), "steps must be a whole number of at least 1, got 0"),
         (dict(lambda_s="auto", steps=2.5), "steps must be a whole number of at least 1, got 2.5"),
         (dict(lambda_s=150, steps=True), "steps must be a whole number of at least 1, got True"),
+        (dict(lambda_s=True), 'lambda_s must be a finite number > 0 or "auto", got True'),
         (dict(lambda_s="fast", steps=9), "lambda_s must be a finite number > 0 or \"auto\", got 'fast'"),
     ],
 )

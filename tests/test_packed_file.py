@@ -140,12 +140,37 @@ CHANGES = {
         "not a positive finite number",
     ),
     "scales of another shape": (lambda t, m: t.update({"fc.weight.scale": torch.ones(2)}), "the scale of fc.weight is"),
+    "its values in another shape": (
+        lambda t, m: m["tensors"]["fc.weight"].update(shape=m["tensors"]["fc.weight"]["shape"][::-1]),
+        "fc.weight has the shape [8, 5] instead of [5, 8]",
+    ),
     "a missing tensor": (lambda t, m: t.pop("fc.weight.packed"), "lacks fc.weight.packed"),
     "a missing buffer": (lambda t, m: t.pop("bn1.running_mean"), "lacks bn1.running_mean"),
     "a tensor too many": (lambda t, m: t.update(x=torch.ones(1)), "has x, which the network does not know"),
     "another shape": (lambda t, m: t.update({"bn1.weight": torch.ones(3)}), "bn1.weight is torch.float32 [3]"),
     "infinite values": (lambda t, m: t["bn1.weight"].fill_(float("inf")), "bn1.weight has values that are not finite"),
+    "NaN in a buffer": (lambda t, m: t["bn1.running_mean"].fill_(float("nan")), "bn1.running_mean has NaN"),
+    "metadata without end": (lambda t, m: m.update(facts="[" * 200_000), "is not a readable packed file"),
 }
+
+
+def test_only_what_can_be_loaded_is_saved(tmp_path, net):
+    """Masks are infinite buffers. Parameters that are not finite and buffers with NaN fit no network."""
+    path = tmp_path / "w4.safetensors"
+    net.register_buffer("mask", torch.full((3, 3), -float("inf")).triu(1))
+    net.register_buffer("eights", torch.ones(3).to(torch.float8_e4m3fn))
+    save_packed(path, net, 4)
+    other = SmallNet()
+    other.register_buffer("mask", torch.zeros(3, 3))
+    other.register_buffer("eights", torch.zeros(3).to(torch.float8_e4m3fn))
+    assert torch.equal(load_packed(path, other).mask, net.mask) and torch.equal(other.eights.float(), torch.ones(3))
+    for tensor, message in (
+        (net.mask, "mask has NaN: no packed file"), (net.bn1.weight, "bn1.weight has values that are not finite: no"),
+    ):  # fmt: skip
+        tensor.data[0] = float("nan")
+        with pytest.raises(ValueError, match=message):
+            save_packed(path, net, 4)
+        tensor.data[0] = 0
 
 
 @pytest.mark.parametrize("change, message", CHANGES.values(), ids=CHANGES)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.ops import StochasticDepth
@@ -192,6 +193,22 @@ def test_correct_bias_restores_the_mean_of_every_layer(net):
     for number, (want, was, now) in enumerate(zip(wanted, before, watch(corrected))):
         assert (want - was).abs().max() > 2e-5, number
         assert (want - now).abs().max() < 2e-6, number
+
+
+def test_corrected_biases_stay_the_parameters_that_they_are(net):
+    """Optimizers hold them, frozen ones stay frozen, and one that is computed is refused before anything changes."""
+    batches = [torch.randn(8, 3, 8, 8)]
+    quantized = quantize_weights(net.eval(), 2).requires_grad_(False)
+    bias = quantized.fc.bias
+    before = bias.clone()
+    correct_bias(quantized, net, batches)
+    assert quantized.fc.bias is bias and not torch.equal(bias, before)
+    assert not any(parameter.requires_grad for parameter in quantized.parameters())
+    prune.random_unstructured(quantized.fc, "bias", 0.5)
+    kept = copy.deepcopy(quantized.state_dict())
+    with pytest.raises(ValueError, match=r"fc.bias is computed from other parameters"):
+        correct_bias(quantized, net, batches)
+    assert all(torch.equal(value, kept[name]) for name, value in quantized.state_dict().items())
 
 
 def test_adaround_of_a_closed_case():

@@ -1,6 +1,7 @@
 """Pruning against torch.nn.utils.prune, and sparse training against powerpropagation."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -166,6 +167,15 @@ def test_l1_penalty_takes_no_closure(net):
         with pytest.raises(ValueError, match="cannot be added in a step with a closure"):
             optimizer.step(lambda: 0)
     base.step()  # no gradients at all
+
+
+def test_l1_penalty_is_not_for_a_psgd(net):
+    base = torch.optim.SGD(sparse_param_groups(net), lr=0.1)
+    with pytest.raises(TypeError, match=r"a PSGD would scale the penalty: give its base optimizer"):
+        penalize_l1(PSGD(base), net, 1e-3)
+    for strength in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="must be a finite number >= 0"):
+            penalize_l1(base, net, strength)
 
 
 def test_gradient_penalty_on_a_closed_form():

@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -187,6 +188,18 @@ def test_cuda_graph(net):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_settings_may_be_numbers_of_numpy(net):
+    """A state_dict with them could not be read with weights_only=True."""
+    groups = [{"params": net.conv2.weight, "bits": numpy.int64(4), "psg_eps": numpy.float64(0.5)}]
+    optimizer = PSGD(torch.optim.SGD(groups, lr=0.1), numpy.float64(100), steps=numpy.int64(10))
+    torch.save(optimizer.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    (group,) = torch.load(file, weights_only=True)["param_groups"]
+    assert [group[key] for key in ("bits", "psg_eps", "lambda_s", "steps")] == [4, 0.5, 100, 10]
+    with pytest.raises(ValueError, match="complex weights"):
+        optimizer.add_param_group({"params": nn.Parameter(torch.ones(3, dtype=torch.complex64)), "bits": 4})
+
+
 @pytest.mark.parametrize(
     ("base", "warns"),
     [
@@ -202,6 +215,9 @@ def test_momentum_of_scaled_steps_is_named(net, base, warns):
     if warns:
         with pytest.warns(UserWarning, match=warns):
             PSGD(base(groups), 50, acts_on="update")
+        later = PSGD(base([{"params": net.bn1.weight}, *psg_param_groups(net.conv2, 4)]), 50)
+        with pytest.warns(UserWarning, match=warns):
+            later.add_param_group({"params": net.fc.weight, "bits": 4, "acts_on": "update"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if not warns:

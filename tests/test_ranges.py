@@ -83,6 +83,28 @@ class Residual(nn.Module):
         return self.conv(y) + y
 
 
+class Sums(nn.Module):
+    """Sums of sizes and of token ids, which have no ranges, and a sum of a tensor with itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(8, 4), nn.Linear(4, 4)
+
+    def forward(self, ids):
+        x = self.linear(self.embed(ids + (ids > 2).long()))
+        return (x + x).view(x.size(0) + x.size(1) - x.size(1), -1)
+
+
+def test_sums_of_other_things_than_activations_stay():
+    torch.manual_seed(0)
+    net, ids = Sums().eval(), torch.arange(6).view(2, 3)
+    quantized = quantize_sums(net, [ids])
+    (quantizer,) = [module for module in quantized.modules() if isinstance(module, SumQuantizer)]
+    with torch.no_grad():
+        x = quantizer(net.linear(net.embed(ids + (ids > 2).long())))
+        assert torch.equal(quantized(ids), (x + x).view(2, -1))
+
+
 def test_sums_take_8_bits():
     torch.manual_seed(0)
     net, images = Residual(), torch.randn(4, 2, 5, 5)

@@ -96,6 +96,9 @@ def test_weight_mse_and_grid_share(net):
     for parameter in big.parameters():
         nn.init.uniform_(parameter)
     assert grid_share(big, 4) == pytest.approx(0.2, abs=0.01)
+    big[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="0.weight has values that are not finite"):
+        grid_share(big, 4)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

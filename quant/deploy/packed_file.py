@@ -54,9 +54,9 @@ def integer_weights(model: nn.Module, grid: Grid | int) -> dict[str, IntegerWeig
 def save_packed(path: str | Path, model: nn.Module, grid: Grid | int, facts: dict[str, Any] | None = None) -> None:
     """Writes `model`, with its weights packed at the bit-widths of `grid`, and `facts` (values that JSON can hold).
 
-    A tensor that several layers share is stored once. Raises ValueError for quantized weights that are not float32 or
-    not finite, for extra state that is not a tensor, for sparse tensors, and for different tensors that overlap in
-    memory.
+    A tensor that several layers share is stored once. Raises ValueError for quantized weights that are not float32, for
+    parameters that are not finite and buffers with NaN, for extra state that is not a tensor, for sparse tensors, and
+    for different tensors that overlap in memory.
     """
     from safetensors.torch import save_file
 
@@ -77,6 +77,8 @@ def save_packed(path: str | Path, model: nn.Module, grid: Grid | int, facts: dic
             tensors[f"{name}.scale"] = scale.contiguous()
             described[name] = {"bits": width, "shape": list(values.shape)}
         else:
+            if fault := _fault_of(value, value):
+                raise ValueError(f"{name} has {fault}: no packed file can be loaded with it")
             tensors[name] = value.detach().contiguous()
     metadata = {"format": FORMAT, "tensors": json.dumps(described), "facts": json.dumps(facts or {})}
     try:
@@ -99,6 +101,19 @@ def _check_tensor(name: str, value: Any) -> None:
         )
 
 
+def _fault_of(value: Tensor, wanted: Any) -> str:
+    """What makes the values of a tensor unfit for its place, that of `wanted`; empty if nothing does.
+
+    A buffer may be infinite, as the masks of attentions are.
+    """
+    if not value.is_floating_point():
+        return ""
+    value = value.detach().float() if value.element_size() < 4 else value.detach()  # float8 has no isfinite
+    if isinstance(wanted, nn.Parameter):
+        return "" if value.isfinite().all() else "values that are not finite"
+    return "NaN" if value.isnan().any() else ""
+
+
 def read_facts(path: str | Path) -> dict[str, Any]:
     """The `facts` given to `save_packed`. Raises ValueError for a file that `save_packed` did not write."""
     return _open(path)[1]
@@ -115,8 +130,8 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
     if left:
         raise ValueError(f"{left} is on the meta device, and no file has its values: build the network on the CPU")
     tensors, _, described = _open(path)
-    stored = _stored_names(model.state_dict(keep_vars=True), described)
-    whole, state = model.state_dict(), {}
+    held, whole, state = model.state_dict(keep_vars=True), model.state_dict(), {}
+    stored = _stored_names(held, described)
     for name, wanted in whole.items():
         if name != stored[name]:
             continue
@@ -130,13 +145,13 @@ def load_packed(path: str | Path, model: nn.Module) -> nn.Module:
         if state[name].shape != wanted.shape or state[name].dtype != wanted.dtype:
             got, need = (f"{t.dtype} {list(t.shape)}" for t in (state[name], wanted))
             raise ValueError(f"{path}: {name} is {got} instead of {need}")
-        if state[name].is_floating_point() and not state[name].isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are not finite")
+        if fault := _fault_of(state[name], held[name]):
+            raise ValueError(f"{path}: {name} has {fault}")
     if tensors:
         raise ValueError(f"{path} has {next(iter(tensors))}, which the network does not know")
     on_meta = any(value.is_meta for value in whole.values())
     if on_meta:  # assign=True replaces tensors; layers keep sharing one if it is a single Parameter
-        for name, value in model.state_dict(keep_vars=True).items():
+        for name, value in held.items():
             if isinstance(value, nn.Parameter) and name in state:
                 state[name] = nn.Parameter(state[name], requires_grad=value.requires_grad)
     whole.update({name: state[stored[name]] for name in stored})  # in place, which keeps the modules' version numbers
@@ -183,7 +198,7 @@ def _open(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str
         facts, described = json.loads(metadata["facts"]), json.loads(metadata["tensors"])
         if not isinstance(facts, dict) or not isinstance(described, dict):
             raise ValueError("its metadata are not mappings")
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
+    except (SafetensorError, ValueError, KeyError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable packed file ({error})") from None
     return tensors, facts, described
 
@@ -193,6 +208,8 @@ def _unpacked(path: str | Path, name: str, wanted: Tensor, values: list[Tensor],
     bits = entry.get("bits") if isinstance(entry, dict) else None
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
         raise ValueError(f"{path}: {name} has {bits!r} bits, which is not one of {BITS[0]} to {BITS[-1]}")
+    if entry.get("shape") != list(wanted.shape):
+        raise ValueError(f"{path}: {name} has the shape {entry.get('shape')!r} instead of {list(wanted.shape)}")
     fits = not scale.dim() or len(scale.shape) == wanted.dim()
     fits = fits and all(count in (1, size) for count, size in zip(scale.shape, wanted.shape))
     if scale.dtype != torch.float32 or not fits:

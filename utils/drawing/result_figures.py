@@ -102,7 +102,8 @@ def errors_over_bits(series: dict[str, list[dict[str, str]]]) -> Figure:
     lines.set_xlabel("bit-width of the weights\n(PSGD: trained for that bit-width)")
     lines.set_ylabel("mean-squared error\nof the weights")
     lines.grid(alpha=0.3)
-    add_legend(figure, legend.values(), [*legend], loc="outside upper center", fontsize="small", ncols=min(len(legend), 2))
+    columns = min(len(legend), 2)
+    add_legend(figure, legend.values(), [*legend], loc="outside upper center", fontsize="small", ncols=columns)
     return figure
 
 
