@@ -30,6 +30,7 @@ from .sharded import is_sharded, mean_squares
 PLAN_END = 0.75  # share of the stage in which tau grows; lambda_s is constant in the rest
 MEMORY = 100  # steps over which the mean square of the gradients is averaged
 STILL = 1e-15  # a smaller root mean square counts as none
+ENOUGH = 0.9  # a stage that ends with a smaller share of weights near the grid is announced
 HARM = 1.1  # the pace is halved if the loss is larger than that of any epoch before by more than this factor
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -192,19 +193,25 @@ def measured_pace(groups: Iterable[dict[str, Any]], state: State) -> Pace:
         raise ValueError("the pace is measured only with steps: PSGD(base, lambda_s, steps=...)")
     total, sums = 0, [0.0] * 4
     for group, count, (steps, tau, _, lambda_s) in _tracked(groups, state):
-        planned = tau + _left(group, steps, tau)
+        planned = planned_tau(group, steps, tau)
         total += count
         for index, value in enumerate((tau, expected_share(tau), lambda_s, planned)):
             sums[index] += count * value
     return Pace(steps_taken(groups, state), *(value / max(total, 1) for value in sums))
 
 
-def _left(group: dict[str, Any], steps: float, tau: float) -> float:
-    """What the plan of a group has yet to add to a tau after `steps`."""
+def planned_tau(group: dict[str, Any], steps: float = 0, tau: float = 0) -> float:
+    """What tau will be at the end of the plan of a group, if it is `tau` after `steps`."""
     if group["lambda_s"] != AUTO:
-        return 0.0
+        return tau
     remaining = max(plan_end(group) - steps, 0)
-    return float(min(max(group["tau_end"] - tau, 0), remaining * group["noise_limit"] ** 2))
+    return tau + float(min(max(group["tau_end"] - tau, 0), remaining * group["noise_limit"] ** 2))
+
+
+def whole_plan(group: dict[str, Any]) -> int:
+    """The least number of steps of a stage whose plan reaches `tau_end` within the limit of a step."""
+    steps: float = group["tau_end"] / group["noise_limit"] ** 2 / PLAN_END
+    return math.ceil(steps)
 
 
 def watch_loss(groups: Iterable[dict[str, Any]], state: State, loss: float) -> bool:

@@ -23,7 +23,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .kept_range import first_ranges, keep_ranges
-from .lambda_s import Pace, measured_pace, restore_records, steps_taken, take_step, watch_loss
+from .lambda_s import (
+    ENOUGH,
+    Pace,
+    expected_share,
+    measured_pace,
+    planned_tau,
+    restore_records,
+    steps_taken,
+    take_step,
+    watch_loss,
+    whole_plan,
+)
 from .passes import scale_moves
 from .settings import AUTO, PSG_KEYS, STAGE_KEYS, SWITCHES, complete, is_scaled, momentum
 from .sharded import is_sharded
@@ -35,6 +46,18 @@ def with_gradients(weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor
     """The weights that have a gradient, and their gradients."""
     pairs = [(weight, weight.grad) for weight in weights if weight.grad is not None]
     return [weight for weight, _ in pairs], [gradient for _, gradient in pairs]
+
+
+def _warn_of_short_stages(groups: Iterable[dict[str, Any]]) -> None:
+    for group in groups:
+        share = expected_share(planned_tau(group)) if group.get("lambda_s") == AUTO else 1.0
+        if share < ENOUGH:
+            warnings.warn(
+                f'lambda_s "auto" over {group["steps"]} steps plans for only {100 * share:.0f} % of the weights near '
+                f"the grid: it takes {whole_plan(group)} steps for {100 * expected_share(group['tau_end']):.0f} %",
+                stacklevel=3,
+            )
+            return
 
 
 def _warn_of_momentum(groups: Iterable[dict[str, Any]], base: Optimizer) -> None:
@@ -67,7 +90,7 @@ class PSGD(Optimizer):
         lambda_s: strength, > 0, of the scaled groups that do not set their own (default 150, the paper's value for
             4 bits). It is written into the groups, so groups that are used again keep the first lambda_s. "auto" (ours)
             gives each tensor its own, in each step, such that 96 % of the weights are near the grid after three
-            quarters of the stage. It then stays as it is.
+            quarters of the stage. It then stays as it is. A warning says if the stage is too short for 90 %.
         eps: constant, >= 0, added to the multiplier of the scaled groups that do not set a `psg_eps` (default 0, as
             published).
         acts_on: "gradient" (default, as published) or "update", for the scaled groups that do not set their own.
@@ -114,6 +137,7 @@ class PSGD(Optimizer):
         if not any(map(is_scaled, base.param_groups)):
             raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, grid)')
         _warn_of_momentum(base.param_groups, base)
+        _warn_of_short_stages(base.param_groups)
         super().__init__(base.param_groups, base.defaults)
         self.base, self.compiled = base, compiled
         self._follow()
@@ -237,6 +261,7 @@ class PSGD(Optimizer):
             return
         complete(param_group, self.psg_defaults, self.base)
         _warn_of_momentum([self.base.defaults | param_group], self.base)
+        _warn_of_short_stages([param_group])
         self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -221,6 +222,19 @@ def test_steps_beyond_the_stage_warn_once_and_keep_lambda_s(net, recwarn):
     told = [str(w.message) for w in recwarn if "of a stage of" in str(w.message)]
     assert told == ["step 5 of a stage of 4: lambda_s stays as it is from here on"]
     assert optimizer.pace().lambda_s == held
+
+
+@pytest.mark.parametrize("steps, share", [(200, 55), (837, None), (1334, None), (800, 89)])
+def test_a_stage_that_is_too_short_is_named(net, steps, share):
+    """The plan is steps * 0.75 * 0.1^2 of tau, and 10 in full."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer = PSGD(sgd(net), "auto", steps=steps)
+        PSGD(sgd(net), 150, steps=steps)
+    about = f'lambda_s "auto" over {steps} steps plans for only {share} % of the weights near the grid: it takes 1334'
+    assert [str(one.message)[: len(about)] for one in said] == ([about] if share else [])
+    take_steps(net, optimizer, 1)
+    assert optimizer.pace().planned_tau == pytest.approx(min(math.ceil(0.75 * steps) * 0.01, 10), rel=0.05)
 
 
 def test_the_shortest_stage():

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 
 from quant import PSGD, expected_share
+from quant.lambda_s import ENOUGH
 from quant.settings import AUTO
-
-ENOUGH = 0.9  # a stage that ends with a smaller share of weights near the grid is announced at its middle
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What train.py's settings ask for: the goal, the optimizer and the words for the log."""
 
+import warnings
 from argparse import Namespace
 
 import torch
@@ -38,10 +39,12 @@ def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch
     if not args.psg:
         return base
     has_pace = args.target == "grid" and not normalized
-    return PSGD(
-        base, args.lambda_s, args.eps, args.psg_acts_on, steps if has_pace else None,
-        keep_range=bool(args.clip_weights),
-    )  # fmt: skip
+    with warnings.catch_warnings():  # PaceWatch says it at the stage's middle, in epochs
+        warnings.filterwarnings("ignore", 'lambda_s "auto" over')
+        return PSGD(
+            base, args.lambda_s, args.eps, args.psg_acts_on, steps if has_pace else None,
+            keep_range=bool(args.clip_weights),
+        )  # fmt: skip
 
 
 def described(args: Namespace, goal: Goal, optimizer: Optimizer) -> str:
