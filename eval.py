@@ -122,6 +122,9 @@ def parse() -> Namespace:
     args.w_bit = args.w_bit or ([32] if any(args.sparsity) else [4])
     if args.act_quant is None:
         args.act_quant = int(args.a_bit is not None)
+    if not args.act_quant and (args.act_range or args.act_at != "relu"):
+        flag = f"--act_range {args.act_range}" if args.act_range else f"--act_at {args.act_at}"
+        raise UserError(f"{flag} needs --a_bit: activations are float without it")
     args.a_bit = (args.a_bit or [8]) if args.act_quant else [32]
     args.act_range = args.act_range or ("bn_published" if args.act_clipping else "minmax")
     args.clipping_range = SEARCHED if "search" in args.clipping_range else list(dict.fromkeys(args.clipping_range))

@@ -51,6 +51,9 @@ def main() -> None:
     if args.integer_kernels and args.a_bit == 32:
         raise UserError("--integer_kernels needs --a_bit: there are none for float activations")
 
+    if args.act_at != "relu" and args.a_bit == 32:
+        raise UserError(f"--act_at {args.act_at} needs --a_bit: activations are float without it")
+
     from utils.exporting import export_checked
 
     export_checked(args)

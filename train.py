@@ -25,6 +25,7 @@ Writes runs/<exp_name>/: args.json, metrics.csv, TensorBoard events, last.pth an
 
 from argparse import Namespace
 from collections.abc import Callable
+from shlex import quote
 
 from utils import cli, flags
 from utils.cli import Parser, UserError, run
@@ -37,6 +38,7 @@ DEFAULT_GOALS = {"w_bit": 4, "sparsity": 0.9}
 GRID_ONLY = {"lambda_s": "auto", "granularity": "channel", "clip_weights": 1}
 PSG_ONLY = ("lambda_s", "eps", "psg_acts_on")  # settings that have no effect without PSG
 # Settings that a resumed run may change: where, how long and in which precision it runs, but not what it computes.
+STARTERS = {"method": "tools.peers", "snip_batches": "tools.snip"}  # by a setting that only theirs have
 FREE_ON_RESUME = {"exp_name", "resume", "device", "cu_num", "data_dir", "workers", "epoch", "save_epochs"}
 FREE_ON_RESUME |= {"precision", "cuda_graph", "compile"}
 
@@ -189,9 +191,9 @@ def main() -> None:
     args, folder = parse()
     if folder and "rule" in args:
         raise UserError(f"{folder.path} was started by tools.trials, whose rules cannot be resumed: start a new run")
-    if folder and "method" in args:
-        command = f"python -m tools.peers --exp_name {args.exp_name} --resume"
-        raise UserError(f"{folder.path} was started by tools.peers: {command} continues it")
+    if folder and (tool := next((tool for key, tool in STARTERS.items() if key in args), None)):
+        command = f"python -m {tool} --exp_name {quote(args.exp_name)} --resume"
+        raise UserError(f"{folder.path} was started by {tool}: {command} continues it")
 
     from utils.training.run import train
 

@@ -50,6 +50,12 @@ RESULTS = {
     "lambda_s": "results/studies/character_gpt/lambda_s.csv",
     "4": "results/studies/hessian",
 }  # default of --results by figure
+TAKEN_BY = {
+    "model_path": ("layers", "3"),
+    "layers": ("layers",),
+    "results": ("1a", "grid", "report", "pace", "lasso", "lambda_s", "4"),
+    "runs": ("curves",),
+}  # the figures that take a flag
 
 
 def parser() -> Parser:
@@ -68,8 +74,9 @@ def parser() -> Parser:
                    help="layers: state_dict names (default: all weights)")
     p.add_argument("--results", nargs="+", default=None, metavar="FILE",
                    help="1a, grid: results.csv of eval.py (1a takes several); report: layers.csv of eval.py "
-                   "--report; pace: pace.csv of tools.pace; lasso: lasso.csv of tools.lasso; lambda_s: results.csv of "
-                   "examples/character_gpt.py; 4: folder of tools.hessian (default: those in results/)")
+                   "--report; pace: pace.csv of tools.pace; lasso: lasso.csv of tools.lasso; lambda_s: a results.csv "
+                   "of examples/character_gpt.py, with a lambda_s in each row; 4: folder of tools.hessian (default: "
+                   "those in results/)")
     p.add_argument("--sparsity", type=sparsity, default=0.9, metavar="S", help="3: share of weights to mark")
     p.add_argument("--runs", nargs="+", default=["runs/vanilla", "runs/cifar100/4bits"], metavar="DIR",
                    help="curves: run folders, or any folders with a metrics.csv; the first is drawn beside each other")
@@ -84,6 +91,9 @@ def parser() -> Parser:
 def parse() -> Namespace:
     p = parser()
     args = p.parse_args()
+    for key, figures in TAKEN_BY.items():
+        if args.figure not in figures and getattr(args, key) != p.get_default(key):
+            raise UserError(f"--{key} has no effect with --figure {args.figure}: it is for {', '.join(figures)}")
     args.results = args.results or [RESULTS.get(args.figure, "results/weights/w4/results.csv")]
     flag = {"layers": "model_path", "3": "model_path", "curves": "runs"}.get(args.figure)
     if flag:

@@ -134,11 +134,16 @@ def test_the_law_of_a_recorded_run(cli, rejected, tmp_path, few_digits):
     record = json.loads((tmp_path / "runs/old/args.json").read_text())
     for key, value, message in (
         ("load_pretrained", "", "runs/old began without a checkpoint"),
+        ("lambda_s", "auto", "runs/old has lambda_s auto, and neither its tau nor lambda_s was logged"),
         ("first_last_quant", 0, "runs/old has --clip_weights 1 or --first_last_quant 0, which are not computed"),
     ):
         changed = record | {"args": record["args"] | {key: value}}
         (tmp_path / "runs/old/args.json").write_text(json.dumps(changed))
         assert message in rejected("tools.pace", "--runs", "runs/old", "--out", "q")
+    for run, key in (("old", "batch_size"), ("new", "w_bit")):
+        changed = record | {"args": {name: value for name, value in record["args"].items() if name != key}}
+        (tmp_path / f"runs/{run}/args.json").write_text(json.dumps(changed))
+        assert f"args.json has no {key}: it is not" in rejected("tools.pace", "--runs", f"runs/{run}", "--out", "q")
     first, _, last = (float(row["tau"]) for row in old)
     assert last - float(old[1]["tau"]) == pytest.approx(first / 100, rel=1e-3)  # the rate is a tenth
     assert cli("visualize.py", "--figure", "pace", "--results", "p/pace.csv", "--out", "f").code == 0
@@ -153,6 +158,11 @@ def test_runs_without_a_law(cli, rejected, tmp_path, few_digits):
     assert "two runs have the label a: give --labels that differ" in rejected("tools.pace", "--runs", "b/a", "c/a")
     assert "2 --labels for 1 --runs" in rejected("tools.pace", "--runs", "a", "--labels", "a", "b")
     assert "runs/none/args.json cannot be read" in rejected("tools.pace", "--runs", "runs/none", "--out", "p")
+    (tmp_path / "runs/plain/args.json").write_text('{"args": {"psg": 1, "w_bit": 4}}')
+    for columns in ("tau", "tau,expected_share"):
+        (tmp_path / "runs/plain/metrics.csv").write_text(f"epoch,lr,grid_share,{columns}\n1,0.1,0.5,1,\n2,0.1,0.6,,\n")
+        error = rejected("tools.pace", "--runs", "runs/plain", "--out", "p")
+        assert "metrics.csv" in error and ("expected_share" in error or "tau is ''" in error)
     (tmp_path / "pace.csv").write_text("run,tau,grid_share\na,nan,0.5\n")
     error = rejected("visualize.py", "--figure", "pace", "--results", "pace.csv", "--out", "f")
     assert "tau is nan, which has no place in a figure" in error

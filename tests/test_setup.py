@@ -27,9 +27,10 @@ def test_steps_of_the_base_optimizer(net, flags, step):
         assert torch.allclose(1 - weight, torch.tensor(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("adam", [0, 1])
 @pytest.mark.parametrize("flags, moves", [("--psg_acts_on update", False), ("--psg 0", True)])
-def test_adam_has_no_momentum_where_psg_scales_its_steps(net, flags, moves):
-    args = train.parser().parse_args([*f"{flags} --adam 1 --lr 0.1 --w_bit 4 --w_decay 0".split()])
+def test_the_base_has_no_momentum_where_psg_scales_its_steps(net, flags, moves, adam):
+    args = train.parser().parse_args([*f"{flags} --adam {adam} --lr 0.1 --w_bit 4 --w_decay 0".split()])
     optimizer = build_optimizer(args, net, build_goal(args), torch.device("cpu"), steps=9)
     for gradient in (1.0, 0.0):
         before = net.conv2.weight.detach().clone()

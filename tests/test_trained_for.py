@@ -25,6 +25,9 @@ RENEWED = {"averaged_epochs": [3, 3]}
     ({"args": PSGD4} | RENEWED, [Grid(4)], None),
     ({"args": PSGD2} | RENEWED, [Grid(4)],
      "it was trained for W2; at W4 its weights are off their grid; its batch norm was re-estimated at W2"),
+    ({"args": PSGD4 | {"psg": 0, "method": "lsq"}}, [Grid(4)], "grids of learned steps, which these grids are not"),
+    ({"args": PSGD4 | {"psg": 0, "method": "lsq"}}, [Grid(32)], None),
+    ({"args": PSGD4 | {"psg": 0, "method": "ste"}}, [Grid(4)], None),
 ])  # fmt: skip
 def test_what_a_file_is_not_for(checkpoint, grids, message):
     found = evaluation_mismatches(checkpoint, grids)

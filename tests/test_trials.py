@@ -167,7 +167,11 @@ def test_wrong_rules_are_one_line(rejected):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--psg 0", "--lambda_s auto does not go with --psg 0"),
+        ("--psg 0", "tools.trials changes lambda_s auto, which needs --psg 1 and --target grid"),
+        ("--target zero", "tools.trials changes lambda_s auto, which needs --psg 1 and --target grid"),
+        ("--rule grafted --tau_end 9", "--tau_end does nothing with --rule grafted"),
+        ("--rule gap --noise_limit 9", "--noise_limit does nothing with --rule gap"),
+        ("--decay_at 2", "--decay_at: 2 must be 1 or less"),
         ("--lambda_s 300", "--lambda_s 300: tools.trials changes lambda_s auto"),
         ("--rule grafted --adam 1 --psg_acts_on update", "--rule grafted is for gradients"),
         ("--beta1 0", "--adamw and --beta1 need --adam 1"),

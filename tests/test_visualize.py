@@ -10,7 +10,7 @@ import torch
 from models import build_model
 from quant import Grid, fake_quantize_weight
 from utils.checkpoint import save_checkpoint
-from utils.drawing.figures import bits_figures, lambda_s_figures, layer_figures
+from utils.drawing.figures import bits_figures, curve_figures, lambda_s_figures, layer_figures
 from utils.drawing.paper_figures import sparse_histograms, toy_trajectories
 from utils.drawing.result_figures import (
     accuracy_grids,
@@ -140,6 +140,16 @@ def test_runs_of_one_group_look_alike_in_the_figure_of_the_pace():
     assert looks[40.0,] == looks[70.0,] != looks[60.0,]
 
 
+def test_curves_need_no_other_columns_than_theirs(cli, tmp_path):
+    """A run that an older version began has no tau in its first epochs. A half-written row is left out."""
+    (tmp_path / "metrics.csv").write_text("epoch,fp_top1,w4_top1,tau\n1,60,50,\n2,61,51,0.4\n3,62,,\n")
+    ((_, draw),) = curve_figures(Namespace(labels=["A"], runs=[str(tmp_path)]))
+    assert draw.args[0]["A"] == {"epoch": [1, 2], "fp_top1": [60, 61], "w4_top1": [50, 51]}
+    (tmp_path / "metrics.csv").write_text("epoch,fp_top1,w4_top1\n1,60,\n")
+    outcome = cli("visualize.py", "--figure", "curves", "--runs", ".")
+    assert outcome.code == 2 and "metrics.csv has no whole row" in outcome.err
+
+
 def test_the_first_run_is_drawn_beside_each_of_the_others():
     columns = {"epoch": [1, 2, 3, 4], "fp_top1": [60, 61, 62, 63], "w4_top1": [50, 51, 52, 53]}
     sparse = {"epoch": [3, 4], "fp_top1": [64, 65], "s90_top1": [54, 55]}
@@ -203,7 +213,8 @@ def test_bars_of_a_report(cli, tmp_path):
 
 
 def test_shares_over_lambda_s(cli, tmp_path):
-    (tmp_path / "r.csv").write_text("arm,lambda_s,share\nupdate,300,0.9\ngradient,30,0.2\nupdate,30,0.3\n")
+    rows = ["arm,lambda_s,share", "update,300,0.9", "gradient,30,0.2", "update,30,0.3", "update_outside,30,0.4"]
+    (tmp_path / "r.csv").write_text("\n".join(rows))
     flags = ["--figure", "lambda_s", "--results", "r.csv", "--out", "fig"]
     assert cli("visualize.py", *flags).code == 0 and (tmp_path / "fig/lambda_s.png").stat().st_size > 10_000
     ((_, draw),) = lambda_s_figures(Namespace(results=[str(tmp_path / "r.csv")]))
@@ -211,7 +222,10 @@ def test_shares_over_lambda_s(cli, tmp_path):
     lines = [list(zip(*line.get_data())) for line in axis.lines]
     assert lines[:2] == [[(30, pytest.approx(30)), (300, pytest.approx(90))], [(30, pytest.approx(20))]]
     told = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert told == ["PSG on the update", "PSG on the gradient", "chance"] and axis.get_xscale() == "log"
+    assert (
+        told == [*(f"PSG on the {arm}" for arm in ("update", "gradient", "update_outside")), "chance"]
+        and axis.get_xscale() == "log"
+    )
 
 
 def test_bad_input_of_figures(rejected, tmp_path):

@@ -28,7 +28,7 @@ from quant import PSGD, Grid, psg_param_groups
 from quant.sharded import is_sharded, largest_magnitude
 from tools.benchmark import alternate
 from tools.benchmark_optimizer import BASES, Memory, peak_of, write_figures
-from utils.cli import Parser, count, run
+from utils.cli import Parser, count, csv_file, run
 from utils.files import check_output_file, command_line, markdown_table
 
 CPU = torch.device("cpu")
@@ -155,7 +155,7 @@ def parser() -> Parser:
     p.add_argument("--layers", type=count, default=8, help="of the transformer")
     p.add_argument("--width", type=count, default=512, help="of a layer, which has 12 width^2 parameters; 8 heads")
     p.add_argument("--rounds", type=count, default=8, help="times that every step is measured")
-    p.add_argument("--csv", default=None, metavar="FILE", help="write the figures there, and how they were made beside")
+    p.add_argument("--csv", type=csv_file, help="write the figures there, and how they were made beside")
     return p
 
 

@@ -24,7 +24,7 @@ from models import ResNet32, build_model
 from quant import PSGD, Grid, grid_share, psg_param_groups, quantize_weights, weight_mse
 from quant.deploy.packed_file import save_packed
 from tools.benchmark import alternate
-from utils.cli import Parser, count, run
+from utils.cli import Parser, count, csv_file, run
 from utils.device import machine, select_device
 from utils.files import check_output_file, command_line, git_commit, markdown_table, write_csv, write_json
 
@@ -228,7 +228,7 @@ def parser() -> Parser:
     p.add_argument("--compiled", type=int, choices=[0, 1], default=1, help="0: leave the compiled pass out")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: a GPU, or the CPU)")
     p.add_argument("--rounds", type=count, default=12, help="times that every step is measured")
-    p.add_argument("--csv", default=None, metavar="FILE", help="write the figures there, and how they were made beside")
+    p.add_argument("--csv", type=csv_file, help="write the figures there, and how they were made beside")
     return p
 
 

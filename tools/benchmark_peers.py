@@ -22,7 +22,7 @@ from quant import PSGD, Grid, layer_grids, psg_param_groups
 from tools.benchmark import BATCH_SIZE, alternate
 from tools.benchmark_optimizer import Memory, Row, squares, write_figures
 from tools.peers import INSTALL, METHODS, OF_TORCHAO
-from utils.cli import Parser, count, run
+from utils.cli import Parser, count, csv_file, run
 from utils.device import machine, select_device
 from utils.files import check_output_file, command_line, markdown_table
 from utils.training.qat import LearnedGoal, QuantizationPenalty, Substitution, first_step, ste_changes
@@ -136,7 +136,7 @@ def parser() -> Parser:
     p.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="what is measured")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: a GPU, or the CPU)")
     p.add_argument("--rounds", type=count, default=12, help="times that every step is measured")
-    p.add_argument("--csv", default=None, metavar="FILE", help="write the figures there, and how they were made beside")
+    p.add_argument("--csv", type=csv_file, help="write the figures there, and how they were made beside")
     return p
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from quant import Grid, expected_share, psg_param_groups
+from quant.settings import AUTO
 from quant.sharded import mean_squares
 from utils import flags
 from utils.cli import Parser, UserError, count, run
@@ -30,6 +31,8 @@ from utils.runs import RunFolder
 
 MOMENTUM = 0.9  # train.py's
 COLUMNS = ("epoch", "lr", "grid_share")
+LOGGED = ("tau", "expected_share")
+NEEDED = ("w_bit", "batch_size", "lambda_s")  # settings, of which a run that logged its tau needs the first
 Row = dict[str, str | float]
 Squares = list[tuple[int, float]]  # number of weights, and mean square of their gradients, of each tensor
 Measure = Callable[[str, int, int], tuple[Squares, int]]
@@ -42,7 +45,7 @@ def parser() -> Parser:
         "--labels",
         nargs="+",
         metavar="NAME",
-        help="names of the runs (default: the folders); those that agree up to a colon look alike",
+        help="names of the runs; those that agree up to a colon look alike (default: the folders)",
     )
     p.add_argument("--steps", type=count, default=25, metavar="N", help="batches to measure gradients on")
     flags.add_data_dir(p, None)
@@ -72,8 +75,15 @@ def settings_of(path: str) -> dict[str, Any]:
 def rows_of(path: str, label: str, measure: Measure) -> list[Row]:
     """The rows of one run. `measure` is `gradient_squares` of a run's first network."""
     settings = settings_of(path)
-    rows = read_rows(Path(path) / "metrics.csv", COLUMNS, "metrics.csv of a run with PSG", COLUMNS)
+    table = Path(path) / "metrics.csv"
+    rows = read_rows(table, COLUMNS, "metrics.csv of a run with PSG", COLUMNS)
     logged = bool(rows[0].get("tau"))
+    if logged:
+        rows = read_rows(table, (*COLUMNS, *LOGGED), "metrics.csv of a run with a pace", (*COLUMNS, *LOGGED))
+    if absent := next((key for key in NEEDED[: 1 if logged else None] if key not in settings), None):
+        raise UserError(f"{Path(path) / 'args.json'} has no {absent}: it is not of a run of train.py")
+    if not logged and settings.get("lambda_s") == AUTO and not all(row.get("lambda_s") for row in rows):
+        raise UserError(f"{path} has lambda_s auto, and neither its tau nor lambda_s was logged: leave it out")
     if not logged and settings.get("adam"):
         raise UserError(f"{path} is of Adam, which normalizes the gradients that PSG scales: the law is not for it")
     if not logged and not settings.get("load_pretrained"):

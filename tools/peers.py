@@ -74,9 +74,12 @@ def parse() -> tuple[Namespace, RunFolder | None]:
     """As train.parse. Raises UserError for what does not go together."""
     known, _ = parser().parse_known_args()
     args, folder = train.parse(partial(whole_parser, known.method))
+    if folder and "method" not in folder.settings()["args"]:
+        raise UserError(f"{folder.path} was not started by tools.peers: the command that started it continues it")
     if not args.method:
-        what = f"{folder.path} was not started by tools.peers" if folder else "no method"
-        raise UserError(f"{what}: choose --method {', '.join(METHODS)}")
+        raise UserError(f"no method: choose --method {', '.join(METHODS)}")
+    if args.method != "msqe" and args.penalty != parser().get_default("penalty"):
+        raise UserError(f"--penalty {args.penalty:g} is for --method msqe: leave it out")
     if args.target == "zero" or args.grad_l1:
         raise UserError(f"--method {args.method} trains for a grid: leave --target zero and --grad_l1 out")
     if not (args.psg or folder):

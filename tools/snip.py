@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 import train
 from quant.layers import copy_network
 from quant.pruning import masks_of_smallest, prunable_weights
-from utils.cli import Parser, count, run
+from utils.cli import Parser, UserError, count, run
 from utils.data.split import LabelledBatch
 
 
@@ -49,14 +49,19 @@ def hold_at_zero(weights: Sequence[Tensor], masks: list[Tensor], optimizer: torc
 def prune_at_start(prepared: Any, batches: int) -> None:
     """SNIP on a prepared run (utils.training.run.Run). A resumed run keeps the zeros that it has."""
     prepared.command = "python -m tools.snip"
+    if prepared.world.size > 1:
+        raise UserError("tools.snip needs a single process")
     first_last = bool(prepared.args.first_last_quant)
-    weights = [*prunable_weights(prepared.model, first_last).values()]
+    named = prunable_weights(prepared.model, first_last)
+    weights = [*named.values()]
     if prepared.done >= prepared.first_epoch:
         masks = [(weight != 0).to(weight.dtype) for weight in weights]
     else:
         images = islice(prepared.batches.epoch(prepared.first_epoch), batches)
         model = copy_network(prepared.model)  # whose batch norm the images change
         masks = masks_of_smallest(saliencies(model, images, first_last), prepared.args.sparsity)
+        if empty := next((name for name, mask in zip(named, masks) if not mask.any()), None):
+            raise UserError(f"--sparsity {prepared.args.sparsity:g} leaves no weight of {empty}: try a smaller one")
     hold_at_zero(weights, masks, prepared.optimizer)
 
 
@@ -71,10 +76,16 @@ def main() -> None:
     command, sys.argv = sys.argv, [*sys.argv[:1], "--target", "zero", "--psg", "0", *flags]
     settings, folder = train.parse()
     sys.argv = command  # for the record
+    if folder and "snip_batches" not in settings:
+        raise UserError(f"{folder.path} was not started by tools.snip: train.py --resume continues it")
+    if settings.psg or settings.target != "zero":
+        raise UserError("--psg and --target follow from tools.snip: leave them out")
+    if not folder:
+        settings.snip_batches = args.snip_batches
 
     from utils.training.run import train as train_run
 
-    train_run(settings, folder, lambda prepared: prune_at_start(prepared, args.snip_batches))
+    train_run(settings, folder, lambda prepared: prune_at_start(prepared, settings.snip_batches))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from quant.lambda_s import Records, State
 from quant.layers import copy_network
 from quant.settings import AUTO, STAGE_DEFAULTS
 from quant.sharded import mean_squares
-from utils.cli import Parser, UserError, positive, run
+from utils.cli import Parser, UserError, positive, run, share
 from utils.training.evaluation import evaluate_batches
 
 GAP_CHECKS = 8  # of the rule "gap", in each epoch
@@ -173,10 +173,19 @@ def parser() -> Parser:
         default=STAGE_DEFAULTS["noise_limit"],
         help="limit of the root mean square of a step's x (docs/optimizer.md)",
     )
-    p.add_argument("--plan_end", type=positive, default=law.PLAN_END, help="share of the stage at which the plan ends")
-    p.add_argument("--decay_at", type=positive, help="share of the stage's steps after which the rate is a tenth")
+    p.add_argument("--plan_end", type=share, default=law.PLAN_END, help="share of the stage at which the plan ends")
+    p.add_argument("--decay_at", type=share, help="share of the stage's steps after which the rate is a tenth")
     p.add_argument("--adamw", choices=["scaled", "outside"], help="decoupled decay inside or outside the scaling")
     p.add_argument("--beta1", type=float, choices=[0.0, 0.5, 0.9], help="of Adam (default: train.py's)")
+    return p
+
+
+def parser_of_auto() -> Parser:
+    """The parser of train.py, with lambda_s "auto" where PSG trains for a grid."""
+    p = train.parser()
+    known, _ = p.parse_known_args()
+    if known.psg and known.target == "grid":
+        p.set_defaults(lambda_s=AUTO)
     return p
 
 
@@ -184,18 +193,23 @@ def check(args: Namespace, settings: Namespace, resumed: bool) -> None:
     """UserError for what has no meaning together."""
     if resumed:
         raise UserError("a stage of tools.trials cannot be resumed: start a new run")
+    if not settings.psg or settings.target == "zero":
+        raise UserError("tools.trials changes lambda_s auto, which needs --psg 1 and --target grid")
     if settings.lambda_s != AUTO:
         raise UserError(f"--lambda_s {settings.lambda_s:g}: tools.trials changes lambda_s auto, leave it out")
     if args.rule in STEPS and settings.psg_acts_on == "update":
         raise UserError(f"--rule {args.rule} is for gradients: leave --psg_acts_on update out")
+    unplanned = [key for key in ("tau_end", "noise_limit") if getattr(args, key) != STAGE_DEFAULTS[key]]
+    if args.rule in ("grafted", "gap") and unplanned:
+        raise UserError(f"--{unplanned[0]} does nothing with --rule {args.rule}, which has no plan: leave it out")
     if not settings.adam and (args.adamw or args.beta1 is not None):
         raise UserError("--adamw and --beta1 need --adam 1")
 
 
 def main() -> None:
     args, flags = parser().parse_known_args()
-    command, sys.argv = sys.argv, [*sys.argv[:1], "--lambda_s", AUTO, *flags]
-    settings, folder = train.parse()
+    command, sys.argv = sys.argv, [*sys.argv[:1], *flags]
+    settings, folder = train.parse(parser_of_auto)
     sys.argv = command  # for the record
     check(args, settings, resumed=folder is not None)
     vars(settings).update(vars(args))

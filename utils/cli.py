@@ -171,6 +171,14 @@ def positive_or(word: str) -> Callable[[str], float | str]:
     return convert
 
 
+def share(text: str) -> float:
+    """Argument type: a number > 0 and <= 1."""
+    value = positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} must be 1 or less")
+    return value
+
+
 def percent(text: str) -> float:
     """Argument type: a number > 0 and <= 100."""
     value = positive(text)
@@ -238,6 +246,13 @@ def index(text: str) -> int:
 def seed(text: str) -> int:
     """Argument type: a whole number from 0 to 2^31 - 1."""
     return _whole(text, 0, 2**31 - 1)
+
+
+def csv_file(text: str) -> str:
+    """Argument type: the name of a .csv file, beside which a .json file of the same name is written."""
+    if not text.endswith(".csv"):
+        raise argparse.ArgumentTypeError(f"{text} must end in .csv: a .json file is written beside it")
+    return text
 
 
 def bits(text: str) -> int:

@@ -9,6 +9,10 @@ from quant.grid import FLOAT_BITS
 from utils.checkpoint import grid_of
 
 TERNARY = 2  # bits whose grid is so coarse that the statistics of batch norm are not those of the float network
+OF_LSQ = (
+    "it was trained for grids of learned steps, which these grids are not: evaluate its run's quantized.pth with "
+    "eval.py --w_bit 32; no file can be exported with learned steps"
+)
 SAFE_BITS = 6  # from here up, a network that was not trained for a grid loses little
 
 
@@ -18,6 +22,8 @@ def evaluation_mismatches(checkpoint: dict[str, Any], grids: Sequence[Grid]) -> 
     Empty for a baseline, which was not trained for a grid.
     """
     args, quantized = checkpoint.get("args", {}), [grid for grid in grids if grid.bits != FLOAT_BITS]
+    if args.get("method") == "lsq" and quantized:
+        return [OF_LSQ]
     w_bit = args.get("w_bit")
     if not (args.get("psg") and w_bit and args.get("target", "grid") == "grid"):
         return []
@@ -47,10 +53,8 @@ def mismatches(checkpoint: dict[str, Any], grid: Grid) -> list[str]:
     """
     args = checkpoint.get("args", {})
     found = []
-    if args.get("method") == "lsq" and "steps" in checkpoint:
-        found.append(
-            "it was trained for grids of learned steps, which this grid is not: take the quantized.pth beside it"
-        )
+    if args.get("method") == "lsq" and grid.bits != FLOAT_BITS:
+        found.append(OF_LSQ)
     elif args.get("target") == "zero" or not (args.get("psg", 1) or "method" in args):
         if grid.bits < SAFE_BITS:
             found.append(f"it was not trained for a grid, and {grid.bits} bits are few for such a network")

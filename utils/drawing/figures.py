@@ -125,11 +125,14 @@ def curve_figures(args: Namespace) -> list[Picture]:
     for label, folder in zip(args.labels, args.runs, strict=True):
         path = Path(folder) / "metrics.csv"
         rows = read_rows(path, ("epoch", "fp_top1"), "metrics.csv of train.py")
-        whole = [row for row in rows if all(row.values())]  # an interrupted run may leave half a row
-        check_numbers(path, whole, rows[0])
-        if not target_column(rows[0]):
+        if not (low := target_column(rows[0])):
             raise UserError(f"{path} has no top-1 at a bit-width or sparsity: it is not from train.py")
-        runs[label] = {key: [float(row[key]) for row in whole] for key in rows[0]}
+        drawn = ("epoch", "fp_top1", low)
+        whole = [row for row in rows if all(row[key] for key in drawn)]  # an interrupted run may leave half a row
+        check_numbers(path, whole, drawn)
+        if not whole:
+            raise UserError(f"{path} has no whole row")
+        runs[label] = {key: [float(row[key]) for row in whole] for key in drawn}
     return [("curves", partial(training_curves, runs))]
 
 

@@ -299,7 +299,7 @@ def pace_of_runs(runs: dict[str, tuple[list[float], list[float]]]) -> Figure:
 def shares_over_lambda_s(series: dict[str, list[tuple[float, float]]]) -> Figure:
     """Share of weights near the grid over lambda_s, a line for each arm of `series`, and the share that is chance."""
     figure, axis = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for color, marker, points in zip(COLORS.values(), "so", series.values()):
+    for color, marker, points in zip([*COLORS.values(), *OTHER_COLORS], "soD^vP*X", series.values()):
         axis.plot(*zip(*((lambda_s, 100 * share) for lambda_s, share in points)), f"{marker}-", color=color)
     axis.axhline(100 * expected_share(0), color="0.5", linestyle=":")
     axis.set_xscale("log")

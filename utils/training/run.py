@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from utils.checkpoint import (
     new_model,
     save_checkpoint,
 )
-from utils.cli import UserError
+from utils.cli import UserError, warn
 from utils.data.load import Dataset, load_dataset
 from utils.data.split import Split, TrainBatches
 from utils.device import machine, resolve_precision, select_device, set_deterministic
@@ -121,6 +122,8 @@ def prepare(
     args.resume_epoch = first_epoch
     if args.epoch < first_epoch:
         raise UserError(f"--epoch {args.epoch} is before the first epoch, {first_epoch}: nothing to train")
+    if beyond := [epoch for epoch in args.save_epochs if not first_epoch <= epoch <= args.epoch]:
+        warn(f"--save_epochs {beyond[0]} is not an epoch of this run, which has {first_epoch} to {args.epoch}")
     model = build_network(args, dataset, source, resumed is not None, world)
     batches = train_split.shuffled(args.batch_size, args.seed, world)
     check_processes(args, batches, len(held), world)
@@ -167,7 +170,7 @@ def check_processes(args: Namespace, batches: TrainBatches, held: int, world: Wo
 
 def decays(args: Namespace) -> list[int]:
     """The epochs at which the learning rate falls, all after the first of the run."""
-    return [epoch for epoch in args.decay_epoch if epoch > args.resume_epoch]
+    return sorted({epoch for epoch in args.decay_epoch if epoch > args.resume_epoch})
 
 
 def open_folder(run: Run, resumed: RunFolder | None, device_line: str) -> RunFolder:
@@ -199,7 +202,7 @@ def train_epochs(run: Run, folder: RunFolder | None) -> None:
     first, loop = run.done + 1, ""
     for epoch in range(first, args.epoch + 1):
         if epoch > run.first_epoch:
-            resume = f"{run.command} --exp_name {args.exp_name} --resume continues after its last complete epoch"
+            resume = f"{run.command} --exp_name {quote(args.exp_name)} --resume continues after its last complete epoch"
             stop.advice = resume if run.command else "it cannot be resumed: start a new run"
         row = train_epoch_and_evaluate(run, training, epoch)
         if training.loop != loop:
@@ -225,9 +228,8 @@ def train_epoch_and_evaluate(run: Run, training: Training, epoch: int) -> dict[s
         trained_at = time.perf_counter()
         figures = evaluate_goal(run.model, run.goal, run.held, run.world)
     except NonFiniteError as error:
-        raise UserError(
-            f"{error} of epoch {epoch}; last good checkpoint: {run.last_good}; try a smaller --lr or --lambda_s"
-        ) from None
+        advice = "try a smaller --lr or --lambda_s" if args.psg else "try a smaller --lr"
+        raise UserError(f"{error} of epoch {epoch}; last good checkpoint: {run.last_good}; {advice}") from None
     if args.target == "zero" and (name := vanished_layer(run.model, bool(args.first_last_quant))):
         raise UserError(
             f"{name} has no weight above {VANISHED:g} after epoch {epoch}; last good checkpoint: {run.last_good}; "

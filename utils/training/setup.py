@@ -29,11 +29,11 @@ def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch
     lr = args.lr * (0.01 * args.lambda_s if normalized and args.psg else 1)
     fused = device.type in ("cpu", "cuda")
     # Momentum would repeat each scaled step, with no draw towards the grid for it (docs/optimizer.md).
-    betas = (0.0 if args.psg and args.psg_acts_on == "update" else 0.9, 0.999)
+    momentum = 0.0 if args.psg and args.psg_acts_on == "update" else 0.9
     base: Optimizer = (
-        torch.optim.Adam(groups, lr=lr, betas=betas, weight_decay=args.w_decay, fused=fused)
+        torch.optim.Adam(groups, lr=lr, betas=(momentum, 0.999), weight_decay=args.w_decay, fused=fused)
         if args.adam
-        else torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=args.w_decay, fused=fused)
+        else torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=args.w_decay, fused=fused)
     )
     penalize_l1(base, model, args.l1, bool(args.first_last_quant))
     if not args.psg:
