@@ -60,7 +60,6 @@ def sparse_param_groups(
     return groups + ([{"params": others}] if others else [])
 
 
-@torch.no_grad()
 def prune_weights(
     model: nn.Module, sparsity: float, scope: str = "global", first_last: bool = True, inplace: bool = False
 ) -> nn.Module:
@@ -89,6 +88,7 @@ def prune_weights(
     return pruned
 
 
+@torch.no_grad()
 def _prune_smallest(weights: Sequence[Tensor], sparsity: float) -> None:
     for weight, mask in zip(weights, masks_of_smallest([weight.abs() for weight in weights], sparsity)):
         weight.mul_(mask)

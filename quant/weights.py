@@ -45,7 +45,6 @@ def _parts(weight: Tensor, grid: Grid, *others: Tensor) -> Iterator[tuple[Tensor
         yield part, nearest, scale, *rest
 
 
-@torch.no_grad()
 def clip_weights(model: nn.Module, grid: Grid | int) -> nn.Module:
     """Clips the weights (see `layer_grids`) to the range whose grid has the smallest squared error, in place (ours).
 
@@ -61,9 +60,10 @@ def clip_weights(model: nn.Module, grid: Grid | int) -> nn.Module:
     for name in grids:
         check_finite(name, model.get_parameter(name))
     for name, own in grids.items():
-        weight = weight_value(model, name)
+        weight = weight_value(model, name).detach()
         reach = weight_scale(weight, own) * own.quant_max
-        model.get_parameter(name).copy_(weight.clamp(-reach, reach))
+        with torch.no_grad():
+            model.get_parameter(name).copy_(weight.clamp(-reach, reach))
     return model
 
 

@@ -7,13 +7,22 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from quant import correct_bias, export, prune_weights, psg_param_groups, quantize_weights, sparse_param_groups
+from quant import (
+    clip_weights,
+    correct_bias,
+    export,
+    prune_weights,
+    psg_param_groups,
+    quantize_weights,
+    sparse_param_groups,
+)
 from quant.post_training import capture
 
 CALLS = {
     "groups": lambda net, path: psg_param_groups(net, 4),
     "sparse groups": lambda net, path: sparse_param_groups(net),
     "quantized": lambda net, path: quantize_weights(net, 4),
+    "clipped": lambda net, path: clip_weights(net, 4),
     "pruned": lambda net, path: prune_weights(net, 0.5),
     "file": lambda net, path: export(net, path / "net.safetensors", 4),
 }
@@ -24,8 +33,12 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_they_are_named_where_they_are_left_alone(tmp_path, net, wrap, call):
     wrap(net.conv2)
-    with pytest.warns(UserWarning, match="the weights of conv2 are computed, as by weight_norm or another param"):
+    with pytest.warns(
+        UserWarning, match="the weights of conv2 are computed, as by weight_norm or another param"
+    ) as said:
         call(net, tmp_path)
+    (named,) = {warning.filename for warning in said if "are computed" in str(warning.message)}
+    assert named == __file__ or call is CALLS["file"]  # the line that called
 
 
 class Attention(nn.Module):

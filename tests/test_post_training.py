@@ -24,7 +24,7 @@ from quant import (
     reestimate_batch_norm,
     weight_scale,
 )
-from tests.helpers import ResNet8
+from tests.helpers import ResNet8, copy_with_args
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.data.load import load_dataset
 
@@ -307,6 +307,12 @@ def test_bad_input_of_average(rejected, few_digits, three_epochs):
     assert "runs/no/epoch_1.pth is not there" in rejected("tools.average", "runs/no", *flags, "1")
     too_many = [*flags, "1-3", "--calib_images", "5000"]
     assert "--calib_images 5000 is more than the 128" in rejected("tools.average", three_epochs, *too_many)
+
+
+def test_average_knows_no_learned_steps(rejected, tmp_path, few_digits, three_epochs):
+    copy_with_args(three_epochs / "epoch_2.pth", tmp_path / "epoch_2.pth", method="lsq")
+    flags = [tmp_path, "--epochs", "2", "--w_bit", "4", "--out", "a.pth"]
+    assert "epoch_2.pth: it was trained for grids of learned steps" in rejected("tools.average", *flags)
 
 
 def test_average_refuses_an_epoch_of_another_network(rejected, tmp_path, few_digits, three_epochs):
