@@ -155,7 +155,7 @@ def parser() -> Parser:
     p.add_argument("--layers", type=count, default=8, help="of the transformer")
     p.add_argument("--width", type=count, default=512, help="of a layer, which has 12 width^2 parameters; 8 heads")
     p.add_argument("--rounds", type=count, default=8, help="times that every step is measured")
-    p.add_argument("--csv", type=csv_file, help="write the figures there, and how they were made beside")
+    p.add_argument("--csv", type=csv_file, metavar="FILE", help="write the figures there, and their origin beside")
     return p
 
 

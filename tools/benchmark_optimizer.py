@@ -228,7 +228,7 @@ def parser() -> Parser:
     p.add_argument("--compiled", type=int, choices=[0, 1], default=1, help="0: leave the compiled pass out")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: a GPU, or the CPU)")
     p.add_argument("--rounds", type=count, default=12, help="times that every step is measured")
-    p.add_argument("--csv", type=csv_file, help="write the figures there, and how they were made beside")
+    p.add_argument("--csv", type=csv_file, metavar="FILE", help="write the figures there, and their origin beside")
     return p
 
 

@@ -136,7 +136,7 @@ def parser() -> Parser:
     p.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="what is measured")
     p.add_argument("--device", default=None, help="cpu, cuda:1, ... (default: a GPU, or the CPU)")
     p.add_argument("--rounds", type=count, default=12, help="times that every step is measured")
-    p.add_argument("--csv", type=csv_file, help="write the figures there, and how they were made beside")
+    p.add_argument("--csv", type=csv_file, metavar="FILE", help="write the figures there, and their origin beside")
     return p
 
 
