@@ -50,7 +50,9 @@ def with_gradients(weights: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor
 
 def _warn_of_short_stages(groups: Iterable[dict[str, Any]]) -> None:
     for group in groups:
-        share = expected_share(planned_tau(group)) if group.get("lambda_s") == AUTO else 1.0
+        if group.get("lambda_s") != AUTO or group["steps"] >= whole_plan(group):
+            continue
+        share = expected_share(planned_tau(group))
         if share < ENOUGH:
             warnings.warn(
                 f'lambda_s "auto" over {group["steps"]} steps plans for only {100 * share:.0f} % of the weights near '

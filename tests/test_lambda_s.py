@@ -233,6 +233,9 @@ def test_a_stage_that_is_too_short_is_named(net, steps, share):
         PSGD(sgd(net), 150, steps=steps)
     about = f'lambda_s "auto" over {steps} steps plans for only {share} % of the weights near the grid: it takes 1334'
     assert [str(one.message)[: len(about)] for one in said] == ([about] if share else [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PSGD(torch.optim.SGD(Walk(sizes=(50,)).groups(tau_end=0.1), lr=0.1), "auto", steps=20)  # little is asked for
     take_steps(net, optimizer, 1)
     assert optimizer.pace().planned_tau == pytest.approx(min(math.ceil(0.75 * steps) * 0.01, 10), rel=0.05)
 
