@@ -82,14 +82,8 @@ def rows_of(path: str, label: str, measure: Measure) -> list[Row]:
         rows = read_rows(table, (*COLUMNS, *LOGGED), "metrics.csv of a run with a pace", (*COLUMNS, *LOGGED))
     if absent := next((key for key in NEEDED[: 1 if logged else None] if key not in settings), None):
         raise UserError(f"{Path(path) / 'args.json'} has no {absent}: it is not of a run of train.py")
-    if not logged and settings.get("lambda_s") == AUTO and not all(row.get("lambda_s") for row in rows):
-        raise UserError(f"{path} has lambda_s auto, and neither its tau nor lambda_s was logged: leave it out")
-    if not logged and settings.get("adam"):
-        raise UserError(f"{path} is of Adam, which normalizes the gradients that PSG scales: the law is not for it")
-    if not logged and not settings.get("load_pretrained"):
-        raise UserError(f"{path} began without a checkpoint, and the law needs the gradients of its first network")
-    if not logged and (settings.get("clip_weights") or not settings.get("first_last_quant", 1)):
-        raise UserError(f"{path} has --clip_weights 1 or --first_last_quant 0, which are not computed: leave it out")
+    if not logged:
+        check_law(path, rows, settings)
     pace: Sequence[tuple[str | float, str | float]] = (
         [(row["tau"], row["expected_share"]) for row in rows] if logged else by_law(rows, settings, measure)
     )
@@ -99,6 +93,18 @@ def rows_of(path: str, label: str, measure: Measure) -> list[Row]:
                 "tau_from": "run" if logged else "law"}
         for row, (tau, share) in zip(rows, pace)
     ]  # fmt: skip
+
+
+def check_law(path: str, rows: list[dict[str, str]], settings: dict[str, Any]) -> None:
+    """Raises UserError for a run whose tau the law cannot tell."""
+    if settings.get("lambda_s") == AUTO and not all(row.get("lambda_s") for row in rows):
+        raise UserError(f"{path} has lambda_s auto, and neither its tau nor lambda_s was logged: leave it out")
+    if settings.get("adam"):
+        raise UserError(f"{path} is of Adam, which normalizes the gradients that PSG scales: the law is not for it")
+    if not settings.get("load_pretrained"):
+        raise UserError(f"{path} began without a checkpoint, and the law needs the gradients of its first network")
+    if settings.get("clip_weights") or not settings.get("first_last_quant", 1):
+        raise UserError(f"{path} has --clip_weights 1 or --first_last_quant 0, which are not computed: leave it out")
 
 
 def by_law(rows: list[dict[str, str]], settings: dict[str, Any], measure: Measure) -> list[tuple[float, float]]:

@@ -74,7 +74,7 @@ def parse() -> tuple[Namespace, RunFolder | None]:
     """As train.parse. Raises UserError for what does not go together."""
     known, _ = parser().parse_known_args()
     args, folder = train.parse(partial(whole_parser, known.method))
-    if folder and "method" not in folder.settings()["args"]:
+    if folder and not args.method:
         raise UserError(f"{folder.path} was not started by tools.peers: the command that started it continues it")
     if not args.method:
         raise UserError(f"no method: choose --method {', '.join(METHODS)}")

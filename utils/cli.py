@@ -171,20 +171,21 @@ def positive_or(word: str) -> Callable[[str], float | str]:
     return convert
 
 
+def _up_to(text: str, most: int) -> float:
+    value = positive(text)
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text} must be {most} or less")
+    return value
+
+
 def share(text: str) -> float:
     """Argument type: a number > 0 and <= 1."""
-    value = positive(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} must be 1 or less")
-    return value
+    return _up_to(text, 1)
 
 
 def percent(text: str) -> float:
     """Argument type: a number > 0 and <= 100."""
-    value = positive(text)
-    if value > 100:
-        raise argparse.ArgumentTypeError(f"{text} must be 100 or less")
-    return value
+    return _up_to(text, 100)
 
 
 def sparsity(text: str) -> float:
