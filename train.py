@@ -54,7 +54,7 @@ def add_goal(p: Parser) -> None:
     """Network, data and the goal of training."""
     # fmt: off
     p.add_argument("--arch", default="ResNet32",
-                   help="ResNet32, vgg16_bn, or a classification network of torchvision, such as resnet18")
+                   help="ResNet32, vgg16_bn, vit_tiny, or a classification network of torchvision, such as resnet18")
     p.add_argument("--weights", default="", metavar="NAME", help="torchvision weights to start from, such as DEFAULT")
     p.add_argument("--dataset", default="cifar100", choices=list(DATASETS), help="data set")
     flags.add_data_dir(p, "data")
@@ -98,6 +98,8 @@ def add_training(p: Parser) -> None:
     p.add_argument("--adam", type=int, choices=[0, 1], default=0,
                    help="1: Adam; without momentum if PSG scales its update; if PSG scales the gradient, "
                    "--lr is multiplied by 0.01 * lambda_s, as published")
+    p.add_argument("--decoupled_decay", type=int, choices=[0, 1], default=0,
+                   help="1: with --adam 1, the weight decay apart from the gradient, which makes it AdamW")
     p.add_argument("--w_decay", type=cli.non_negative, default=None, help="L2 (default: 1e-4, or 0 with PSG at 2 bits)")
     p.add_argument("--w_decay_target", type=cli.non_negative, default=None, metavar="W",
                    help="for pruning: L2 of the weights that may be pruned (default: --w_decay); beside PSG it acts as "
@@ -145,6 +147,8 @@ def parse(make: Callable[[], Parser] = parser) -> tuple[Namespace, RunFolder | N
             check_no_psg_flags(args, "--psg 0")
         if args.lambda_s == "auto" and args.adam and args.psg and args.psg_acts_on == "gradient":
             raise UserError("--lambda_s auto with --adam 1 needs --psg_acts_on update: Adam cancels it on gradients")
+        if args.decoupled_decay and not args.adam:
+            raise UserError("--decoupled_decay 1 needs --adam 1")
         if args.w_decay_target is not None and not (args.psg and args.target == "zero"):
             raise UserError(f"--w_decay_target {args.w_decay_target:g} needs --target zero and --psg 1")
         if args.weights and args.load_pretrained:

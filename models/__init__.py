@@ -1,13 +1,17 @@
-"""The paper's two networks as plain torch.nn modules, and torchvision's by name; the shipped checkpoints are here."""
+"""The paper's two networks, a vision transformer, and torchvision's by name; the shipped checkpoints are here."""
 
 import difflib
+from collections.abc import Callable
 
 from torch import nn
 
 from .resnet import ResNet32
 from .vgg import vgg16_bn
+from .vit import vit_tiny
 
-ARCHITECTURES = {"ResNet32": ResNet32, "vgg16_bn": vgg16_bn}  # for 32 x 32 images; they precede torchvision's names
+# For 32 x 32 images; they precede torchvision's names.
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]]
+ARCHITECTURES = {"ResNet32": ResNet32, "vgg16_bn": vgg16_bn, "vit_tiny": vit_tiny}
 AUXILIARY = {"googlenet", "inception_v3"}  # left out: they have a second output in training
 
 

@@ -22,6 +22,7 @@ BAD = [
     ),
     ("train.py", ["--psg", "0", "--lambda_s", "auto"], "--lambda_s auto does not go with --psg 0"),
     ("train.py", ["--psg", "0", "--eps", "0.1"], "--eps 0.1 does not go with --psg 0"),
+    ("train.py", ["--decoupled_decay", "1"], "--decoupled_decay 1 needs --adam 1"),
     ("train.py", ["--w_decay_target", "0.004"], "--w_decay_target 0.004 needs --target zero and --psg 1"),
     ("train.py", ["--sparsity", "0.9"], "--sparsity 0.9 does not go with --target grid"),
     ("train.py", ["--target", "zero", "--sparsity", "1"], "--sparsity: 1 must be less than 1"),

@@ -225,6 +225,7 @@ def test_facts_that_are_missing(tmp_path):
         ("--w_bit 3 --granularity channel", "PSGD W3 channel"),
         ("--w_bit 4 --adam 1", "PSG-Adam W4"),
         ("--w_bit 4 --adam 1 --psg_acts_on update", "PSG-Adam W4 update"),
+        ("--w_bit 4 --adam 1 --psg_acts_on update --decoupled_decay 1", "PSG-AdamW W4 update"),
     ],
 )
 def test_networks_that_were_trained_in_other_ways_have_other_names(flags, name):

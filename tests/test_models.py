@@ -5,7 +5,7 @@ from torch import nn
 from models import ARCHITECTURES, ResNet32, build_model, vgg16_bn
 from quant import layer_grids
 
-COUNTS = {"ResNet32": 472_756, "vgg16_bn": 34_011_172}
+COUNTS = {"ResNet32": 472_756, "vgg16_bn": 34_011_172, "vit_tiny": 2_729_380}
 
 
 @pytest.mark.parametrize("arch", COUNTS)

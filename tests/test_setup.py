@@ -12,10 +12,12 @@ from utils.training.setup import build_goal, build_optimizer
     ("--psg 0 --lr 0.1 --adam 1", [0.1, 0.1]),  # Adam's steps are the learning rate, whatever lambda_s is
     ("--lr 0.1 --eps 2", [0.2, 0.38]),  # on its grid a weight moves by eps alone
     ("--lr 0.1 --eps 2 --adam 1 --psg_acts_on update", [0.2, 0.2]),  # eps times the rate
+    ("--psg 0 --lr 0.1 --adam 1 --w_decay 0.5", [0.1, 0.1]),  # L2 is a part of the gradient, whose size does not count
+    ("--psg 0 --lr 0.1 --adam 1 --w_decay 0.5 --decoupled_decay 1", [0.15, 0.15]),  # AdamW takes lr * 0.5 of a weight
     ("--lr 0.1 --l1 3", [0.3, 0.57]),  # PSG does not scale the penalty
 ])  # fmt: skip
 def test_steps_of_the_base_optimizer(net, flags, step):
-    args = train.parser().parse_args([*flags.split(), "--w_bit", "4", "--w_decay", "0"])
+    args = train.parser().parse_args(["--w_bit", "4", "--w_decay", "0", *flags.split()])
     weight = net.conv2.weight
     optimizer = build_optimizer(args, net, build_goal(args), torch.device("cpu"), steps=9)
     for expected in step:

@@ -98,19 +98,20 @@ def test_a_rate_falls_after_a_number_of_steps():
     assert rates == pytest.approx([0.5, 0.5, 0.5, 0.05, 0.05])
 
 
-@pytest.mark.parametrize("decay", ["scaled", "outside"])
-def test_decay_outside_the_scaling_keeps_every_weight_in_its_cell(decay):
+@pytest.mark.parametrize("outside", [False, True])
+def test_decay_outside_the_scaling_shrinks_all_weights_alike(outside):
     torch.manual_seed(0)
     model = nn.Linear(30, 20)
     before = model.weight.detach().clone()
-    optimizer = PSGD(torch.optim.Adam(psg_param_groups(model, 4), lr=0.1), 50.0, acts_on="update")
-    extend(prepared(optimizer, model, []), Namespace(rule="even", decay_at=None, adamw=decay, beta1=0.5))
+    base = torch.optim.AdamW(psg_param_groups(model, 4), lr=0.1, betas=(0.0, 0.999), weight_decay=0.1)
+    optimizer = PSGD(base, 50.0, acts_on="update")
+    extend(prepared(optimizer, model, []), Namespace(rule="even", decay_at=None, decay_outside=outside, beta1=0.5))
     assert optimizer.param_groups[0]["betas"][0] == 0.5
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     shrunk = (model.weight / before).detach()
-    if decay == "outside":
+    if outside:
         torch.testing.assert_close(shrunk, torch.full_like(shrunk, 0.99))
     else:
         assert shrunk.flatten()[before.abs().argmax()] == 1 and shrunk.min() < 0.999
@@ -131,7 +132,7 @@ def test_a_run_of_a_trial_keeps_its_command(cli, tmp_path, few_digits):
         ([], 1),
         (["--rule", "gap"], 0),
         (["--decay_at", "0.5"], 0),
-        (["--adam", "1", "--psg_acts_on", "update", "--adamw", "outside"], 0),
+        (["--adam", "1", "--psg_acts_on", "update", "--decoupled_decay", "1", "--decay_outside"], 0),
     ],
 )
 def test_hooks_of_steps_need_the_plain_loop(monkeypatch, flags, graph):
@@ -160,7 +161,6 @@ def test_a_run_that_cannot_be_resumed_says_so_when_it_is_stopped(tmp_path, few_d
 def test_wrong_rules_are_one_line(rejected):
     assert "invalid choice: 'best'" in rejected("tools.trials", "--rule", "best")
     assert "--tau_end" in rejected("tools.trials", "--tau_end", "0")
-    assert "'inside'" in rejected("tools.trials", "--adamw", "inside")
     assert "unrecognized arguments: --lamda" in rejected("tools.trials", "--lamda", "3")
 
 
@@ -174,7 +174,8 @@ def test_wrong_rules_are_one_line(rejected):
         ("--decay_at 2", "--decay_at: 2 must be 1 or less"),
         ("--lambda_s 300", "--lambda_s 300: tools.trials changes lambda_s auto"),
         ("--rule grafted --adam 1 --psg_acts_on update", "--rule grafted is for gradients"),
-        ("--beta1 0", "--adamw and --beta1 need --adam 1"),
+        ("--beta1 0", "--beta1 0 needs --adam 1"),
+        ("--decay_outside --adam 1 --psg_acts_on update", "--decay_outside needs --decoupled_decay 1"),
     ],
 )
 def test_what_has_no_meaning_together(rejected, flags, message):

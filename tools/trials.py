@@ -2,8 +2,8 @@
 
     python -m tools.trials --rule grafted --w_bit 3 --epoch 86 --decay_epoch 86 --exp_name trials/grafted
 
---rule, --tau_end, --noise_limit and --plan_end change how `auto` works; --decay_at, --adamw and --beta1 change what is
-round it. All other flags are those of train.py.
+--rule, --tau_end, --noise_limit and --plan_end change how `auto` works; --decay_at, --decay_outside and --beta1 change
+what is round it. All other flags are those of train.py.
 
 even: the rule of `auto`. fast_first, slow_first: tau grows to the same end, in the first half of the plan to three
 quarters or one quarter of it. one_lambda_s: one lambda_s for all tensors of a group, from the mean square of all
@@ -133,7 +133,7 @@ def shrink(optimizer: Optimizer, w_decay: float) -> None:
 
 
 def extend(run: Any, args: Namespace) -> None:
-    """Adds what --decay_at, --adamw, --beta1 and the rule "gap" ask for to a prepared run."""
+    """Adds what --decay_at, --decay_outside, --beta1 and the rule "gap" ask for to a prepared run."""
     optimizer, run.command = run.optimizer, ""
     if args.rule == "gap":
         if run.world.size > 1:
@@ -143,12 +143,11 @@ def extend(run: Any, args: Namespace) -> None:
         steps = math.ceil(args.decay_at * staged(optimizer)["steps"])
         optimizer.register_step_post_hook(Decay(optimizer, steps))
     for group in optimizer.param_groups:
-        if args.adamw:
-            group["decoupled_weight_decay"] = True
-            group["weight_decay"] = run.args.w_decay if args.adamw == "scaled" else 0.0
+        if args.decay_outside:
+            group["weight_decay"] = 0.0
         if args.beta1 is not None:
             group["betas"] = (args.beta1, group["betas"][1])
-    if args.adamw == "outside":
+    if args.decay_outside:
         optimizer.register_step_pre_hook(lambda *_: shrink(optimizer, run.args.w_decay))
 
 
@@ -175,7 +174,7 @@ def parser() -> Parser:
     )
     p.add_argument("--plan_end", type=share, default=law.PLAN_END, help="share of the stage at which the plan ends")
     p.add_argument("--decay_at", type=share, help="share of the stage's steps after which the rate is a tenth")
-    p.add_argument("--adamw", choices=["scaled", "outside"], help="decoupled decay inside or outside the scaling")
+    p.add_argument("--decay_outside", action="store_true", help="AdamW's decay outside of the scaling")
     p.add_argument("--beta1", type=float, choices=[0.0, 0.5, 0.9], help="of Adam (default: train.py's)")
     return p
 
@@ -202,8 +201,10 @@ def check(args: Namespace, settings: Namespace, resumed: bool) -> None:
     unplanned = [key for key in ("tau_end", "noise_limit") if getattr(args, key) != STAGE_DEFAULTS[key]]
     if args.rule in ("grafted", "gap") and unplanned:
         raise UserError(f"--{unplanned[0]} does nothing with --rule {args.rule}, which has no plan: leave it out")
-    if not settings.adam and (args.adamw or args.beta1 is not None):
-        raise UserError("--adamw and --beta1 need --adam 1")
+    if not settings.adam and args.beta1 is not None:
+        raise UserError(f"--beta1 {args.beta1:g} needs --adam 1")
+    if args.decay_outside and not settings.decoupled_decay:
+        raise UserError("--decay_outside needs --decoupled_decay 1")
 
 
 def main() -> None:
@@ -213,7 +214,7 @@ def main() -> None:
     sys.argv = command  # for the record
     check(args, settings, resumed=folder is not None)
     vars(settings).update(vars(args))
-    if args.decay_at or args.adamw == "outside" or args.rule == "gap":
+    if args.decay_at or args.decay_outside or args.rule == "gap":
         settings.cuda_graph = 0  # a graph replays no hooks
     change(args)
 

@@ -32,7 +32,8 @@ MOST_CLASSES = 10**6  # a file that claims so many is refused before a network i
 OPTIONAL = "num_batches_tracked"  # old files lack it, and batch norm with a momentum does not use it
 COUNTER = "n_averaged"  # of torch's AveragedModel, beside the weights
 DEFAULT_ARCH = "ResNet32"  # of published files, which name none
-HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias"}  # the length of these is the number of classes
+# The length of these is the number of classes.
+HEADS = {"ResNet32": "fc.bias", "vgg16_bn": "classifier.6.bias", "vit_tiny": "heads.head.bias"}
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -201,7 +202,7 @@ def grid_of(
 def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
     """How a network was trained, as columns of a results table: trained, seed and epoch; empty if unknown.
 
-    `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-Adam W4", or "PSGD
+    `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-AdamW W4", or "PSGD
     sparse" for target zero; "LSQ W4" or "Adam-LSQ W4" for a method of tools.peers; then " update" where PSG acts on the
     update, " channel" for grids of output channels, " L1" and " grad-L1" for penalties. Files of tools.average add
     " mean" and give the first and last epoch as `epoch`; those of one epoch, which differ from its file only in the
@@ -210,11 +211,12 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
     args = checkpoint.get("args", {})
     facts = {"trained": "", "seed": str(args.get("seed", "")), "epoch": str(checkpoint.get("epoch", ""))}
     if {"psg", "adam"} <= args.keys():
-        plain, scaled = ("Adam", "PSG-Adam") if args["adam"] else ("SGD", "PSGD")
+        adam = "AdamW" if args.get("decoupled_decay") else "Adam"
+        plain, scaled = (adam, f"PSG-{adam}") if args["adam"] else ("SGD", "PSGD")
         goal = "sparse" if args.get("target") == "zero" else f"W{args.get('w_bit')}"
         peer = args.get("method", "psgd").upper()
         if peer != "PSGD":
-            scaled = f"Adam-{peer}" if args["adam"] else peer
+            scaled = f"{adam}-{peer}" if args["adam"] else peer
         has_goal = args["psg"] or peer != "PSGD"
         facts["trained"] = f"{scaled} {goal}" if has_goal else plain
         if has_goal:

@@ -2,6 +2,7 @@
 
 import warnings
 from argparse import Namespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,17 +24,17 @@ def build_goal(args: Namespace) -> Goal:
 
 
 def build_optimizer(args: Namespace, model: nn.Module, goal: Goal, device: torch.device, steps: int) -> Optimizer:
-    """SGD with momentum or Adam, inside PSGD with --psg 1, for a run of `steps` steps."""
+    """SGD with momentum, Adam or AdamW, inside PSGD with --psg 1, for a run of `steps` steps."""
     groups = goal.param_groups(model) if args.psg else [{"params": [*model.parameters()]}]
     normalized = bool(args.adam) and args.psg_acts_on == "gradient"
     lr = args.lr * (0.01 * args.lambda_s if normalized and args.psg else 1)
-    fused = device.type in ("cpu", "cuda")
+    shared: dict[str, Any] = {"lr": lr, "weight_decay": args.w_decay, "fused": device.type in ("cpu", "cuda")}
     # Momentum would repeat each scaled step, with no draw towards the grid for it (docs/optimizer.md).
     momentum = 0.0 if args.psg and args.psg_acts_on == "update" else 0.9
     base: Optimizer = (
-        torch.optim.Adam(groups, lr=lr, betas=(momentum, 0.999), weight_decay=args.w_decay, fused=fused)
+        torch.optim.Adam(groups, betas=(momentum, 0.999), decoupled_weight_decay=bool(args.decoupled_decay), **shared)
         if args.adam
-        else torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=args.w_decay, fused=fused)
+        else torch.optim.SGD(groups, momentum=momentum, **shared)
     )
     penalize_l1(base, model, args.l1, bool(args.first_last_quant))
     if not args.psg:
