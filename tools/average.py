@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from quant import prune_weights, quantize_weights, reestimate_batch_norm
-from quant.grid import FLOAT_BITS
 from utils import flags
 from utils.checkpoint import RUN_STATE, grid_of, load_checkpoint, model_from_checkpoint, save_checkpoint
 from utils.cli import Parser, UserError, bits_or_float, epochs, first_line, run, seed, sparsity
 from utils.device import select_device
 from utils.files import check_output_file
 from utils.opening import Datasets, OpenedNetwork, open_network
-from utils.trained_for import OF_LSQ
+from utils.trained_for import step_mismatch
 
 NEEDED = ("dataset", "val_split", "first_last_quant")  # settings of the run
 
@@ -111,8 +110,8 @@ def main() -> None:
     first, last = args.epochs[0], args.epochs[-1]
     paths = epoch_files(args.run, args.epochs)
     settings = training_settings(paths[-1])
-    if settings.get("method") == "lsq" and args.w_bit != FLOAT_BITS:
-        raise UserError(f"{paths[-1]}: {OF_LSQ}")
+    if mismatch := step_mismatch(settings, args.w_bit):
+        raise UserError(f"{paths[-1]}: {mismatch}")
     opened = open_network(paths[-1], Datasets(args.data_dir, device))
     take_mean(opened.model, paths[:-1], opened.checkpoint.get("arch"), len(opened.data.classes))
     kept = {key: value for key, value in opened.checkpoint.items() if key not in (*RUN_STATE, "metrics")}

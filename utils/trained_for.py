@@ -22,8 +22,8 @@ def evaluation_mismatches(checkpoint: dict[str, Any], grids: Sequence[Grid]) -> 
     Empty for a baseline, which was not trained for a grid.
     """
     args, quantized = checkpoint.get("args", {}), [grid for grid in grids if grid.bits != FLOAT_BITS]
-    if args.get("method") == "lsq" and quantized:
-        return [OF_LSQ]
+    if of_steps := next((step_mismatch(args, grid.bits) for grid in quantized), ""):
+        return [of_steps]
     w_bit = args.get("w_bit")
     if not (args.get("psg") and w_bit and args.get("target", "grid") == "grid"):
         return []
@@ -53,14 +53,19 @@ def mismatches(checkpoint: dict[str, Any], grid: Grid) -> list[str]:
     """
     args = checkpoint.get("args", {})
     found = []
-    if args.get("method") == "lsq" and grid.bits != FLOAT_BITS:
-        found.append(OF_LSQ)
+    if of_steps := step_mismatch(args, grid.bits):
+        found.append(of_steps)
     elif args.get("target") == "zero" or not (args.get("psg", 1) or "method" in args):
         if grid.bits < SAFE_BITS:
             found.append(f"it was not trained for a grid, and {grid.bits} bits are few for such a network")
     elif "psg" in args:
         found += grid_mismatches(args, grid, grid_of(checkpoint, grid.bits).per_channel)
     return found + norm_mismatches(checkpoint, grid.bits, bool(found))
+
+
+def step_mismatch(args: dict[str, Any], bits: int) -> str:
+    """Why weights with learned steps do not fit a grid of `bits`; empty if they have none or stay float."""
+    return OF_LSQ if args.get("method") == "lsq" and bits != FLOAT_BITS else ""
 
 
 def grid_mismatches(args: dict[str, Any], grid: Grid, trained_by_channel: bool) -> list[str]:
