@@ -110,6 +110,9 @@ def add_training(p: Parser) -> None:
     p.add_argument("--grad_l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="adds W times the sum of the magnitudes of the weights' gradients to the loss, a baseline for "
                    "quantization (Alizadeh et al. 2020); a step takes several times as long")
+    p.add_argument("--teacher", default="", metavar="FILE",
+                   help="checkpoint of a network for the same images and classes, whose outputs take half of the loss "
+                   "from the labels (distillation, at temperature 1)")
     p.add_argument("--batch_size", type=cli.count, default=128, help="images per step, over all processes")
     p.add_argument("--exp_name", default=None,
                    help="run folder, under runs/ (default: data set and goal, such as cifar100/4bits, digits/sparse90, "

@@ -1,5 +1,6 @@
 import copy
 import gc
+from argparse import Namespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from quant import quantize_activations
 from quant.activations import relu_names
 from tests.helpers import ResNet8, split, trained_resnet
 from utils.training.evaluation import evaluate, fold_batch_norm
+from utils.training.extra_loss import extra_loss
 from utils.training.loop import NonFiniteError, train_epoch, train_step
 
 
@@ -37,9 +39,34 @@ def test_folding_batch_norm_keeps_the_function(a_bit):
 def test_a_penalty_is_minimised():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     twin, images, labels = copy.deepcopy(model), torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
-    for net, penalty in ((model, None), (twin, lambda loss: twin[1].weight.sum())):
+    for net, penalty in ((model, None), (twin, lambda *_: twin[1].weight.sum())):
         train_step(net, torch.optim.SGD(net.parameters(), lr=0.1), images, labels, "fp32", penalty)
     assert torch.allclose(model[1].weight - twin[1].weight, torch.tensor(0.1), atol=1e-6)
+
+
+def test_with_a_teacher_the_targets_are_halfway_between_labels_and_its_outputs():
+    torch.manual_seed(0)
+    model, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.Dropout(0)) for _ in range(2))
+    images, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    targets = (nn.functional.one_hot(labels, 3) + teacher(images).softmax(1)) / 2
+    twin = copy.deepcopy(model)
+    nn.functional.cross_entropy(twin(images), targets.detach()).backward()
+    extra = extra_loss(Namespace(grad_l1=0, first_last_quant=1, precision="fp32"), model, teacher.eval())
+    loss, _ = train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), images, labels, "fp32", extra)
+    torch.testing.assert_close(model[1].weight.grad, twin[1].weight.grad)
+    assert teacher[1].weight.grad is None
+    assert loss / 4 == pytest.approx(nn.functional.cross_entropy(twin(images), labels).item())
+
+
+def test_a_penalty_and_a_teacher_are_both_added():
+    model, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for _ in range(2))
+    images, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    logits = model(images)
+    loss, added = nn.functional.cross_entropy(logits, labels), []
+    for strength, taught in ((2.0, None), (0, teacher), (2.0, teacher)):
+        extra = extra_loss(Namespace(grad_l1=strength, first_last_quant=1, precision="fp32"), model, taught)
+        added.append(extra(images, logits, loss).item())
+    assert added[0] > 0 and added[2] == pytest.approx(added[0] + added[1], rel=1e-5)
 
 
 def test_folding_leaves_what_is_used_twice():

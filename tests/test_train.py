@@ -326,3 +326,17 @@ def test_pretrained_on_classes_of_other_names_or_in_another_order(cli, tmp_path)
     assert outcome.code == 0
     assert "warning: runs/a/last.pth is for other classes than the data set: its '0' is not" in outcome.err
     assert load_checkpoint(tmp_path / "runs/c/last.pth")["classes"] == WORDS
+
+
+def test_a_teacher_changes_what_is_learned_and_is_named(cli, tmp_path, rejected):
+    words = [*QUICK, *SMALL, "--load_pretrained", "", "--psg", "0", "--epoch", "1"]
+    assert cli("train.py", *words, "--exp_name", "alone").code == 0
+    assert cli("train.py", *words, "--teacher", "runs/alone/last.pth", "--exp_name", "taught").code == 0
+    alone, taught = (load_checkpoint(tmp_path / f"runs/{name}/last.pth") for name in ("alone", "taught"))
+    # The first step sees the same images, network and labels, so only the teacher can change the second one.
+    assert alone["metrics"]["train_loss"] != taught["metrics"]["train_loss"]
+    assert training_facts(taught)["trained"] == "SGD teacher"
+    for classes, words_of_error in ((alone["classes"][::-1], "in another order"), (["a"] * 10, "other classes")):
+        save_checkpoint(tmp_path / "other.pth", alone | {"classes": classes})
+        assert words_of_error in rejected("train.py", *words, "--teacher", "other.pth")
+    assert "no checkpoint at none.pth" in rejected("train.py", *words, "--teacher", "none.pth")

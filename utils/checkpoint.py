@@ -204,9 +204,9 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
 
     `trained` is the optimizer and, with PSG, the target bit-width: "SGD", "PSGD W4", "Adam", "PSG-AdamW W4", or "PSGD
     sparse" for target zero; "LSQ W4" or "Adam-LSQ W4" for a method of tools.peers; then " update" where PSG acts on the
-    update, " channel" for grids of output channels, " L1" and " grad-L1" for penalties. Files of tools.average add
-    " mean" and give the first and last epoch as `epoch`; those of one epoch, which differ from its file only in the
-    batch-norm statistics, add " bn".
+    update, " channel" for grids of output channels, " L1" and " grad-L1" for penalties, " teacher" for distillation.
+    Files of tools.average add " mean" and give the first and last epoch as `epoch`; those of one epoch, which differ
+    from its file only in the batch-norm statistics, add " bn".
     """
     args = checkpoint.get("args", {})
     facts = {"trained": "", "seed": str(args.get("seed", "")), "epoch": str(checkpoint.get("epoch", ""))}
@@ -224,6 +224,7 @@ def training_facts(checkpoint: dict[str, Any]) -> dict[str, str]:
             facts["trained"] += " channel" if args.get("granularity") == "channel" else ""
         facts["trained"] += " L1" if args.get("l1") else ""
         facts["trained"] += " grad-L1" if args.get("grad_l1") else ""
+        facts["trained"] += " teacher" if args.get("teacher") else ""
     averaged = checkpoint.get("averaged_epochs", [])
     if len(averaged) == 2:
         first, last = averaged

@@ -163,5 +163,5 @@ def open_network(
     model.to(datasets.device)
     arch = checkpoint.get("arch") or arch or DEFAULT_ARCH
     if dataset or datasets.size:  # other images than it was trained on
-        check_takes(model, arch, spec.size)
+        check_takes(model, f"--arch {arch}", spec.size)
     return OpenedNetwork(str(path), checkpoint, arch, model.eval(), name, found, folder, spec)

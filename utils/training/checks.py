@@ -19,13 +19,13 @@ def check_takes(model: nn.Module, name: str, size: int, smallest_step: int = 2) 
     try:
         model.eval()(image)
     except Exception as error:  # torch and torchvision raise several kinds
-        raise UserError(f"--arch {name} cannot take {size} x {size} images ({first_line(error)})") from None
+        raise UserError(f"{name} cannot take {size} x {size} images ({first_line(error)})") from None
     if smallest_step == 1:  # batch norm over one number has no variance
         try:
             copy.deepcopy(model).train()(image)
         except ValueError as error:
             advice = "choose a --batch_size that leaves more than one image for the last step of an epoch"
-            raise UserError(f"--arch {name} cannot be trained on one image ({first_line(error)}): {advice}") from None
+            raise UserError(f"{name} cannot be trained on one image ({first_line(error)}): {advice}") from None
 
 
 def check_moves(model: nn.Module, first_last: bool = True) -> None:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quant.penalties import Penalty
 from utils.cli import UserError, first_line
 from utils.data.in_memory import CroppedBatches
 from utils.data.split import TrainBatches
 from utils.distributed import ALONE, World
 from utils.progress import shown
 from utils.signals import StopRequest
+from utils.training.extra_loss import ExtraLoss
 from utils.training.graph import GraphedTraining
 from utils.training.loop import Result, train_epoch
 
@@ -29,7 +29,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     batches: TrainBatches
     precision: str
-    penalty: Penalty | None = None
+    extra: ExtraLoss | None = None
     world: World = ALONE
     use_graph: bool = True
     stop: StopRequest | None = None
@@ -47,9 +47,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 if "capturable" in group:  # Adam needs it, also in a run that began on another device
                     group["capturable"] = True
-            self._graphed = GraphedTraining(
-                self.model, self.optimizer, batches, self.precision, self.penalty, self.stop
-            )
+            self._graphed = GraphedTraining(self.model, self.optimizer, batches, self.precision, self.extra, self.stop)
 
     @property
     def loop(self) -> str:
@@ -77,7 +75,7 @@ class Training:
         progress = shown(self.batches.epoch(number), title, len(self.batches), silent=not self.world.is_main)
         batches = self.stop.watch(progress) if self.stop else progress
         result = train_epoch(
-            self._parallel, self.optimizer, batches, self.precision, self.penalty, self.world, self.batches.sizes
+            self._parallel, self.optimizer, batches, self.precision, self.extra, self.world, self.batches.sizes
         )
         self.world.agree(self.model)
         return result

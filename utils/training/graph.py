@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from quant.penalties import Penalty
 from utils.cli import first_line
 from utils.data.in_memory import CroppedBatches
 from utils.progress import shown
 from utils.signals import StopRequest
+from utils.training.extra_loss import ExtraLoss
 from utils.training.loop import Result, epoch_result, train_step
 
 EAGER_STEPS = 3  # of a run, before the first capture: they make the optimizer's state and warm up the libraries
@@ -37,11 +37,11 @@ class GraphedTraining:
         optimizer: torch.optim.Optimizer,
         batches: CroppedBatches,
         precision: str,
-        penalty: Penalty | None = None,
+        extra: ExtraLoss | None = None,
         stop: StopRequest | None = None,
     ) -> None:
         self.model, self.optimizer, self.batches = model, optimizer, batches
-        self.precision, self.penalty, self.stop = precision, penalty, stop
+        self.precision, self.extra, self.stop = precision, extra, stop
         self.device = batches.split.images.device
         count, steps = len(batches.split), len(batches)
         self.plan = tuple(torch.empty_like(part) for part in batches.plan(0))
@@ -75,7 +75,7 @@ class GraphedTraining:
         order, shifts, mirrored = self.plan
         where = self.position + self.window[:size]
         images, labels = self.batches.batch(order[where], shifts[:, where], mirrored[where])
-        loss, hits = train_step(self.model, self.optimizer, images, labels, self.precision, self.penalty)
+        loss, hits = train_step(self.model, self.optimizer, images, labels, self.precision, self.extra)
         self.losses.index_copy_(0, self.step_index, loss[None].float())
         self.hits.index_copy_(0, self.step_index, hits[None])
         self.position.add_(size)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from quant.penalties import Penalty
 from utils.data.split import LabelledBatch
 from utils.device import autocast
 from utils.distributed import ALONE, World
+from utils.training.extra_loss import ExtraLoss
 
 
 @dataclass
@@ -32,19 +32,19 @@ def train_step(
     images: Tensor,
     labels: Tensor,
     precision: str,
-    penalty: Penalty | None = None,
+    extra: ExtraLoss | None = None,
     share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One step on a batch; returns the sum of its losses and the number of its correct answers, 0-d, on the device.
 
-    `penalty` of the loss is added to what is minimized, not to what is returned. `share` weights a loss whose gradient
+    `extra` is added to what is minimized, not to what is returned. `share` weights a loss whose gradient
     is averaged over processes with batches of different sizes.
     """
     with autocast(images.device, precision):
         logits = model(images)
         loss = cross_entropy(logits, labels)
     optimizer.zero_grad()
-    (share * (loss + penalty(loss)) if penalty else share * loss).backward()
+    (share * (loss + extra(images, logits, loss)) if extra else share * loss).backward()
     optimizer.step()
     return loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()
 
@@ -74,7 +74,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[LabelledBatch],
     precision: str,
-    penalty: Penalty | None = None,
+    extra: ExtraLoss | None = None,
     world: World = ALONE,
     sizes: Sequence[int] = (),
 ) -> Result:
@@ -87,7 +87,7 @@ def train_epoch(
     sums, images_seen = [], 0
     for step, (images, labels) in enumerate(batches):
         share = len(labels) * world.size / sizes[step] if world.size > 1 else 1.0
-        sums.append(train_step(model, optimizer, images, labels, precision, penalty, share))
+        sums.append(train_step(model, optimizer, images, labels, precision, extra, share))
         images_seen += len(labels)
     losses, hits = map(torch.stack, zip(*sums))
     return epoch_result(model, losses, hits, images_seen, world)

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 
 from quant import clip_weights
-from quant.penalties import gradient_penalty
 from utils.checkpoint import (
     image_size,
     known_arch,
@@ -36,6 +35,7 @@ from utils.signals import StopRequest
 from utils.training.checks import VANISHED, check_moves, check_takes, vanished_layer
 from utils.training.epochs import Training
 from utils.training.evaluation import evaluate_goal
+from utils.training.extra_loss import extra_loss, load_teacher
 from utils.training.goals import Goal, GridGoal
 from utils.training.loop import NonFiniteError
 from utils.training.pace import PaceWatch
@@ -63,6 +63,7 @@ class Run:
     done: int
     last_good: str | Path
     extras: dict[str, Any] = field(default_factory=dict)  # what else the checkpoints hold
+    teacher: nn.Module | None = None
     command: str = "python train.py"  # which resumes it; "" if nothing does
 
     @property
@@ -128,7 +129,8 @@ def prepare(
     batches = train_split.shuffled(args.batch_size, args.seed, world)
     check_processes(args, batches, len(held), world)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    check_takes(model, args.arch, dataset.spec.size, batches.sizes[-1] // world.size)
+    check_takes(model, f"--arch {args.arch}", dataset.spec.size, batches.sizes[-1] // world.size)
+    teacher = load_teacher(args.teacher, dataset, device) if args.teacher else None
     if args.psg and not args.eps and not resumed:
         check_moves(model, bool(args.first_last_quant))
     goal = build_goal(args)
@@ -146,7 +148,7 @@ def prepare(
         held.check_files(whole=True, world=world)
     return Run(
         args, world, device, model, dataset.classes, batches, held, held_name, goal, optimizer, scheduler,
-        first_epoch, done, start or "none",
+        first_epoch, done, start or "none", teacher=teacher,
     )  # fmt: skip
 
 
@@ -192,10 +194,10 @@ def open_folder(run: Run, resumed: RunFolder | None, device_line: str) -> RunFol
 def train_epochs(run: Run, folder: RunFolder | None) -> None:
     """The remaining epochs, each logged and saved in `folder` by the first process."""
     args = run.args
-    penalty = gradient_penalty(run.model, args.grad_l1, bool(args.first_last_quant))
+    extra = extra_loss(args, run.model, run.teacher)
     use_graph, stop = bool(args.cuda_graph) and not args.deterministic, StopRequest()
     training = Training(
-        run.model, run.optimizer, run.batches, args.precision, penalty, run.world, use_graph, stop, bool(args.compile)
+        run.model, run.optimizer, run.batches, args.precision, extra, run.world, use_graph, stop, bool(args.compile)
     )
     pace = PaceWatch(run.optimizer, run.first_epoch, args.epoch, decays(args))
     stop.advice = "no epoch is complete yet: run the same command to start over"
