@@ -102,8 +102,8 @@ def add_training(p: Parser) -> None:
                    help="1: with --adam 1, the weight decay apart from the gradient, which makes it AdamW")
     p.add_argument("--w_decay", type=cli.non_negative, default=None, help="L2 (default: 1e-4, or 0 with PSG at 2 bits)")
     p.add_argument("--w_decay_target", type=cli.non_negative, default=None, metavar="W",
-                   help="for pruning: L2 of the weights that may be pruned (default: --w_decay); beside PSG it acts as "
-                   "an L1 penalty of W / lambda_s (docs/pruning.md)")
+                   help="for pruning: L2 of the weights that may be pruned; beside PSG it acts as an L1 penalty of "
+                   "W / lambda_s, see docs/pruning.md (default: --w_decay)")
     p.add_argument("--l1", type=cli.non_negative, default=0.0, metavar="W",
                    help="for pruning: adds W times the sum of the weights' magnitudes to the loss; PSG scales it only "
                    "with --psg_acts_on update")
