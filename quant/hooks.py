@@ -81,10 +81,10 @@ def watch(
 ) -> int:
     """Runs `batches` through `model` in eval mode and passes each call of the modules `names` to `observe`.
 
-    The input and the output are valid only during the call of `observe`: a later layer may overwrite them in place. An
-    nn.MultiheadAttention has up to three inputs, each of which is passed once. It uses the weights of its out_proj
-    without calling it; here it does call it, and so do the parents of the layers `uncalled` (see `call_layers`).
-    Returns the number of batches.
+    A call without elements, such as that of an expert without tokens, is left out. The input and the output are valid
+    only during the call of `observe`: a later layer may overwrite them in place. An nn.MultiheadAttention has up to
+    three inputs, each of which is passed once. It uses the weights of its out_proj without calling it; here it does
+    call it, and so do the parents of the layers `uncalled` (see `call_layers`). Returns the number of batches.
     """
     names, seen = list(names), 0
     with ExitStack() as stack:
@@ -107,7 +107,8 @@ def _hook(name: str, observe: Observer) -> Callable[..., None]:
             kwargs[place] if isinstance(place, str) else args[place] for place in input_places(module, args, kwargs)
         ]
         for value in {id(value): value for value in held}.values():
-            observe(name, value, output)
+            if not isinstance(value, Tensor) or value.numel():  # an expert may have no rows
+                observe(name, value, output)
 
     return hook
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .grid import FIRST_LAST_BITS, Grid, as_grid
 from .histograms import Histogram, count, mse_part, upper_edge
 from .hooks import Batch, call_layers, input_places, is_projection, watch
-from .kinds import kind_of
+from .kinds import kind_of, layer_of
 from .layers import copy_network, first_names, layer_grids
 from .quantizers import ActivationQuantizer, InputQuantizer
 
@@ -112,15 +112,16 @@ def uncalled_layers(model: nn.Module, names: Collection[str], batches: Sequence[
 
 
 def _warn_of_missed(model: nn.Module, grid: Grid | int, missed: list[str]) -> None:
-    """Warns that the inputs of the layers `missed` stay float, and those of the second and later weights of a layer,
-    such as one of experts, which are computed inside it."""
+    """Warns that the inputs of the layers `missed` stay float, those of the second and later weights of a layer, such
+    as one of experts, which are computed inside it, and those of modules that are not known layers."""
     weights: dict[str, list[str]] = defaultdict(list)
     for name in layer_grids(model, grid):
         if model.get_parameter(name).dim() > 1:
-            weights[name.rpartition(".")[0]].append(name)
+            weights[layer_of(name)].append(name)
     for owner, names in weights.items():
-        if not isinstance(model.get_submodule(owner), nn.MultiheadAttention):
-            missed = [*missed, *names[1:]]
+        layer = model.get_submodule(owner)
+        if not isinstance(layer, (nn.MultiheadAttention, nn.Embedding, nn.EmbeddingBag)):  # the latter read indices
+            missed = [*missed, *(names[1:] if kind_of(layer) else names)]
     if missed:
         warnings.warn(f"the inputs of {first_names(missed)} stay float: no hook reaches them", stacklevel=4)
 

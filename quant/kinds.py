@@ -69,7 +69,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 class Role(NamedTuple):
     """What a parameter is: the path and the kind of its layer, the attribute of the layer that it holds, and whether
-    other parameters or a function stand between the two."""
+    other parameters or a function stand between the two, or between a bias and the weight beside it."""
 
     layer: str
     kind: Kind | None
@@ -98,7 +98,8 @@ def role_of(name: str, modules: Mapping[str, nn.Module]) -> Role:
     stem = key.removesuffix("_g").removesuffix("_v")  # of nn.utils.weight_norm
     if kind and stem in kind.weights and is_computed(module, stem):
         return Role(path, kind, stem, True)
-    return Role(path, kind, attribute, False)
+    beside = kind is not None and attribute in kind.biases and any(is_computed(module, key) for key in kind.weights)
+    return Role(path, kind, attribute, beside)
 
 
 def is_computed(layer: nn.Module, attribute: str) -> bool:
@@ -111,6 +112,11 @@ def is_computed(layer: nn.Module, attribute: str) -> bool:
         return False
     steps = getattr(layer, "parametrizations", {})
     return attribute not in steps or not all(isinstance(step, _SpectralNorm) for step in steps[attribute])
+
+
+def parameter_of(layer: str, attribute: str) -> str:
+    """The name of a parameter of the layer at the path `layer`, which is "" for a network that is a layer itself."""
+    return f"{layer}.{attribute}" if layer else attribute
 
 
 def layer_of(name: str) -> str:

@@ -12,7 +12,8 @@ With acts_on="update" the base optimizer's step / lr takes the place of g, and g
 steps are correlated. Their sum, and so the noise of the weights, is then larger for the same tau (19 times the variance
 with beta1 = 0.9), while the draw towards the grid comes from the squares of single steps: see docs/optimizer.md, Adam.
 
-Each scaled weight has a record in the optimizer's state, on its device: a float32 tensor of the RECORD fields.
+Each scaled weight has a record in the optimizer's state, on its device: a float32 tensor of the RECORD fields. Its
+`steps` are those of the stage, also for a weight that begins to move later; `seen` are those in its mean square.
 """
 
 import math
@@ -34,7 +35,7 @@ ENOUGH = 0.9  # a stage that ends with a smaller share of weights near the grid 
 HARM = 1.1  # the pace is halved if the loss is larger than that of any epoch before by more than this factor
 
 State = MutableMapping[Tensor, dict[str, Any]]
-RECORD = ("steps", "tau", "mean_square", "lambda_s")
+RECORD = ("steps", "tau", "mean_square", "lambda_s", "seen")
 
 
 def expected_share(tau: float) -> float:
@@ -47,6 +48,8 @@ def expected_share(tau: float) -> float:
         raise ValueError(f"tau must be at least 0, got {tau!r}")
     if tau < 1e-6:
         return 0.2
+    if tau == math.inf:
+        return 1.0
     # Z = log(0.5 / |d|), with d in units of the scale, is a Brownian motion of drift 1/2 that is reflected at 0. Its
     # start is exponential. This is P(Z >= edge), from the known P(Z < edge | start) integrated over the starts.
     edge = math.log(0.5 / 0.1)
@@ -123,6 +126,21 @@ def _record(weight: Tensor, state: State) -> Tensor:
     return record
 
 
+def join_stage(
+    weights: Iterable[Tensor], group: dict[str, Any], groups: Iterable[dict[str, Any]], state: State
+) -> None:
+    """Gives those of `weights`, of `group`, that have no record one that begins where the stage is: at the largest step
+    of all weights in `groups` whose stage has as many steps."""
+    new = [weight for weight in weights if "psg_pace" not in state.get(weight, {})]
+    if not new:
+        return
+    stage = [weight for other in groups if other.get("steps") == group["steps"] for weight in other["params"]]
+    begun = [state[weight]["psg_pace"][:1] for weight in stage if "psg_pace" in state.get(weight, {})]
+    for weight in new if begun else ():
+        record = _record(weight, state)
+        record[:1] = torch.cat([part.to(record.device) for part in begun]).max()
+
+
 def gain(group: dict[str, Any]) -> Any:
     """What a gradient moves its weight by in the long run: a number, or a tensor if lr is one."""
     if group["acts_on"] == "update":
@@ -135,8 +153,12 @@ def walk(records: Records, squares: Tensor, group: dict[str, Any]) -> list[Tenso
 
     `squares` [number of tensors] are the mean squares of this step's gradients, or steps / lr.
     """
-    steps = records["steps"] + 1
-    mean_square = records["mean_square"] + (squares - records["mean_square"]) / steps.clamp(max=MEMORY)
+    steps = records["steps"].max() + 1  # also of weights that had no gradient for a time
+    # An update of zeros, as at a rate of zero, does not tell how large the others are.
+    told = squares > 0 if group["acts_on"] == "update" else torch.ones_like(squares, dtype=torch.bool)
+    seen = records["seen"] + told
+    change = (squares - records["mean_square"]) / seen.clamp(1, MEMORY)
+    mean_square = records["mean_square"] + torch.where(told, change, 0)
     if group["lambda_s"] == AUTO:
         spread, now = (gain(group) * part.sqrt() for part in (mean_square, squares))
         goes = spread >= STILL  # else the weights stand still, and no lambda_s would move them
@@ -149,13 +171,13 @@ def walk(records: Records, squares: Tensor, group: dict[str, Any]) -> list[Tenso
     else:
         lambda_s = held = torch.full_like(squares, group["lambda_s"])
     tau = records["tau"] + (gain(group) * lambda_s).square() * squares
-    records.write(steps=steps, tau=tau, mean_square=mean_square, lambda_s=held)
+    records.write(steps=steps.expand_as(seen), tau=tau, mean_square=mean_square, lambda_s=held, seen=seen)
     return list(lambda_s.unbind())
 
 
 def planned_variance(records: Records, group: dict[str, Any]) -> Tensor:
     """What the next step is to add to tau, for each tensor: an even part of what is left of the plan."""
-    remaining = (plan_end(group) - records["steps"]).clamp(min=1)
+    remaining = (plan_end(group) - records["steps"].max()).clamp(min=1)
     left: Tensor = group["tau_end"] - records["tau"]
     return left.clamp(min=0) / remaining
 
@@ -192,10 +214,10 @@ def measured_pace(groups: Iterable[dict[str, Any]], state: State) -> Pace:
     if not any("steps" in group for group in groups):
         raise ValueError("the pace is measured only with steps: PSGD(base, lambda_s, steps=...)")
     total, sums = 0, [0.0] * 4
-    for group, count, (steps, tau, _, lambda_s) in _tracked(groups, state):
-        planned = planned_tau(group, steps, tau)
+    for group, count, (steps, tau, _, lambda_s, _) in _tracked(groups, state):
+        share, planned = expected_share(tau) if tau >= 0 else math.nan, planned_tau(group, steps, tau)
         total += count
-        for index, value in enumerate((tau, expected_share(tau), lambda_s, planned)):
+        for index, value in enumerate((tau, share, lambda_s, planned)):
             sums[index] += count * value
     return Pace(steps_taken(groups, state), *(value / max(total, 1) for value in sums))
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from .grid import Grid, as_grid, check_bits
@@ -18,6 +18,7 @@ from .selectors import selectors, selects
 from .sharded import largest_magnitude, number
 
 FLOAT_SHARE = 0.01  # of the parameters: a larger matrix does not stay in float without a word
+ENDS = "psg_ends"  # in the meta of a traced network: what `end_layers` found in the network itself
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -60,6 +61,15 @@ def _precedence(choice: Choice) -> tuple[bool, bool]:
     return choice.grid is not None, choice.role.by_rule
 
 
+def end_layers(model: nn.Module) -> dict[str, str]:
+    """The paths of the "first" and the "last" layer; empty for a network without layers."""
+    if isinstance(model, fx.GraphModule) and ENDS in model.meta:  # it has its modules in the order of their use
+        known: dict[str, str] = model.meta[ENDS]
+        return known
+    layers = [path for path, module in model.named_modules() if kind_of(module)]
+    return {"first": layers[0], "last": layers[-1]} if layers else {}
+
+
 class _Rule:
     """The rule for the parameters of one network."""
 
@@ -74,8 +84,7 @@ class _Rule:
             if is_lazy(parameter):
                 raise ValueError(f"{name} has no shape yet: run a batch through the network first")
             self.names[id(parameter)].append(name)
-        layers = [path for path, module in model.named_modules() if kind_of(module)]
-        self.ends = {layers[-1]: "last layer", layers[0]: "first layer"} if layers else {}
+        self.ends = {path: f"{end} layer" for end, path in reversed(end_layers(model).items())}
         self.included = self.selected("include", 2)
         self.excluded = self.selected("exclude", 0)
 
@@ -126,7 +135,7 @@ class _Rule:
 def float_reason(role: Role, module: nn.Module, parameter: nn.Parameter) -> str:
     """Why the rule leaves a parameter of `module` in float."""
     if role.computed:
-        return "the weight is computed from it"
+        return "the weight is computed from it" if role.is_weight else f"{role.attribute} beside a computed weight"
     if role.kind:
         return f"{role.attribute} of a {role.kind.name}"
     if isinstance(module, nn.modules.batchnorm._NormBase) or "Norm" in type(module).__name__:

@@ -25,12 +25,14 @@ def penalize_l1(optimizer: Optimizer, model: nn.Module, strength: float, first_l
 
     The penalty is a hook on `optimizer`; a deepcopy or a pickle of the optimizer lacks it. A step with a closure raises
     ValueError, because the gradients that the closure computes would lack the penalty. Raises TypeError for a PSGD, and
-    ValueError for a strength that is not a finite number of at least 0.
+    ValueError for a strength that is not a finite number of at least 0, and for a base with maximize=True.
     """
     if isinstance(optimizer, PSGD):
         raise TypeError("a PSGD would scale the penalty: give its base optimizer (optimizer.base)")
     if not (math.isfinite(strength) and strength >= 0):
         raise ValueError(f"the strength of the L1 penalty must be a finite number >= 0, got {strength!r}")
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise ValueError("the L1 penalty is for optimizers that minimize, and a group has maximize=True")
     if not strength:
         return
     weights = [*prunable_weights(model, first_last).values()]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .grid import Grid, weight_scale
 from .hooks import Batch, images_of, restored_on_error, watch
-from .kinds import CONV1D, LINEAR, PLAIN, kind_of, layer_of
+from .kinds import CONV1D, LINEAR, PLAIN, kind_of, layer_of, parameter_of
 from .layers import layer_grids
 
 # AdaRound (Nagel et al. 2020) learns each rounding as a stretched sigmoid with a regularizer that sharpens over time.
@@ -82,13 +82,18 @@ def correct_bias(
     channel over `batches`. A convolution without a bias gets one. Corrected biases of linear layers are not on their
     grid, where a later export would round them: keep biases in float with Grid(4, exclude="*.bias"). Source: bias
     correction (Nagel et al. 2019), but with images instead of batch-norm statistics. Raises ValueError if `batches` is
-    empty, for outputs that are not finite, and for a bias that is computed, as by pruning.
+    empty, for outputs that are not finite, for a layer that only the float network calls, and for a bias that is
+    computed, as by pruning.
     """
     batches = list(batches)
     with restored_on_error(quantized):
         for name in layers_in_order(model, batches, layer_grids(model, Grid(8, first_last))):
             layer = quantized.get_submodule(name)
-            shift = _mean_output(model, name, batches) - _mean_output(quantized, name, batches)
+            calls = [capture(network, name, batches) for network in (model, quantized)]
+            if not calls[1]:
+                raise ValueError(f"{name} is not called in the quantized network, as it is in the float one")
+            wanted, found = (_mean_output(layer, own) for own in calls)
+            shift = wanted - found
             _check_finite(shift, of=f"the outputs of {name}")
             bias = cast(Tensor | None, layer.bias)
             if bias is None:
@@ -120,20 +125,23 @@ def adaround(
     Biases stay rounded to the nearest grid point, and so do computed weights, as by spectral_norm. Weights that are
     zero in `model`, such as pruned ones, stay zero. A weight that several layers share is learned in the first of them.
     Raises ValueError for full precision, if `batches` is empty, and for inputs and outputs of a layer that are not
-    finite.
+    finite, or that differ in shape between the two networks.
     """
     batches = list(batches)
     grids = layer_grids(model, grid)
     generator = torch.Generator().manual_seed(seed)
     with restored_on_error(quantized):
         for name in layers_in_order(model, batches, grids):
-            if f"{name}.weight" not in grids:
+            own = grids.get(parameter_of(name, "weight"))
+            if own is None:
                 continue
-            layer, weight = quantized.get_submodule(name), model.get_parameter(f"{name}.weight").detach()
-            inputs = torch.cat([layer_input for layer_input, _ in capture(quantized, name, batches)])
-            targets = torch.cat([output for _, output in capture(model, name, batches)])
+            layer, weight = quantized.get_submodule(name), model.get_submodule(name).get_parameter("weight").detach()
+            captured = capture(quantized, name, batches), capture(model, name, batches)
+            if [pair[0].shape for pair in captured[0]] != [pair[0].shape for pair in captured[1]]:
+                raise ValueError(f"{name} has other inputs in the quantized network than in the float one")
+            inputs, targets = (torch.cat([pair[i] for pair in calls]) for i, calls in enumerate(captured))
             _check_finite(inputs, targets, of=f"the inputs or outputs of {name}")
-            rounding = _Rounding(weight, grids[f"{name}.weight"])
+            rounding = _Rounding(weight, own)
             learned = rounding.learn(layer, inputs, targets, iterations, lr, generator)
             with torch.no_grad():
                 layer.get_parameter("weight").copy_(learned)
@@ -150,6 +158,8 @@ class _Rounding:
         low, high = STRETCH
         share = ((weight / self.scale - self.floor).clamp(0.01, 0.99) - low) / (high - low)
         self.logits = torch.logit(share).requires_grad_()
+        # The largest weight sets the scale, which would change with it.
+        self.fixed = weight.abs() >= self.scale * self.quant_max * (1 - 1e-6)
 
     def up(self) -> Tensor:
         """How far each weight is rounded up, from 0 (down) to 1 (up)."""
@@ -157,7 +167,8 @@ class _Rounding:
         return (torch.sigmoid(self.logits) * (high - low) + low).clamp(0, 1)
 
     def on_grid(self, up: Tensor) -> Tensor:
-        return (self.floor + up).clamp(-self.quant_max, self.quant_max) * self.scale * self.kept
+        integers = torch.where(self.fixed, self.quant_max * self.floor.sign(), self.floor + up)
+        return integers.clamp(-self.quant_max, self.quant_max) * self.scale * self.kept
 
     @torch.enable_grad()
     def learn(
@@ -193,10 +204,10 @@ def capture(model: nn.Module, name: str, batches: Iterable[Batch]) -> list[tuple
     return held
 
 
-def _mean_output(model: nn.Module, name: str, batches: list[Batch]) -> Tensor:
-    """Mean of each output channel of the layer `name` over `batches`, shape [C]."""
-    channel = -1 if kind_of(model.get_submodule(name)) in (LINEAR, CONV1D) else 1
-    outputs = [output.movedim(channel, 0).flatten(1) for _, output in capture(model, name, batches)]
+def _mean_output(layer: nn.Module, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean of each output channel over the `calls` of a layer like `layer`, shape [C]."""
+    channel = -1 if kind_of(layer) in (LINEAR, CONV1D) else 1
+    outputs = [output.movedim(channel, 0).flatten(1) for _, output in calls]
     sums = reduce(torch.add, [part.cpu().double().sum(1) for part in outputs])
     return (sums / sum(part.shape[1] for part in outputs)).to(outputs[0])
 
@@ -213,7 +224,7 @@ def layers_in_order(model: nn.Module, batches: Sequence[Batch], parameters: Iter
     owners = dict.fromkeys(map(layer_of, parameters))
     names = [name for name in owners if kind_of(model.get_submodule(name)) in PLAIN]
     order: dict[str, None] = {}
-    watch(model, names, [images_of(batches[0])[:1]], lambda name, *_: order.setdefault(name))
+    watch(model, names, batches, lambda name, *_: order.setdefault(name))
     silent = [name for name in names if name not in order]
     if silent:
         warnings.warn(f"not called in eval mode, and so left out: {', '.join(silent)}", stacklevel=3)

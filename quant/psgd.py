@@ -27,6 +27,7 @@ from .lambda_s import (
     ENOUGH,
     Pace,
     expected_share,
+    join_stage,
     measured_pace,
     planned_tau,
     restore_records,
@@ -39,6 +40,15 @@ from .passes import scale_moves
 from .settings import AUTO, PSG_KEYS, STAGE_KEYS, SWITCHES, complete, is_scaled, momentum
 from .sharded import is_sharded
 
+# Weights of one group, of one device, dtype and mesh; their gradients, or what they were before the step; the group.
+Moves = tuple[list[Tensor], list[Tensor], dict[str, Any]]
+STAGE_SETTINGS = (
+    "lambda_s",
+    "psg_eps",
+    "acts_on",
+    "steps",
+    "keep_range",
+)  # of `PSGD(...)`, for groups without their own
 STATE_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
 
@@ -134,10 +144,13 @@ class PSGD(Optimizer):
             "target": "grid", "lambda_s": lambda_s, "psg_eps": eps, "per_channel": False, "acts_on": acts_on,
             "steps": steps, "keep_range": keep_range,
         }  # fmt: skip
-        for group in base.param_groups:
+        completed = [dict(group) for group in base.param_groups]
+        for group in completed:
             complete(group, self.psg_defaults, base)
         if not any(map(is_scaled, base.param_groups)):
             raise ValueError('no parameter group has "bits": build the base optimizer on psg_param_groups(model, grid)')
+        for group, settings in zip(base.param_groups, completed):  # all of them are right
+            group.update(settings)
         _warn_of_momentum(base.param_groups, base)
         _warn_of_short_stages(base.param_groups)
         super().__init__(base.param_groups, base.defaults)
@@ -181,36 +194,43 @@ class PSGD(Optimizer):
     @torch.no_grad()
     def scale_gradients(self) -> None:
         """Multiplies each `.grad` by its PSG multiplier, in place, in the scaled groups with acts_on="gradient"."""
-        for weights, group in self._alike("gradient"):
-            moving, gradients = with_gradients(weights)
-            if moving:
-                lambda_s = self._lambda_s(moving, gradients, group)
-                scale_moves(gradients, moving, group, lambda_s, compiled=self.compiled)
+        moving = [(*with_gradients(weights), group) for weights, group in self._alike("gradient")]
+        for weights, gradients, group in self._in_stage(moving):
+            lambda_s = self._lambda_s(weights, gradients, group)
+            scale_moves(gradients, weights, group, lambda_s, compiled=self.compiled)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one scaled step of the base optimizer. Returns the loss if there is a closure."""
         with torch.no_grad():
             starts = [
-                (weights, group, [weight.clone() for weight in weights]) for weights, group in self._alike("update")
+                (weights, [weight.clone() for weight in weights], group) for weights, group in self._alike("update")
             ]
         ranges = first_ranges(self.param_groups, self.state)
         loss = self._base_step(closure)
-        with torch.no_grad():
-            for start in starts:
-                self._scale_update(*start)
+        self._scale_updates(starts)
         keep_ranges(self.param_groups, self.state, ranges)
         self._warn_once_after_the_plan()
         return loss
 
-    def _scale_update(self, weights: list[Tensor], group: dict[str, Any], before: list[Tensor]) -> None:
-        """Scales the base optimizer's changes to `weights`, which were `before`."""
-        # No weight without a gradient or state has moved, and the base optimizer expects its state to be empty.
-        moved = [i for i, weight in enumerate(weights) if weight.grad is not None or self.state.get(weight)]
-        if not moved:
-            return
-        weights, before = [weights[i] for i in moved], [before[i] for i in moved]
-        lambda_s = self._lambda_s(weights, before, group)
-        scale_moves(weights, before, group, lambda_s, between=True, compiled=self.compiled)
+    @torch.no_grad()
+    def _scale_updates(self, starts: list[Moves]) -> None:
+        """Scales the base optimizer's changes to weights, which were `starts`."""
+        moved: list[Moves] = []
+        for weights, before, group in starts:
+            # No weight without a gradient or state has moved, and the base optimizer expects its state to be empty.
+            chosen = [i for i, weight in enumerate(weights) if weight.grad is not None or self.state.get(weight)]
+            moved.append(([weights[i] for i in chosen], [before[i] for i in chosen], group))
+        for weights, before, group in self._in_stage(moved):
+            lambda_s = self._lambda_s(weights, before, group)
+            scale_moves(weights, before, group, lambda_s, between=True, compiled=self.compiled)
+
+    def _in_stage(self, moves: list[Moves]) -> list[Moves]:
+        """Those of `moves` that are not empty. All their weights join the stage before any of them counts a step."""
+        moves = [entry for entry in moves if entry[0]]
+        for weights, _, group in moves:
+            if "steps" in group:
+                join_stage(weights, group, self.param_groups, self.state)
+        return moves
 
     def _lambda_s(self, weights: list[Tensor], given: list[Tensor], group: dict[str, Any]) -> float | list[Tensor]:
         """lambda_s of this step: one for all weights, or one for each. `given` is what `take_step` takes."""
@@ -284,6 +304,11 @@ class PSGD(Optimizer):
             keys = PSG_KEYS - {"keep_range"} if "lambda_s" in group else PSG_KEYS | STAGE_KEYS
             for key in keys & settings.keys():
                 group.setdefault(key, settings[key])
+        scaled = [group for group in self.param_groups if is_scaled(group)]
+        for key in STAGE_SETTINGS:  # for groups that are added later
+            values = {group.get(key, False if key == "keep_range" else None) for group in scaled}
+            if len(values) == 1:
+                self.psg_defaults[key] = values.pop()
         restore_records(self.param_groups, self.state, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:

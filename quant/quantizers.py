@@ -12,7 +12,8 @@ from .grid import activation_quant_max, fake_quantize, nonzero_scale
 class Quantizer(nn.Module):
     """Rounds to the grid points scale * {quant_min ... quant_max}, where `largest` is scale * quant_max.
 
-    A `largest` of 0 gives scale 1. inplace=True writes the result over the input, as an in-place ReLU does. Raises
+    A `largest` of 0 gives scale 1. inplace=True writes the result over the input, as an in-place ReLU does. The buffer
+    `scale` stays float32 whatever the network is cast to; inputs of 16 bits are quantized in float32. Raises
     ValueError for a `largest` that is negative or not finite.
     """
 
@@ -26,10 +27,21 @@ class Quantizer(nn.Module):
         self.register_buffer("scale", nonzero_scale(torch.tensor(largest / quant_max)))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The backward pass needs the original input, which the in-place write overwrites.
-        held = x.clone() if self.inplace else x
-        quantized = fake_quantize(held, self.scale.to(x.dtype), self.quant_min, self.quant_max)
+        held = x.to(torch.promote_types(x.dtype, self.scale.dtype))
+        if self.inplace and held is x:
+            held = x.clone()  # the backward pass needs the original input, which the in-place write overwrites
+        quantized = self.quantize(held, self.scale.to(held.dtype)).to(x.dtype)
         return x.copy_(quantized) if self.inplace else quantized
+
+    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+        return fake_quantize(x, scale, self.quant_min, self.quant_max)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scale.dtype != scale.dtype:  # model.half() would round a small scale to zero
+            self.scale = scale.to(self.scale.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"integers {self.quant_min} to {self.quant_max}, largest={self.scale.item() * self.quant_max:.6g}"
@@ -81,18 +93,9 @@ class InputQuantizer(Quantizer):
         zero_point = round(-low / ((high - low) or 1.0) * self.quant_max)
         self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        held = x.to(torch.promote_types(x.dtype, self.scale.dtype))
-        scale = self.scale.to(held.dtype)
-        quantized: Tensor = _QuantizeInput.apply(held, scale, self.zero_point, self.quant_min, self.quant_max)
-        return quantized.to(x.dtype)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        scale = self.scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scale.dtype != scale.dtype:  # model.half() would round a small scale to zero
-            self.scale = scale.to(self.scale.device)
-        return self
+    def quantize(self, x: Tensor, scale: Tensor) -> Tensor:
+        quantized: Tensor = _QuantizeInput.apply(x, scale, self.zero_point, self.quant_min, self.quant_max)
+        return quantized
 
     def extra_repr(self) -> str:
         scale, zero_point = self.scale.item(), int(self.zero_point)

@@ -18,7 +18,7 @@ from .grid import Grid, check_bits
 from .histograms import Histogram, count, mse_part, upper_edge
 from .hooks import Batch, watch
 from .inputs import InputRange, input_histograms, input_ranges
-from .layers import copy_network, is_relu
+from .layers import ENDS, copy_network, end_layers, is_relu
 from .quantizers import ActivationQuantizer, SumQuantizer
 from .tracing import called_module, check_same, is_sum, trace
 
@@ -60,7 +60,10 @@ def calibrate(
     if at not in PLACES:
         raise ValueError(f"at must be one of {', '.join(PLACES)}, got {at!r}")
     if at == "inputs":
-        return input_ranges(input_histograms(model, batches, grid), rule, bits, percentile)
+        of_inputs = input_histograms(model, batches, grid)
+        if not of_inputs:
+            raise ValueError(f"no hook reaches the inputs of a layer of {type(model).__name__}")
+        return input_ranges(of_inputs, rule, bits, percentile)
     if rule == "minmax":
         return minmax_ranges(model, batches)
     histograms = relu_histograms(model, batches)
@@ -107,6 +110,7 @@ def quantize_sums(model: nn.Module, batches: Iterable[Batch]) -> fx.GraphModule:
     batches = list(batches)
     source = copy_network(model)
     quantized = fx.GraphModule(source, trace(source), type(model).__name__)
+    quantized.meta[ENDS] = end_layers(model)
     names: list[str] = []
     for node in list(filter(is_sum, quantized.graph.nodes)):
         for operand in dict.fromkeys(node.args):

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from .grid import FLOAT_BITS, Grid, snap
 from .hooks import Batch, watch
 from .inputs import input_layers, uncalled_layers
+from .kinds import parameter_of
 from .layers import choices, layer_grids
 from .post_training import capture, layers_in_order
 
@@ -87,15 +88,15 @@ def layer_rows(
     batches = list(batches)
     grids = layer_grids(model, grid)
     for name in layers_in_order(model, batches, grids):
-        if f"{name}.weight" not in grids:
+        own = {key: grids[full] for key in ("weight", "bias") if (full := parameter_of(name, key)) in grids}
+        if "weight" not in own:
             continue
         layer = model.get_submodule(name)
-        keys = [key for key in ("weight", "bias") if f"{name}.{key}" in grids]
-        before = {key: layer.get_parameter(key).detach().clone() for key in keys}
-        snapped = {key: snap(value, grids[f"{name}.{key}"]) for key, value in before.items()}
+        before = {key: layer.get_parameter(key).detach().clone() for key in own}
+        snapped = {key: snap(value, own[key]) for key, value in before.items()}
         inputs = [layer_input.aminmax() for layer_input, _ in capture(model, name, batches)]
         row = {
-            "layer": name, "bits": grids[f"{name}.weight"].bits,
+            "layer": name, "bits": own["weight"].bits,
             **_weight_figures(before["weight"], *snapped["weight"]),
             "input_min": min(low.item() for low, _ in inputs), "input_max": max(high.item() for _, high in inputs),
         }  # fmt: skip
@@ -144,7 +145,8 @@ def _outputs(model: nn.Module, names: Iterable[str], batch: Batch, uncalled: Ite
         first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
         outputs.setdefault(name, []).append(first.clone())
 
-    watch(model, names, [batch], observe, uncalled)
+    present = dict(model.named_modules(remove_duplicate=False)).keys()  # a traced network lacks what is not called
+    watch(model, filter(present.__contains__, names), [batch], observe, filter(present.__contains__, uncalled))
     return outputs
 
 

@@ -140,3 +140,15 @@ def test_a_sum_with_a_factor_is_no_plain_sum():
 
     with pytest.raises(ValueError, match="no batch norm feeds relu"):
         bn_ranges(Scaled())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_ranges_in_16_bits(dtype, inplace):
+    """The scale of such a range is zero in float16."""
+    quantizer = ActivationQuantizer(8, 5e-6, inplace).to(dtype)
+    x = torch.tensor([-1.0, 0.0, 2e-6, 1.0], dtype=dtype)
+    expected = ActivationQuantizer(8, 5e-6)(x.float()).to(dtype)
+    assert quantizer.scale.dtype == torch.float32
+    out = quantizer(x)
+    assert out.dtype == dtype and torch.equal(out, expected) and (out is x) == inplace

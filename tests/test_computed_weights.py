@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from quant import (
     clip_weights,
     correct_bias,
+    describe,
     export,
     prune_weights,
     psg_param_groups,
@@ -64,3 +65,13 @@ def test_an_attention_that_computes_its_projection_is_observed(wrap):
         shifted.attention.in_proj_bias += 1
         corrected = correct_bias(shifted, net, [words])
         assert (corrected(words) - net(words)).mean((0, 1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_a_bias_beside_a_computed_weight_stays_in_float(wrap):
+    net = nn.Sequential(nn.Linear(4, 4), wrap(nn.Linear(4, 4)), nn.Linear(4, 2))
+    rows = {row.name: row for row in describe(net, 4).rows}
+    assert rows["1.bias"].bits == 32 and rows["1.bias"].reason == "bias beside a computed weight"
+    assert rows["0.bias"].bits == 4
+    with pytest.warns(UserWarning, match="the weights of 1 are computed"):
+        assert torch.equal(quantize_weights(net, 2)[1].bias, net[1].bias)

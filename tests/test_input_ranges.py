@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from quant import calibrate, layer_sqnr, quantize_activations, quantize_weights
+from quant import Grid, calibrate, layer_sqnr, quantize_activations, quantize_weights
 from quant.inputs import InputRange, input_layers
 from quant.quantizers import InputQuantizer
 
@@ -270,3 +270,25 @@ def test_noise_grows_with_fewer_bits(net):
             noise[bits] = layer_sqnr(net, quantize_activations(quantize_weights(net, bits), bits, ranges), [images])
     assert list(noise[8]) == ["conv1", "conv2", "fc", ""]
     assert all(noise[8][name] > noise[4][name] + 10 for name in noise[8])
+
+
+class Recurrent(nn.Module):
+    def __init__(self, with_output):
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(9, 4), nn.LSTM(4, 4)
+        self.out = nn.Linear(4, 3) if with_output else nn.Identity()
+
+    def forward(self, x):
+        return self.out(self.lstm(self.embed(x))[0])
+
+
+def test_inputs_of_what_include_adds_stay_float():
+    grid = Grid(4, include=[nn.LSTM, nn.Embedding])
+    tokens = torch.randint(9, (5, 2))
+    with pytest.warns(UserWarning, match=r"the inputs of lstm\.weight_ih_l0, lstm\.weight_hh_l0 stay float: no hook"):
+        assert list(calibrate(Recurrent(True), [tokens], 8, at="inputs", grid=grid)) == ["out"]
+    with (
+        pytest.warns(UserWarning, match="stay float"),
+        pytest.raises(ValueError, match="no hook reaches the inputs of"),
+    ):
+        calibrate(Recurrent(False), [tokens], 8, at="inputs", grid=grid)

@@ -384,3 +384,58 @@ def test_average_needs_batch_norm(rejected, tmp_path):
     save_checkpoint(tmp_path / "epoch_1.pth", checkpoint | {"args": {}})
     message = rejected("tools.average", tmp_path, "--epochs", "1", "--out", "a.pth")
     assert "epoch_1.pth does not say its --dataset: it is not a checkpoint of train.py" in message
+
+
+def test_a_network_that_is_one_layer():
+    torch.manual_seed(0)
+    layer, stack, images = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), torch.randn(64, 8)
+    stack[0].load_state_dict(layer.state_dict())
+    ((row, _),), ((other, _),) = (list(layer_rows(net, [images], 3)) for net in (layer, stack))
+    assert row["layer"] == "" and other["layer"] == "0"
+    assert {**row, "layer": 0} == {**other, "layer": 0}
+    learned, twin = (adaround(quantize_weights(net, 3), net, [images], 3, 50, 0.1) for net in (layer, stack))
+    assert torch.equal(learned.weight, twin[0].weight)
+    assert not torch.equal(learned.weight, quantize_weights(layer, 3).weight)
+
+
+def test_adaround_keeps_the_scales():
+    torch.manual_seed(0)
+    grid = Grid(3, per_channel=True)
+    stack = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 30), nn.Linear(30, 2))
+    images = torch.randn(64, 3)
+    learned = adaround(quantize_weights(stack, grid), stack, [images], grid, iterations=300, lr=0.1)
+    torch.testing.assert_close(weight_scale(learned[1].weight, grid), weight_scale(stack[1].weight, grid))
+
+
+class Routed(nn.Module):
+    """Two experts, between which the sign of the first value of a row decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.out = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), nn.Linear(4, 2)
+
+    def forward(self, x):
+        mixed, first = torch.zeros_like(x), x[:, 0] > 0
+        for expert, rows in zip(self.experts, (first, ~first)):
+            mixed[rows] = expert(x[rows])
+        return self.out(mixed)
+
+
+def test_experts_that_the_first_rows_do_not_reach():
+    torch.manual_seed(0)
+    net, x = Routed(), torch.randn(64, 4)
+    batches = [x[x[:, 0] > 0], x[x[:, 0] < 0]]
+    names = ["experts.0", "experts.1", "out"]
+    assert sorted(calibrate(net, batches, 8, at="inputs")) == names
+    assert sorted(row["layer"] for row, _ in layer_rows(net, batches, 4)) == names
+    corrected = correct_bias(quantize_weights(net, 4), net, batches)
+    with torch.no_grad():
+        for batch, name in zip(batches, names):
+            found, wanted = (network.get_submodule(name)(batch).mean(0) for network in (corrected, net))
+            torch.testing.assert_close(found, wanted)
+    other = quantize_weights(net, 4)
+    other.forward = lambda rows: other.out(other.experts[0](rows))
+    with pytest.raises(ValueError, match=r"experts\.1 is not called in the quantized network"):
+        correct_bias(other, net, batches)
+    with pytest.raises(ValueError, match=r"experts\.\d has other inputs in the quantized network"):
+        adaround(other, net, batches, 4, iterations=1)

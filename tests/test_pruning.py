@@ -212,3 +212,9 @@ def test_l1_under_a_grad_scaler(net, fused, unscaled_first):
         scaler.update()
     for one, other in zip(net.parameters(), twin.parameters()):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_l1_penalty_is_not_for_bases_that_maximize(net):
+    base = torch.optim.SGD(sparse_param_groups(net), lr=0.1, maximize=True)
+    with pytest.raises(ValueError, match="a group has maximize=True"):
+        penalize_l1(base, net, 1e-3)

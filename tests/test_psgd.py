@@ -223,3 +223,12 @@ def test_momentum_of_scaled_steps_is_named(net, base, warns):
         if not warns:
             PSGD(base(psg_param_groups(net, 4)), 50, acts_on="update")
         PSGD(base(psg_param_groups(net, 4)), 50)
+
+
+def test_a_constructor_that_fails_leaves_the_groups_as_they_were(net):
+    groups = [{"params": [net.conv1.weight], "bits": 4}, {"params": [net.conv2.weight], "target": "zero"}]
+    base = torch.optim.SGD(groups, lr=0.1)
+    before = [dict(group) for group in base.param_groups]
+    with pytest.raises(ValueError, match='lambda_s "auto" needs a grid'):
+        PSGD(base, "auto", steps=2000)
+    assert base.param_groups == before

@@ -1,11 +1,13 @@
 """Ranges of activations from images."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from models import vgg16_bn
-from quant import calibrate, quantize_sums
+from quant import calibrate, layer_grids, layer_sqnr, quantize_sums, quantize_weights
 from quant.grid import fake_quantize
 from quant.histograms import BINS
 from quant.quantizers import SumQuantizer
@@ -120,3 +122,31 @@ def test_sums_take_8_bits():
     assert list(quantized.state_dict()) == ["conv.weight", "sum_quantizer_0.scale"] and quantized.training
     without_sums = quantize_sums(vgg16_bn(10), [torch.randn(1, 3, 32, 32)])
     assert not [module for module in without_sums.modules() if isinstance(module, SumQuantizer)]
+
+
+class Backwards(nn.Module):
+    """Registers its layers in another order than it calls them, and one that it calls in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.auxiliary = nn.Linear(8, 5), nn.Linear(8, 5)
+        self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.last(x)
+        features = x.mean((2, 3))
+        return self.head(features) + self.auxiliary(features) if self.training else self.head(features)
+
+
+def test_a_traced_copy_has_the_grids_of_the_network():
+    torch.manual_seed(0)
+    net, images = Backwards().eval(), torch.randn(4, 3, 8, 8)
+    traced = quantize_sums(quantize_weights(net, 2), [images])
+    wanted = {name: grid for name, grid in layer_grids(net, 2).items() if not name.startswith("auxiliary")}
+    for copied in (traced, copy.deepcopy(traced)):
+        assert {name: grid.bits for name, grid in layer_grids(copied, 2).items()} == {
+            name: grid.bits for name, grid in wanted.items()
+        }
+    assert torch.equal(quantize_weights(traced, 2)(images), traced(images))
+    assert list(layer_sqnr(net, traced, [images])) == ["stem", "last", "head", ""]

@@ -24,12 +24,12 @@ def insert_integers(
 ) -> None:
     """Puts `integers` in place of the initializers of the same parameters in `program`, the graph of `model`.
 
-    A parameter that eval mode never reads is not in the graph and is skipped.
+    A parameter that eval mode never reads is not in the graph, and perhaps not in `model`, and is skipped.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     in_graph = {id(parameters[name]): name for name in program.graph.initializers if name in parameters}
     for name, weight in integers.items():
-        known = in_graph.get(id(parameters[name]))  # perhaps by another of its names
+        known = in_graph.get(id(parameters.get(name)))  # perhaps by another of its names
         if known is not None:
             _insert(program.graph, program.graph.initializers.pop(known), weight, narrowest)
 
