@@ -1,5 +1,7 @@
 """Shared fixtures. Scripts run in the test's own process, in an empty folder, as `python <script> ...` would."""
 
+import copy
+import functools
 import importlib
 import shutil
 import subprocess
@@ -28,6 +30,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def translations_read_once():
+    """Torch's ONNX exporter reads the sources of its 500 translations at each call: here once for a process."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        read = functools.cache(ONNXRegistry.from_torchlib)
+    except (ImportError, AttributeError):  # its own names, which another version of torch may lack
+        yield
+        return
+
+    def fresh(*args, **kwargs):
+        found = copy.copy(read(*args, **kwargs))
+        found.functions = {key: [*own] for key, own in found.functions.items()}  # an export adds to them
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(fresh))
+        yield
 
 
 @dataclass
@@ -180,5 +203,7 @@ def installed(tmp_path_factory, worker_id):
 
 @pytest.fixture
 def no_compiled_code_of_before(monkeypatch, tmp_path):
-    """What torch.compile has kept of earlier runs stays out: it may be for another instruction set, and is used."""
+    """What torch.compile has kept of earlier runs stays out: it may be for another instruction set, and is used. After
+    eight compilations of a function torch runs it as it is, so that they are forgotten too."""
+    torch._dynamo.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

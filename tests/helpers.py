@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 
 from models import ResNet32
 from quant import PSGD, Grid, layer_grids, psg_param_groups
@@ -57,6 +58,12 @@ class ResNet8(ResNet32):
         super().__init__(num_classes)
         for stage in (self.layer1, self.layer2, self.layer3):
             del stage[1:]
+
+
+def small_mobilenet(num_classes: int) -> MobileNetV3:
+    """MobileNetV3 of two blocks: Hardswish and Hardsigmoid beside ReLU, depthwise convolutions, products."""
+    layers = [InvertedResidualConfig(8, 3, 16, 8, True, kind, stride, 1, 1) for kind, stride in (("HS", 1), ("RE", 2))]
+    return MobileNetV3(layers, 16, num_classes)
 
 
 def copy_with_args(source, path, **args):

@@ -120,8 +120,8 @@ def torchrun(processes, folder, *flags, wait=True):
 
 def test_a_wrong_flag_is_one_line_of_a_process(tmp_path):
     """Of the first, which the other one gives three seconds. On a busy machine the other may speak too, or alone."""
-    _, err, code = torchrun(2, tmp_path, *FLAGS, "--arch", "resnet19")
-    said = [line.partition("error: unknown architecture 'resnet19'") for line in err.splitlines()]
+    _, err, code = torchrun(2, tmp_path, *FLAGS, "--decoupled_decay", 1)
+    said = [line.partition("error: --decoupled_decay 1 needs --adam 1") for line in err.splitlines()]
     speakers = [speaker for speaker, message, _ in said if message]
     assert code != 0 and speakers and len(set(speakers)) == len(speakers) and not list(tmp_path.iterdir())
     assert set(speakers) <= {"", "process 1: "}

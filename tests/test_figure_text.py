@@ -62,8 +62,9 @@ def test_no_figure_with_labels_is_forgotten():
     assert {*FIGURES, "2", "lasso"} == {*visualize.FIGURES}  # these two have only texts of their own
 
 
-@pytest.mark.parametrize("name", FIGURES)
-@pytest.mark.parametrize("label", ODD)
+# `as_written` treats the texts of all figures alike, so each figure meets two of the labels, and one meets all.
+@pytest.mark.parametrize(("name", "label"), [(name, label) for name in FIGURES for label in (ODD[0], ODD[2])]
+                         + [("curves", label) for label in ODD if label not in (ODD[0], ODD[2])])  # fmt: skip
 def test_labels_are_shown_as_they_are(tmp_path, name, label):
     figure = FIGURES[name](label)
     save_png(figure, tmp_path / "x.png")

@@ -4,25 +4,19 @@ import onnx
 import pytest
 import torch
 from torch import nn
-from torchvision.models import ConvNeXt, DenseNet, MobileNetV3, ShuffleNetV2, SwinTransformer, VisionTransformer
+from torchvision.models import ConvNeXt, DenseNet, ShuffleNetV2, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
-from torchvision.models.mobilenetv3 import InvertedResidualConfig
 
 from quant import Grid, calibrate, export, quantize_activations, quantize_weights
 from quant.deploy import integer_weights, to_onnx
-from tests.helpers import read_csv, run_graph
+from tests.helpers import read_csv, run_graph, small_mobilenet
 from utils.exporting import run_onnx
 
 CLASSES = 3
 
 
-def hardswish_and_excitation():
-    layers = [InvertedResidualConfig(8, 3, 16, 8, True, kind, stride, 1, 1) for kind, stride in (("HS", 1), ("RE", 2))]
-    return MobileNetV3(layers, 16, CLASSES)
-
-
 TORCHVISION = {
-    "mobilenet_v3": (hardswish_and_excitation, 32),
+    "mobilenet_v3": (lambda: small_mobilenet(CLASSES), 32),
     "densenet": (lambda: DenseNet(4, (2, 2), 8, num_classes=CLASSES), 32),
     "shufflenet": (lambda: ShuffleNetV2([1, 1, 1], [8, 16, 32, 64, 64], CLASSES), 32),
     "convnext": (lambda: ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=CLASSES), 32),
