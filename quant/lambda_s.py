@@ -261,4 +261,6 @@ def restore_records(groups: Iterable[dict[str, Any]], state: State, saved: dict[
         for weight, key in zip(group["params"], saved_group["params"]):
             record = saved["state"].get(key, {}).get("psg_pace")
             if record is not None:
+                if len(record) < len(RECORD):  # saved before `seen` was told apart from `steps`
+                    record = torch.cat([record, record[:1]])
                 state[weight]["psg_pace"] = record.to(state[weight]["psg_pace"].device, copy=True)

@@ -92,3 +92,17 @@ def test_a_group_that_is_added_after_a_resume_has_the_settings_of_the_stage():
         resumed.add_param_group(group)
     for key, value in {"lambda_s": "auto", "psg_eps": 0.5, "steps": 5000, "keep_range": True}.items():
         assert [group[key] for group in resumed.param_groups] == [value] * len(resumed.param_groups)
+
+
+def test_a_stage_that_an_earlier_version_began():
+    """Its records have no count of what the mean square is of, which was the count of steps."""
+    walk, old = (Walk(sizes=(300,)) for _ in range(2))
+    optimizer, resumed = (
+        PSGD(torch.optim.SGD(own.groups(**SHORT), lr=0.01), "auto", steps=STEPS) for own in (walk, old)
+    )
+    walk.steps(optimizer, 20)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for own in saved["state"].values():
+        own["psg_pace"] = own["psg_pace"][:4]
+    resumed.load_state_dict(saved)
+    assert record(resumed, old.weights[0]) == record(optimizer, walk.weights[0])
