@@ -102,11 +102,15 @@ def take_step(
 
 
 class Records:
-    """The records of `weights`, as columns [len(weights)] by field name. `write` puts them back into `state`."""
+    """The records of `weights`, as columns [len(weights)] by field name. `write` puts them back into `state`.
+
+    All of the weights have the steps of their stage, also those that had no gradient for a time.
+    """
 
     def __init__(self, weights: Sequence[Tensor], state: State) -> None:
         self._tensors = [_record(weight, state) for weight in weights]
         self.columns = dict(zip(RECORD, torch.stack(self._tensors).unbind(1)))
+        self.columns["steps"] = self.columns["steps"].max().expand(len(weights))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
@@ -153,7 +157,7 @@ def walk(records: Records, squares: Tensor, group: dict[str, Any]) -> list[Tenso
 
     `squares` [number of tensors] are the mean squares of this step's gradients, or steps / lr.
     """
-    steps = records["steps"].max() + 1  # also of weights that had no gradient for a time
+    steps = records["steps"] + 1
     # An update of zeros, as at a rate of zero, does not tell how large the others are.
     told = squares > 0 if group["acts_on"] == "update" else torch.ones_like(squares, dtype=torch.bool)
     seen = records["seen"] + told
@@ -171,13 +175,13 @@ def walk(records: Records, squares: Tensor, group: dict[str, Any]) -> list[Tenso
     else:
         lambda_s = held = torch.full_like(squares, group["lambda_s"])
     tau = records["tau"] + (gain(group) * lambda_s).square() * squares
-    records.write(steps=steps.expand_as(seen), tau=tau, mean_square=mean_square, lambda_s=held, seen=seen)
+    records.write(steps=steps, tau=tau, mean_square=mean_square, lambda_s=held, seen=seen)
     return list(lambda_s.unbind())
 
 
 def planned_variance(records: Records, group: dict[str, Any]) -> Tensor:
     """What the next step is to add to tau, for each tensor: an even part of what is left of the plan."""
-    remaining = (plan_end(group) - records["steps"].max()).clamp(min=1)
+    remaining = (plan_end(group) - records["steps"]).clamp(min=1)
     left: Tensor = group["tau_end"] - records["tau"]
     return left.clamp(min=0) / remaining
 

@@ -136,10 +136,10 @@ def adaround(
             if own is None:
                 continue
             layer, weight = quantized.get_submodule(name), model.get_submodule(name).get_parameter("weight").detach()
-            captured = capture(quantized, name, batches), capture(model, name, batches)
-            if [pair[0].shape for pair in captured[0]] != [pair[0].shape for pair in captured[1]]:
+            calls, float_calls = (capture(network, name, batches) for network in (quantized, model))
+            if [x.shape for x, _ in calls] != [x.shape for x, _ in float_calls]:
                 raise ValueError(f"{name} has other inputs in the quantized network than in the float one")
-            inputs, targets = (torch.cat([pair[i] for pair in calls]) for i, calls in enumerate(captured))
+            inputs, targets = torch.cat([x for x, _ in calls]), torch.cat([output for _, output in float_calls])
             _check_finite(inputs, targets, of=f"the inputs or outputs of {name}")
             rounding = _Rounding(weight, own)
             learned = rounding.learn(layer, inputs, targets, iterations, lr, generator)

@@ -16,9 +16,8 @@ from utils.device import autocast
 from utils.opening import matched
 from utils.training.checks import check_takes
 
-ExtraLoss = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # from images, logits and their loss, 0-d, to what is added to it
+# From images, logits and their loss, 0-d, to what is added to the loss.
+ExtraLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def load_teacher(path: str, dataset: Dataset, device: torch.device) -> nn.Module:
