@@ -6,6 +6,9 @@ The 4-bit network, into deploy/W4_ResNet_w4.safetensors and .onnx
 With 8-bit activations, ranges calibrated on training images, and uint8 images as the input; built for speed
   python export.py --model_path models/W4_ResNet.pth --w_bit 4 --a_bit 8 --integer_kernels --with_normalize --out deploy
 
+At 2 bits, with batch norm re-estimated for the quantized weights
+  python export.py --model_path models/W2_channel_clipped_ResNet.pth --w_bit 2 --post bn_reestimate --out deploy
+
 A network that was trained on a folder of images, for images of the size that it was trained on
   python export.py --model_path runs/mine/last.pth --w_bit 4 --out deploy
 
@@ -31,7 +34,10 @@ def parser() -> Parser:
     p.add_argument("--integer_kernels", action="store_true",
                    help="with --a_bit, for speed: .onnx weights as INT8 at any bit-width, and the inputs of residual "
                    "sums at 8 bits too, so that a runtime computes in integers from the second layer to the last sum")
-    flags.add_calib_images(p, 1024, "the activations' ranges (least squared error)")
+    p.add_argument("--post", choices=["none", "bn_reestimate"], default="none",
+                   help="bn_reestimate: re-estimate batch-norm statistics on training images, with quantized weights "
+                   "for the packed file, and with quantized activations too for the .onnx file")
+    flags.add_calib_images(p, 1024, "the activations' ranges (least squared error) and --post")
     p.add_argument("--seed", type=seed, default=1, help="seed for the choice of these images")
     p.add_argument("--with_normalize", action="store_true",
                    help="the .onnx file takes uint8 images [N, S, S, 3] and normalizes them itself")

@@ -22,7 +22,8 @@ def resnet32(bits: int = 4, granularity: str = "tensor", quantized: bool = False
     Args:
         bits: 2, 3, 4, 5, 6 or 8; or 32 for the network that SGD trained.
         granularity: "tensor", or "channel" for a grid for each output channel (2, 3 and 4 bits).
-        quantized: whether to return the quantized copy instead of the float network.
+        quantized: whether to return the quantized copy, with its batch norm re-estimated (models/*_bn.pth), instead of
+            the float network.
         clipped: whether the weights were clipped at the start of the stage (2 bits, "channel"), which is better there.
 
     It takes float32 images [N, 3, 32, 32], normalized by the data set's mean and standard deviation
@@ -30,7 +31,8 @@ def resnet32(bits: int = 4, granularity: str = "tensor", quantized: bool = False
     network.
     """
     kind = ("_channel" if granularity == "channel" else "") + ("_clipped" if clipped else "")
-    path = MODELS / ("ResNet150.pth" if bits == 32 and not kind else f"W{bits}{kind}_ResNet.pth")
+    renewed = "_bn" if quantized else ""
+    path = MODELS / ("ResNet150.pth" if bits == 32 and not kind else f"W{bits}{kind}_ResNet{renewed}.pth")
     if granularity not in ("tensor", "channel") or not path.is_file():
         found = ", ".join(sorted(file.name for file in MODELS.glob("W*_ResNet.pth")))
         asked = f"bits={bits!r}, granularity={granularity!r}, clipped={clipped}"

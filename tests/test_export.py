@@ -17,9 +17,10 @@ from quant import (
     load_packed,
     quantize_weights,
     read_facts,
+    reestimate_batch_norm,
 )
 from quant.deploy import integer_weights, to_onnx
-from tests.helpers import ResNet8, copy_with_args
+from tests.helpers import ResNet8, copy_with_args, same
 from tools import benchmark_deploy
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
 from utils.data.load import load_dataset
@@ -68,6 +69,30 @@ def test_export_writes_both_files(cli, tmp_path, digits_run):
 def test_a_network_of_channel_grids_is_exported_as_one(cli, tmp_path, channel_run):
     assert cli("export.py", "--model_path", channel_run, "--w_bit", "3", "--out", "a").code == 0
     assert read_facts(tmp_path / "a/channel_w3.safetensors")["grid"]["per_channel"] is True
+
+
+def test_batch_norm_is_re_estimated_for_both_files(cli, tmp_path, digits_run):
+    """The packed file has that of quantized weights, as has a twin by the package; the ONNX file equals its network."""
+    flags = ["--model_path", digits_run, "--w_bit", "2", "--post", "bn_reestimate", "--calib_images", "64"]
+    outcome = cli("export.py", *flags, "--a_bit", "4", "--out", "a")
+    assert outcome.code == 0, outcome.err
+    train = load_dataset("digits", "", torch.device("cpu")).train
+    images = [batch for batch, _ in train.calibration(64, seed=1)]
+    model = model_from_checkpoint(load_checkpoint(digits_run), digits_run)
+    twin = reestimate_batch_norm(quantize_weights(model, 2), images).state_dict()
+    packed = load_packed(tmp_path / "a/last_w2.safetensors", ResNet8(10)).state_dict()
+    assert same(packed, twin) and not same(packed, quantize_weights(model, 2).state_dict())
+    assert read_facts(tmp_path / "a/last_w2.safetensors")["post"] == "bn_reestimate"
+    assert "| batch norm | re-estimated" in (tmp_path / "a/last_w2a4.md").read_text()
+
+
+def test_batch_norm_cannot_be_re_estimated_without_images_or_batch_norm(rejected, digits_run, tmp_path):
+    flags = ["--model_path", digits_run, "--dataset", "cifar10", "--post", "bn_reestimate"]
+    assert "--post bn_reestimate needs training images, and there is no cifar10" in rejected("export.py", *flags)
+    facts = {"arch": "vit_tiny", "num_classes": 10, "args": {"dataset": "digits"}}
+    torch.save({**facts, "state_dict": build_model("vit_tiny", 10).state_dict()}, tmp_path / "v.pth")
+    flags = ["--model_path", "v.pth", "--calib_images", "8", "--post", "bn_reestimate"]
+    assert "v.pth: VisionTransformer has no batch-norm statistics" in rejected("export.py", *flags)
 
 
 def test_files_that_fail_their_check_are_not_left_behind(cli, tmp_path, digits_run, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_network_of_torchvision_is_loaded_as_its_page_says(tmp_path, monkeypat
     model = build_model("squeezenet1_1", 3).eval()
     facts = {
         "arch": "squeezenet1_1", "num_classes": 3, "dataset": "imagefolder", "source": "s.pth", "notes": [],
-        "grid": {"bits": 4, "per_channel": False}, "classes": ["a|b", "c", "d"],
+        "post": "none", "grid": {"bits": 4, "per_channel": False}, "classes": ["a|b", "c", "d"],
         "input": {"size": 64, "resized": 73, "mean": MEAN, "std": STD},
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)

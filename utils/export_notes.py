@@ -19,13 +19,16 @@ FAST = '\noptions.add_session_config_entry("session.disable_quant_qdq", "1")'
 NORMALIZED, AS_IN_A_FILE = "float32 [N, 3, S, S], (value - mean) / std", "uint8 [N, S, S, 3]"
 
 
-def file_facts(opened: OpenedNetwork, grid: Grid, num_classes: int) -> dict[str, Any]:
+def file_facts(opened: OpenedNetwork, grid: Grid, num_classes: int, post: str = "none") -> dict[str, Any]:
     """What the files hold beside the weights, in values that JSON can hold.
 
     `input` gives the size S of the images in pixels per side, their layout, and mean and std for each channel of values
-    from 0 to 255. `notes` say how the grid differs from the one in training.
+    from 0 to 255. `notes` say how the grid differs from the one in training. `post` "bn_reestimate": batch norm was
+    re-estimated for these files, whatever it was in the checkpoint.
     """
-    path, spec = Path(opened.path), opened.spec
+    path, spec, checkpoint = Path(opened.path), opened.spec, dict(opened.checkpoint)
+    if post == "bn_reestimate":
+        checkpoint.pop("averaged_epochs", None)
     return {
         "arch": opened.arch, "num_classes": num_classes, "dataset": opened.dataset_name,
         "grid": {key: value for key, value in grid.facts().items() if key != "weight_range"},  # always absmax
@@ -34,7 +37,7 @@ def file_facts(opened: OpenedNetwork, grid: Grid, num_classes: int) -> dict[str,
             "size": spec.size, "resized": spec.resized, "layout": NORMALIZED, "channels": "RGB",
             "mean": list(spec.mean), "std": list(spec.std),
         },
-        "notes": mismatches(opened.checkpoint, grid),
+        "post": post, "notes": mismatches(checkpoint, grid),
         "source": path.name, "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }  # fmt: skip
 
@@ -60,6 +63,7 @@ def page(facts: dict[str, Any], packed: str, onnx: str, a_bit: int, with_normali
         ("weights", f"{grid['bits']} bits, a scale for each {'output channel' if grid['per_channel'] else 'tensor'}"
                     f"{ends(Grid(**grid))}"),
         ("activations", activations),
+        *([("batch norm", "re-estimated on training images, as deployed")] if facts["post"] != "none" else []),
         ("images", f"RGB, S = {size}: the middle {size} x {size} pixels, with the shorter side resized to "
                    f"{facts['input']['resized']}"),
         *((f"input of {name}", layout.replace("S", str(size))) for name, layout in layouts),

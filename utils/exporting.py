@@ -1,5 +1,6 @@
 """Exports networks: the files are read back, run and compared before they get their names."""
 
+import copy
 import importlib
 from argparse import Namespace
 from dataclasses import dataclass
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
-from quant import Grid, calibrate, quantize_activations, quantize_sums, quantize_weights
+from quant import (
+    Grid,
+    calibrate,
+    quantize_activations,
+    quantize_sums,
+    quantize_weights,
+    reestimate_batch_norm,
+)
 from quant.deploy import integer_weights, load_packed, save_packed, to_onnx
 from quant.grid import FLOAT_BITS
 from utils.checkpoint import grid_of
@@ -37,12 +45,13 @@ class Exported:
     opened: OpenedNetwork
     grid: Grid
     a_bit: int
+    reference: nn.Module  # with quantized weights
     deployed: nn.Module  # with quantized weights and, below 32 bits, activations
     images: Tensor  # uint8 [N, S, S, 3]
     labels: Tensor | None  # None for noise
     images_kind: str  # "test images", ...
     floats: Tensor  # the same images, normalized [N, 3, S, S]
-    weights_only: Tensor  # logits with quantized weights [N, classes]
+    weights_only: Tensor  # logits of `reference` [N, classes]
     expected: Tensor  # logits of `deployed`
     facts: dict[str, Any]  # what the files hold beside the weights
 
@@ -78,6 +87,8 @@ def prepare(args: Namespace) -> Exported:
     grid = grid_of(opened.checkpoint, args.w_bit, bool(args.first_last_quant), args.granularity)
     reference = quantize_weights(opened.model, grid)
     deployed = with_activations(args, opened, grid, reference) if args.a_bit != FLOAT_BITS else reference
+    if args.post == "bn_reestimate":
+        renew_batch_norm(args, opened, [reference] if deployed is reference else [reference, deployed])
     images, labels, kind = images_to_check(opened)
     floats = normalize(images, opened.spec).contiguous()
     weights_only = logits_of(reference, floats)
@@ -85,8 +96,9 @@ def prepare(args: Namespace) -> Exported:
     if not (weights_only.isfinite().all() and expected.isfinite().all()):
         bits = f"W{grid.bits}A{args.a_bit}"
         raise UserError(f"{opened.path}: the network's outputs are not finite at {bits}: nothing is written")
-    facts = file_facts(opened, grid, expected.shape[1])
-    return Exported(opened, grid, args.a_bit, deployed, images, labels, kind, floats, weights_only, expected, facts)
+    facts = file_facts(opened, grid, expected.shape[1], args.post)
+    networks = reference, deployed
+    return Exported(opened, grid, args.a_bit, *networks, images, labels, kind, floats, weights_only, expected, facts)
 
 
 def images_to_check(opened: OpenedNetwork) -> tuple[Tensor, Tensor | None, str]:
@@ -104,6 +116,26 @@ def images_to_check(opened: OpenedNetwork) -> tuple[Tensor, Tensor | None, str]:
     return *split.pixels(torch.arange(count) * len(split) // count), f"{kind} images"
 
 
+def training_images(args: Namespace, opened: OpenedNetwork, flag: str) -> list[Tensor]:
+    """The batches [N, 3, H, W] that `args` ask for, without augmentation. Raises UserError, naming `flag`, which needs
+    them, if the data set is not at hand."""
+    if opened.dataset is None:
+        missing = f"there is no {opened.dataset_name} in {opened.folder}"
+        raise UserError(f"{flag} needs training images, and {missing}")
+    train = opened.dataset.splits(opened.val_split)[0] if opened.val_split else opened.dataset.train
+    return [images for images, _ in train.calibration(train.count_for(args.calib_images), args.seed)]
+
+
+def renew_batch_norm(args: Namespace, opened: OpenedNetwork, networks: list[nn.Module]) -> None:
+    """Re-estimates the batch norm of each of `networks`, in place. Raises UserError for one without."""
+    batches = training_images(args, opened, f"--post {args.post}")
+    try:
+        for network in networks:
+            reestimate_batch_norm(network, batches)
+    except ValueError as error:
+        raise UserError(f"{opened.path}: {first_line(error)}") from None
+
+
 @torch.no_grad()
 def logits_of(network: nn.Module, floats: Tensor) -> Tensor:
     """Outputs [N, classes] for normalized images [N, 3, S, S], a part of them at a time."""
@@ -112,14 +144,9 @@ def logits_of(network: nn.Module, floats: Tensor) -> Tensor:
 
 def with_activations(args: Namespace, opened: OpenedNetwork, grid: Grid, reference: nn.Module) -> nn.Module:
     """`reference`, whose weights are on `grid`, with activation quantizers, their ranges from training images."""
-    if opened.dataset is None:
-        missing = f"there is no {opened.dataset_name} in {opened.folder}"
-        raise UserError(f"--a_bit {args.a_bit} needs training images, and {missing}")
-    train = opened.dataset.splits(opened.val_split)[0] if opened.val_split else opened.dataset.train
-    count = train.count_for(args.calib_images)
+    batches = training_images(args, opened, f"--a_bit {args.a_bit}")
     if args.act_at == "relu":
         check_activations(opened.model, opened.path)
-    batches = [images for images, _ in train.calibration(count, args.seed)]
     try:
         ranges = calibrate(opened.model, batches, args.a_bit, at=args.act_at, grid=grid)
         deployed = quantize_activations(reference, args.a_bit, ranges)
@@ -160,9 +187,10 @@ def write_packed(exported: Exported, packed: Path, name: str) -> None:
     """Writes the packed file to `packed`. Raises UserError, with its `name`, if its outputs are not the same."""
     from safetensors import SafetensorError
 
-    facts = exported.facts
+    facts, model = exported.facts, copy.deepcopy(exported.opened.model)
+    model.load_state_dict(exported.reference.state_dict() | dict(exported.opened.model.named_parameters()))
     try:
-        save_packed(packed, exported.opened.model, exported.grid, facts)
+        save_packed(packed, model, exported.grid, facts)
     except SafetensorError as error:  # such as a full disk
         raise UserError(f"{name} cannot be written ({first_line(error)}): nothing is written") from None
     again = load_packed(packed, build_model(facts["arch"], facts["num_classes"]))
