@@ -204,6 +204,22 @@ def test_other_figures_of_results_are_in_the_files_that_they_name(heading):
     assert len(cells) >= 6 and cells <= known, cells - known
 
 
+def re_estimated(row: dict[str, str]) -> float:
+    """Top-1 with batch norm re-estimated, of the evaluation in results/studies/bn whose rows as trained are `row`'s."""
+    found = []
+    for path in (ROOT / "results/studies/bn").glob("*/results.csv"):
+        rows = read_csv(path)
+        for model in {other["model"] for other in rows}:
+            top1 = {(other["w_bit"], other["post"]): float(other["top1"]) for other in rows if other["model"] == model}
+            if [top1.get((bits, "none")) for bits in ("32", row["bits"])] == [
+                float(row["FP"]),
+                float(row["at the target"]),
+            ]:
+                found.append(top1[row["bits"], "bn_reestimate"])
+    (only,) = found
+    return only
+
+
 def test_figures_of_stages_are_those_of_their_runs():
     """Each row of a table in docs/ that begins with a run, against the last epoch of the run's metrics.csv."""
     found = 0
@@ -219,6 +235,8 @@ def test_figures_of_stages_are_those_of_their_runs():
                 assert row["at the target"] == f"{float(last['w' + row['bits'] + '_top1']):.2f}", cells
                 for name, key in (("near the grid", "grid_share"), ("law", "expected_share")):
                     assert name not in row or row[name] == f"{100 * float(last[key]):.1f}", cells
+                if "batch norm re-estimated" in row:
+                    assert row["batch norm re-estimated"] == f"{re_estimated(row):.2f}", cells
                 settings = json.loads((folder / "args.json").read_text())["args"]
                 granularity = "tensor" if "tensor" in run[1] else "channel"
                 assert settings["w_bit"] == int(row["bits"]) and settings["granularity"] == granularity
