@@ -3,19 +3,24 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from quant import Grid, grid_share, quantize_weights
-from tests.helpers import ORDER, WORDS, permuted
+from tests.helpers import ORDER, WORDS, SmallNet, permuted
 from utils.checkpoint import load_checkpoint, model_from_checkpoint, save_checkpoint, training_facts
 from utils.data.in_memory import InMemorySplit
 from utils.data.load import load_dataset
+from utils.runs import RunFolder
 from utils.training import run as training_run
 from utils.training.evaluation import evaluate
+from utils.training.goals import GridGoal
+from utils.training.run import WORTH_RENEWING, closing_remarks
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 QUICK = ["--dataset", "cifar10", "--batch_size", "100", "--lr", "0.05", "--deterministic", "--device", "cpu"]
@@ -184,6 +189,8 @@ def test_sparse_training(cli, tmp_path, digits_run):
     assert outcome.code == 0 and "PSG for S75, lambda_s 20" in outcome.out and "  S75 " in outcome.out
     (row,) = metrics(tmp_path / "runs/a")
     assert "s75_top1" in row and "grid_share" not in row
+    cure = "batch norm may help: python eval.py --model_path runs/a/last.pth --sparsity 0.75 --post bn_reestimate\n"
+    assert (cure in outcome.out) == (row["fp_top1"] - row["s75_top1"] > WORTH_RENEWING)
     checkpoint = load_checkpoint(tmp_path / "runs/a/last.pth")
     groups = checkpoint["optimizer"]["param_groups"]
     assert [group.get("target") for group in groups] == ["zero", None] and len(groups[0]["params"]) == 10
@@ -192,6 +199,17 @@ def test_sparse_training(cli, tmp_path, digits_run):
     with open(tmp_path / "b/results.csv", newline="") as file:
         evaluated = list(csv.DictReader(file))
     assert float(evaluated[1]["top1"]) == pytest.approx(row["s75_top1"], abs=1e-3)
+
+
+@pytest.mark.parametrize("psg, model, low, said", [
+    (1, SmallNet(), 89.4, True), (1, SmallNet(), 89.6, False), (0, SmallNet(), 50.0, False),
+    (1, nn.Linear(3, 2), 50.0, False),
+])  # fmt: skip
+def test_a_network_that_re_estimated_batch_norm_may_help(psg, model, low, said):
+    run = SimpleNamespace(args=SimpleNamespace(psg=psg), model=model, goal=GridGoal(Grid(2)))
+    found = closing_remarks(run, RunFolder(Path("runs/a b")), {"fp_top1": 90.0, "w2_top1": low})
+    command = "python eval.py --model_path 'runs/a b/last.pth' --w_bit 2 --post bn_reestimate"
+    assert found == ([f"W2 is 0.6 points below FP: re-estimated batch norm may help: {command}"] if said else [])
 
 
 @pytest.mark.parametrize("flags, name", [(["--l1", "1e-4"], "SGD L1"), (["--grad_l1", "1e-2"], "SGD grad-L1")])

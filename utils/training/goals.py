@@ -19,6 +19,11 @@ class GridGoal:
     def name(self) -> str:
         return f"W{self.grid.bits}"
 
+    @property
+    def flags(self) -> str:
+        """Those of eval.py for the deployed network."""
+        return f"--w_bit {self.grid.bits}"
+
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for PSGD towards this goal."""
         return psg_param_groups(model, self.grid)
@@ -43,6 +48,11 @@ class SparseGoal:
     @property
     def name(self) -> str:
         return f"S{100 * self.sparsity:g}"
+
+    @property
+    def flags(self) -> str:
+        """Those of eval.py for the deployed network."""
+        return f"--sparsity {self.sparsity:g}"
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for PSGD towards this goal."""

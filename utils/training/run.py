@@ -41,6 +41,7 @@ from utils.training.loop import NonFiniteError
 from utils.training.pace import PaceWatch
 from utils.training.setup import build_goal, build_optimizer, described
 
+WORTH_RENEWING = 0.5  # points of top-1 below the float network from which a cure is named
 Builder = Callable[[Namespace, nn.Module, Goal, torch.device, int], Optimizer]  # takes what build_optimizer takes
 
 
@@ -216,6 +217,8 @@ def train_epochs(run: Run, folder: RunFolder | None) -> None:
         if folder:
             folder.log(row)
             save(run, folder, row)
+            if epoch == args.epoch:
+                remarks += closing_remarks(run, folder, row)
             print("\n".join([summary(run.goal, row), *remarks]), flush=True)
 
 
@@ -254,6 +257,16 @@ def save(run: Run, folder: RunFolder, row: dict[str, float]) -> None:
         save_checkpoint(folder.path / f"epoch_{row['epoch']}.pth", checkpoint)
     save_checkpoint(folder.last_checkpoint, checkpoint)
     run.last_good = folder.last_checkpoint
+
+
+def closing_remarks(run: Run, folder: RunFolder, row: dict[str, float]) -> list[str]:
+    """What may help if the network that PSG trained loses much as it is deployed; it helps batch norm only."""
+    lost = row["fp_top1"] - row[f"{run.goal.name.lower()}_top1"]
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in run.model.modules())
+    if not (run.args.psg and norms and lost > WORTH_RENEWING):
+        return []
+    command = f"python eval.py --model_path {quote(str(folder.last_checkpoint))} {run.goal.flags} --post bn_reestimate"
+    return [f"{run.goal.name} is {lost:.1f} points below FP: re-estimated batch norm may help: {command}"]
 
 
 def summary(goal: Goal, row: dict[str, float]) -> str:
