@@ -8,6 +8,8 @@ from quant.pruning import masks_of_smallest, nonzero_weights, prunable_weights
 from tools.snip import saliencies
 from utils.checkpoint import load_checkpoint, model_from_checkpoint
 
+SMALL = ["--dataset", "cifar10", "--arch", "ResNet8", "--device", "cpu"]
+
 
 def test_saliencies_are_the_gradients_of_gates():
     """The definition: |dL/dc| at c = 1, where gates c multiply the weights."""
@@ -30,7 +32,7 @@ def test_the_largest_over_all_layers_are_kept():
 
 def test_a_run_is_resumed_by_its_own_tool(cli, tmp_path, few_digits):
     """Else its zeros would be trained away, or a dense network would get a mask of ones."""
-    words = ["--dataset", "cifar10", "--device", "cpu", "--epoch", "1", "--exp_name"]
+    words = [*SMALL, "--epoch", "1", "--exp_name"]
     assert cli("tools.snip", *words, "my run").code == 0
     outcome = cli("train.py", "--exp_name", "my run", "--resume", "--epoch", "2")
     assert outcome.code == 2 and "python -m tools.snip --exp_name 'my run' --resume continues it" in outcome.err
@@ -40,12 +42,12 @@ def test_a_run_is_resumed_by_its_own_tool(cli, tmp_path, few_digits):
 
 
 def test_a_layer_without_a_weight_is_refused(rejected, few_digits):
-    words = ["--dataset", "cifar10", "--device", "cpu", "--epoch", "1", "--sparsity", "0.9999"]
+    words = [*SMALL, "--epoch", "1", "--sparsity", "0.9999"]
     assert "--sparsity 0.9999 leaves no weight of layer" in rejected("tools.snip", *words)
 
 
 def test_a_run_keeps_its_zeros_through_a_resume(cli, tmp_path, few_digits):
-    flags = ["--sparsity", "0.75", "--dataset", "cifar10", "--device", "cpu", "--lr", "0.1", "--exp_name", "a"]
+    flags = ["--sparsity", "0.75", *SMALL, "--lr", "0.1", "--exp_name", "a"]
     assert cli("tools.snip", *flags, "--epoch", "1").code == 0
 
     def network():

@@ -35,7 +35,7 @@ def metrics(folder):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--load_pretrained", "", "--w_bit", "3", "--granularity", "channel", "--clip_weights", "1"],
+        ["--arch", "ResNet8", "--w_bit", "3", "--granularity", "channel", "--clip_weights", "1"],
         ["--load_pretrained", "", "--adam", "1", "--lambda_s", "100", "--lr", "1e-3", *SMALL],
         ["--adam", "1", "--lr", "1e-3", "--psg_acts_on", "update", *SMALL],
         ["--psg", "0", *SMALL, "--precision", "bf16"],  # dropout: the RNG is resumed too
