@@ -206,18 +206,16 @@ def test_other_figures_of_results_are_in_the_files_that_they_name(heading):
 
 def re_estimated(row: dict[str, str]) -> float:
     """Top-1 with batch norm re-estimated, of the evaluation in results/studies/bn whose rows as trained are `row`'s."""
-    found = []
-    for path in (ROOT / "results/studies/bn").glob("*/results.csv"):
-        rows = read_csv(path)
-        for model in {other["model"] for other in rows}:
-            top1 = {(other["w_bit"], other["post"]): float(other["top1"]) for other in rows if other["model"] == model}
-            if [top1.get((bits, "none")) for bits in ("32", row["bits"])] == [
-                float(row["FP"]),
-                float(row["at the target"]),
-            ]:
-                found.append(top1[row["bits"], "bn_reestimate"])
-    (only,) = found
-    return only
+    networks: dict[str, dict[tuple[str, str], float]] = {}
+    for other in results_below(ROOT / "results/studies/bn"):
+        networks.setdefault(other["model"], {})[other["w_bit"], other["post"]] = float(other["top1"])
+    bits, as_trained = row["bits"], (float(row["FP"]), float(row["at the target"]))
+    (found,) = (
+        top1[bits, "bn_reestimate"]
+        for top1 in networks.values()
+        if (top1["32", "none"], top1.get((bits, "none"))) == as_trained
+    )
+    return found
 
 
 def test_figures_of_stages_are_those_of_their_runs():

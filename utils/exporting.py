@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
-from quant import (
-    Grid,
-    calibrate,
-    quantize_activations,
-    quantize_sums,
-    quantize_weights,
-    reestimate_batch_norm,
-)
+from quant import Grid, calibrate, quantize_activations, quantize_sums, quantize_weights, reestimate_batch_norm
 from quant.deploy import integer_weights, load_packed, save_packed, to_onnx
 from quant.grid import FLOAT_BITS
 from utils.checkpoint import grid_of

@@ -260,7 +260,7 @@ def save(run: Run, folder: RunFolder, row: dict[str, float]) -> None:
 
 
 def closing_remarks(run: Run, folder: RunFolder, row: dict[str, float]) -> list[str]:
-    """What may help if the network that PSG trained loses much as it is deployed; it helps batch norm only."""
+    """A line that names re-estimated batch norm, if there is any and PSG's network loses much as it is deployed."""
     lost = row["fp_top1"] - row[f"{run.goal.name.lower()}_top1"]
     norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in run.model.modules())
     if not (run.args.psg and norms and lost > WORTH_RENEWING):
