@@ -192,7 +192,9 @@ def test_top1_over_shares_of_zeros():
     assert {path.name for path in (ROOT / "models").glob("S90*.pth")} <= found
 
 
-@pytest.mark.parametrize("heading", ["activations", "post-training methods", "several bit-widths, pruned", "mean of"])
+@pytest.mark.parametrize(
+    "heading", ["activations", "post-training methods", "several bit-widths, pruned", "mean of", "CIFAR-10"]
+)
 def test_other_figures_of_results_are_in_the_files_that_they_name(heading):
     """Each figure of a section's tables is a top-1 in the folders that the section links."""
     sections = text_of("docs/results.md").split("\n## ")
