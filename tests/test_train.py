@@ -19,7 +19,7 @@ from utils.data.load import load_dataset
 from utils.runs import RunFolder
 from utils.training import run as training_run
 from utils.training.evaluation import evaluate
-from utils.training.goals import GridGoal
+from utils.training.goals import GridGoal, SparseGoal
 from utils.training.run import WORTH_RENEWING, closing_remarks
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -199,6 +199,12 @@ def test_sparse_training(cli, tmp_path, digits_run):
     with open(tmp_path / "b/results.csv", newline="") as file:
         evaluated = list(csv.DictReader(file))
     assert float(evaluated[1]["top1"]) == pytest.approx(row["s75_top1"], abs=1e-3)
+
+
+def test_the_flags_of_a_goal_are_those_of_its_deployed_network():
+    assert (GridGoal(Grid(2)).flags, SparseGoal(0.9).flags) == ("--w_bit 2", "--sparsity 0.9")
+    whole = [GridGoal(Grid(2, first_last=False)), SparseGoal(0.9, first_last=False)]
+    assert all(goal.flags.endswith(" --first_last_quant 0") for goal in whole)
 
 
 @pytest.mark.parametrize("psg, model, low, said", [

@@ -19,7 +19,7 @@ FAST = '\noptions.add_session_config_entry("session.disable_quant_qdq", "1")'
 NORMALIZED, AS_IN_A_FILE = "float32 [N, 3, S, S], (value - mean) / std", "uint8 [N, S, S, 3]"
 
 
-def file_facts(opened: OpenedNetwork, grid: Grid, num_classes: int, post: str = "none") -> dict[str, Any]:
+def file_facts(opened: OpenedNetwork, grid: Grid, num_classes: int, post: str) -> dict[str, Any]:
     """What the files hold beside the weights, in values that JSON can hold.
 
     `input` gives the size S of the images in pixels per side, their layout, and mean and std for each channel of values

@@ -79,9 +79,11 @@ def prepare(args: Namespace) -> Exported:
     opened = open_network(args.model_path, datasets, args.dataset, args.arch, data="at hand")
     grid = grid_of(opened.checkpoint, args.w_bit, bool(args.first_last_quant), args.granularity)
     reference = quantize_weights(opened.model, grid)
-    deployed = with_activations(args, opened, grid, reference) if args.a_bit != FLOAT_BITS else reference
+    deployed, batches = reference, training_images(args, opened)
+    if args.a_bit != FLOAT_BITS:
+        deployed = with_activations(args, opened, grid, reference, batches)
     if args.post == "bn_reestimate":
-        renew_batch_norm(args, opened, [reference] if deployed is reference else [reference, deployed])
+        renew_batch_norm(opened, {reference, deployed}, batches)
     images, labels, kind = images_to_check(opened)
     floats = normalize(images, opened.spec).contiguous()
     weights_only = logits_of(reference, floats)
@@ -109,19 +111,25 @@ def images_to_check(opened: OpenedNetwork) -> tuple[Tensor, Tensor | None, str]:
     return *split.pixels(torch.arange(count) * len(split) // count), f"{kind} images"
 
 
-def training_images(args: Namespace, opened: OpenedNetwork, flag: str) -> list[Tensor]:
-    """The batches [N, 3, H, W] that `args` ask for, without augmentation. Raises UserError, naming `flag`, which needs
-    them, if the data set is not at hand."""
+def training_images(args: Namespace, opened: OpenedNetwork) -> list[Tensor]:
+    """The batches [N, 3, H, W] that `args` need, without augmentation. Raises UserError for a network whose activations
+    cannot be quantized, and, naming the flag that needs images, if the data set is not at hand."""
+    quantizes, renews = args.a_bit != FLOAT_BITS, args.post == "bn_reestimate"
+    if not (quantizes or renews):
+        return []
     if opened.dataset is None:
+        flag = f"--a_bit {args.a_bit}" if quantizes else f"--post {args.post}"
         missing = f"there is no {opened.dataset_name} in {opened.folder}"
         raise UserError(f"{flag} needs training images, and {missing}")
     train = opened.dataset.splits(opened.val_split)[0] if opened.val_split else opened.dataset.train
-    return [images for images, _ in train.calibration(train.count_for(args.calib_images), args.seed)]
+    count = train.count_for(args.calib_images)
+    if quantizes and args.act_at == "relu":
+        check_activations(opened.model, opened.path)
+    return [images for images, _ in train.calibration(count, args.seed)]
 
 
-def renew_batch_norm(args: Namespace, opened: OpenedNetwork, networks: list[nn.Module]) -> None:
+def renew_batch_norm(opened: OpenedNetwork, networks: set[nn.Module], batches: list[Tensor]) -> None:
     """Re-estimates the batch norm of each of `networks`, in place. Raises UserError for one without."""
-    batches = training_images(args, opened, f"--post {args.post}")
     try:
         for network in networks:
             reestimate_batch_norm(network, batches)
@@ -135,11 +143,10 @@ def logits_of(network: nn.Module, floats: Tensor) -> Tensor:
     return torch.cat([network(part) for part in floats.split(AT_ONCE)])
 
 
-def with_activations(args: Namespace, opened: OpenedNetwork, grid: Grid, reference: nn.Module) -> nn.Module:
-    """`reference`, whose weights are on `grid`, with activation quantizers, their ranges from training images."""
-    batches = training_images(args, opened, f"--a_bit {args.a_bit}")
-    if args.act_at == "relu":
-        check_activations(opened.model, opened.path)
+def with_activations(
+    args: Namespace, opened: OpenedNetwork, grid: Grid, reference: nn.Module, batches: list[Tensor]
+) -> nn.Module:
+    """`reference`, whose weights are on `grid`, with activation quantizers, their ranges from `batches`."""
     try:
         ranges = calibrate(opened.model, batches, args.a_bit, at=args.act_at, grid=grid)
         deployed = quantize_activations(reference, args.a_bit, ranges)
@@ -181,7 +188,7 @@ def write_packed(exported: Exported, packed: Path, name: str) -> None:
     from safetensors import SafetensorError
 
     facts, model = exported.facts, copy.deepcopy(exported.opened.model)
-    model.load_state_dict(exported.reference.state_dict() | dict(exported.opened.model.named_parameters()))
+    model.load_state_dict(exported.reference.state_dict() | dict(model.named_parameters(remove_duplicate=False)))
     try:
         save_packed(packed, model, exported.grid, facts)
     except SafetensorError as error:  # such as a full disk

@@ -8,6 +8,8 @@ from torch import nn
 from quant import Grid, grid_share, prune_weights, psg_param_groups, quantize_weights, sparse_param_groups, weight_mse
 from quant.pruning import pruning_mse
 
+WHOLE_ENDS = " --first_last_quant 0"  # eval.py's flag for a first and last layer as trained
+
 
 @dataclass(frozen=True)
 class GridGoal:
@@ -22,7 +24,7 @@ class GridGoal:
     @property
     def flags(self) -> str:
         """Those of eval.py for the deployed network."""
-        return f"--w_bit {self.grid.bits}"
+        return f"--w_bit {self.grid.bits}{'' if self.grid.first_last else WHOLE_ENDS}"
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for PSGD towards this goal."""
@@ -52,7 +54,7 @@ class SparseGoal:
     @property
     def flags(self) -> str:
         """Those of eval.py for the deployed network."""
-        return f"--sparsity {self.sparsity:g}"
+        return f"--sparsity {self.sparsity:g}{'' if self.first_last else WHOLE_ENDS}"
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for PSGD towards this goal."""
